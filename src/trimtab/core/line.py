@@ -1,0 +1,562 @@
+"""The straight line: load -> calibrate -> plan -> edit -> repair -> pack -> prove -> report.
+
+`trim` reads like that line. Blocks are worked on one at a time; each finished block is in the journal before the
+next one begins.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trimtab
+from trimtab.core import data as data_
+from trimtab.core import memory
+from trimtab.core.calibrate import BackwardWalk, Collector, Walk
+from trimtab.core.journal import Journal, sync_dir, write_json
+from trimtab.core.registry import get
+from trimtab.core.spec import Pass, Recipe, Step
+from trimtab.core.types import BadInput, Change, Failed, Site, Summary
+from trimtab.network.checkpoint import SafeFile, write_like
+from trimtab.network.stream import Network
+
+Report = Callable[[str, int, int], None]  # stage, done, of
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line fixes. Sizes in bytes, lengths in tokens."""
+
+    keep: float = 0.5
+    samples: int = 128
+    seq_len: int = 256
+    seed: int = 0
+    calib: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    max_memory: int | None = None
+    min_recovery: float | None = None
+    proof_tokens: int | None = None
+    threads: int = 0
+    dtype: str = "float32"
+    resume: bool = False
+    force: bool = False
+    speed: bool = True
+    trust_remote_code: bool = False
+    quiet: bool = field(default=False, compare=False)
+
+
+# ---- one site ---------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Unit:
+    """A unit with its knobs set, as joint edits receive it: call it with scores and a share."""
+
+    step: Step
+
+    @property
+    def period(self) -> int | None:
+        f = self.step.method.facts["period"]
+        return f(self.step.bound) if f else None
+
+    @property
+    def free(self) -> bool:
+        return bool(self.step.method.facts["free"])
+
+    def __call__(self, s: Tensor, keep: float) -> Tensor:
+        return self.step.method({"s": s, "keep": keep}, **self.step.bound)
+
+
+def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
+    """Scores of one site [out, in], higher = keep. Joint edits without a score are judged by magnitude for budgets."""
+    step = p.steps.get("score", Step("score/magnitude"))
+    return step.method({"w": w, **stats}, **step.bound)
+
+
+def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None) -> Change:
+    """Edit and repair one weight `w` [out, in] float32. What an earlier pass dropped (`prior`) stays dropped."""
+    unit, step = Unit(p.steps["unit"]), p.steps["edit"]
+    env: dict[str, Any] = {"w": w, "keep": share, "unit": unit, **stats}
+    if "score" in p.steps:
+        s = score_site(p, w, stats)
+        env["mask"] = unit(s if prior is None else s * prior, share)
+        if prior is not None:
+            env["mask"] &= prior
+    else:
+        env["mask"] = torch.ones_like(w, dtype=torch.bool) if prior is None else prior
+    change: Change = step.method(env, **step.bound)
+    if "repair" in p.steps:
+        r = p.steps["repair"]
+        change = r.method({**env, "new": change}, **r.bound)
+    mask = change.mask
+    if change.w.shape != w.shape or not bool(torch.isfinite(change.w).all()):
+        raise Failed(f"{site.name}: {p.steps['edit'].key} returned a weight of wrong shape or with NaN; please report this")
+    if mask is not None and bool((change.w[~mask] != 0).any()):
+        raise Failed(f"{site.name}: {p.steps['edit'].key} left weights outside its own mask; please report this")
+    if prior is not None and bool((change.w[~prior] != 0).any()):
+        raise Failed(f"{site.name}: {p.steps['edit'].key} brought back weights an earlier pass dropped; please report this")
+    return change
+
+
+def format_of(p: Pass) -> Step:
+    """The format named, or the one made for the unit's pattern, with the unit's own knobs."""
+    if "format" in p.steps:
+        step = p.steps["format"]
+    else:
+        step = Step(f"format/{p.steps['unit'].method.facts['format']}")
+    shared = {k: v for k, v in p.steps["unit"].bound.items() if k in step.method.knobs}
+    return Step(step.key, tuple(sorted({**shared, **dict(step.knobs)}.items())))
+
+
+# ---- the plan ---------------------------------------------------------------------------------
+def sweeps(recipe: Recipe) -> Callable[[list[Site]], list[list[tuple[Pass, list[Site]]]]]:
+    """Passes in order; neighbours that touch different sites and share an order walk the network together."""
+
+    def split(sites: list[Site]) -> list[list[tuple[Pass, list[Site]]]]:
+        out: list[list[tuple[Pass, list[Site]]]] = []
+        for p in recipe.passes:
+            mine = [s for s in sites if p.covers(s)]
+            if not mine:
+                raise BadInput(f"scope {p.scope!r} matches no site; sites are named like {', '.join(s.name for s in sites[:3])}")
+            names = {s.name for s in mine}
+            last = out[-1] if out else None
+            if last and last[0][0].order == p.order and not any(s.name in names for _, ss in last for s in ss):
+                last.append((p, mine))
+            else:
+                out.append([(p, mine)])
+        return out
+
+    return split
+
+
+def check_shapes(recipe: Recipe, sites: list[Site]) -> None:
+    """A pattern that does not divide a site is refused before anything is written."""
+    for p in recipe.passes:
+        unit, seen = Unit(p.steps["unit"]), set()
+        for s in sites:
+            if p.covers(s) and s.shape not in seen:
+                seen.add(s.shape)
+                try:
+                    unit(torch.empty(s.shape, device="meta"), 0.5)
+                except BadInput as e:
+                    raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
+
+
+def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: Options) -> dict[str, Any]:
+    """Everything that decides the result. Two runs with equal headers write equal files."""
+    return {
+        "recipe": recipe.text, "keep": opts.keep, "seed": opts.seed, "methods": recipe.methods,
+        "source": net.checkpoint.digest(), "calibration": data_.digest(samples), "samples": len(samples),
+        "dtype": opts.dtype, "device": "cpu", "threads": torch.get_num_threads(),
+        "versions": {"trimtab": trimtab.__version__, "torch": torch.__version__}, "machine": platform.machine(),
+    }
+
+
+def plan_hash(header: dict[str, Any], shares: dict[str, float]) -> str:
+    return hashlib.sha256(json.dumps([header, shares], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn, journal: Journal,
+           opts: Options, tick: Report) -> dict[str, float]:
+    """The share of every site of a sweep. Budgets see summaries; scores live for one block at a time."""
+    shares: dict[str, float] = {}
+    asking = []
+    for p, sites in sweep:
+        target = p.keep if p.keep is not None else opts.keep
+        b = p.budget
+        if b.key == "budget/uniform" or not p.free:
+            shares |= dict.fromkeys((s.name for s in sites), target if p.free else float("nan"))
+        else:
+            asking.append((p, sites, target))
+    if not asking:
+        return shares
+    summaries: dict[str, Summary] = {}
+    extra: dict[str, dict[str, Tensor]] = {}
+    owner = {s.name: p for p, sites, _ in asking for s in sites}
+    needs = {name: set(score_needs(p)) | set(p.budget.method.needs) for name, p in owner.items()}
+
+    def look(i: int, module: Any, stats: Collector | None) -> None:
+        for s in net.sites_of(i):
+            if s.name in owner:
+                p = owner[s.name]
+                got = stats.of(s) if stats else {}
+                scores = score_site(p, net.weight(module, s).float(), got)
+                of = p.budget.method.facts["of"]
+                summaries[s.name] = Summary.of(s, of(scores) if of else scores)
+                extra[s.name] = {n: got[n] for n in p.budget.method.needs}
+
+    walk_on(needs, look, "dense", lambda d, n: tick("plan", d, n), k)
+    for p, sites, target in asking:
+        env: dict[str, Any] = {"scores": {s.name: summaries[s.name] for s in sites}, "target": target}
+        env |= {n: {s.name: extra[s.name][n] for s in sites} for n in p.budget.method.needs}
+        shares |= p.budget.method(env, **p.budget.bound)
+    return shares
+
+
+def score_needs(p: Pass) -> tuple[str, ...]:
+    return p.steps["score"].method.needs if "score" in p.steps else ()
+
+
+# ---- walking ----------------------------------------------------------------------------------
+Visit = Callable[[int, Any, Collector | None], None]
+WalkOn = Callable[[dict[str, set[str]], Visit, str, Callable[[int, int], None], int], None]
+
+
+def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int | None, journal: Journal | None) -> WalkOn:
+    """A function that takes a visitor over all blocks, with the statistics it asks for."""
+
+    def earlier(sweep: int, i: int) -> dict[str, Tensor]:
+        """What earlier sweeps made of block i, by stored tensor name."""
+        if sweep < 1 or journal is None:
+            return {}
+        return read_block(journal.block_path(sweep - 1, i))[0]
+
+    def walk(needs: dict[str, set[str]], visit: Visit, order: str, tick: Callable[[int, int], None], sweep: int) -> None:
+        sites = {s.name: s for s in net.sites}
+        stats = {n for ns in needs.values() for n in ns}
+        gradients = any(get(f"stat/{n}").facts["of"] == "grad" for n in stats)
+        blocks = range(net.n_blocks)
+        if not stats:
+            for i in blocks:
+                visit(i, net.block(i, earlier(sweep, i)), None)
+                tick(i + 1, len(blocks))
+            return
+
+        def collector(i: int) -> Collector | None:
+            wanted = {s.name: needs[s.name] for s in net.sites_of(i) if needs.get(s.name)}
+            return Collector(wanted, sites) if wanted else None
+
+        if gradients:
+            if sweep:
+                raise BadInput("gradient statistics are taken of the dense model: put that pass first")
+            back = BackwardWalk(net, samples, scratch, spill)
+            total, done = (len(back.batches) + 1) * 2 * len(blocks), [0]
+
+            def step() -> None:
+                done[0] += 1
+                tick(min(done[0], total), total)
+
+            try:
+                back.start(step)
+                for i in reversed(blocks):
+                    module, collect = net.block(i, earlier(sweep, i)), collector(i)
+                    back.back(module, i, net.sites_of(i), collect, step)
+                    visit(i, module, collect)
+                    step()
+            finally:
+                back.close()
+            return
+        ahead = Walk(net, samples, scratch, spill)
+        per_block = len(ahead.batches) * (2 if order == "sequential" else 1)
+        total, done = per_block * len(blocks), [0]
+
+        def step() -> None:
+            done[0] += 1
+            tick(min(done[0], total), total)
+
+        try:
+            ahead.embed()
+            for i in blocks:
+                last, here = i == blocks[-1], sweep
+                if order == "sequential" and journal is not None and journal.has_block(sweep, i):
+                    here = sweep + 1  # finished by an earlier run: what it became is what the next block sees
+                module = net.block(i, earlier(here, i))
+                collect = collector(i)
+                advance = order == "dense" and not last
+                if collect is not None or advance:
+                    ahead.forward(module, i, collect, advance, step)
+                visit(i, module, collect)
+                if order == "sequential" and not last:
+                    ahead.forward(module, i, None, True, step)
+        finally:
+            ahead.close()
+
+    return walk
+
+
+def read_block(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """A journalled block: (tensors in the checkpoint's names, parts by `<site>:<part>`, notes)."""
+    f = SafeFile(path)
+    weights = {n: f.read(n) for n in f.names if not n.startswith("trimtab:")}
+    parts = {n.removeprefix("trimtab:"): f.read(n) for n in f.names if n.startswith("trimtab:")}
+    return weights, parts, json.loads(f.metadata["notes"])
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A mask as bits, row-major, lowest bit first, uint8."""
+    flat = mask.flatten().to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:shape[0] * shape[1]].view(shape).bool()
+
+
+# ---- the line ---------------------------------------------------------------------------------
+def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) -> dict[str, Any]:
+    """Write `out`, a trimmed copy of the checkpoint directory `model`, and prove it. Returns the result as JSON data.
+
+    Raises BadInput (nothing written) or Failed (what is finished stays in the journal).
+    """
+    began = time.time()
+    set_up(opts)
+    check_out(model, out, opts)
+    net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
+    check_shapes(recipe, net.sites)
+    plan_sweeps = sweeps(recipe)(net.sites)
+    samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
+    proof = proof_samples(net, opts)
+    check_disk(net, recipe, samples, out)
+    header = make_header(net, recipe, samples, opts)
+    if opts.resume and (finished := already_finished(out, header)):
+        return prove(model, out, finished, net, proof, opts, tick, began)
+    journal = Journal(out)
+    with writing(journal, out):
+        resumed = journal.open(header, resume=opts.resume, force=opts.force)
+        if opts.resume and not resumed:
+            tick("resume: nothing to continue, starting afresh", 0, 0)
+        shares = run_sweeps(net, plan_sweeps, samples, journal, header, opts, tick)
+        notes = assemble(net, recipe, plan_sweeps, journal, header, shares, opts, tick)
+        journal.publish(journal.dir / "finished")
+        journal.close(remove=True)
+    notes["edit_seconds"] = round(time.time() - began, 3)
+    notes["edit_peak_rss_bytes"] = memory.peak_rss()
+    net.release()
+    return prove(model, out, notes, net, proof, opts, tick, began)
+
+
+def set_up(opts: Options) -> None:
+    if opts.threads:
+        torch.set_num_threads(opts.threads)
+    if opts.max_memory:
+        memory.strict()
+
+
+def check_out(model: Path, out: Path, opts: Options) -> None:
+    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
+        raise BadInput(f"the output {out} lies inside the input {model}; choose a place outside it")
+    if out.resolve() in model.resolve().parents:
+        raise BadInput(f"the input {model} lies inside the output {out}, which would replace it; choose another place")
+    if out.exists() and not opts.force and not opts.resume:
+        raise BadInput(f"{out} exists; choose another -o, or replace it with --force")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; -o names a directory")
+
+
+def check_disk(net: Network, recipe: Recipe, samples: list[data_.Batch], out: Path) -> None:
+    """Staging holds the edited blocks and the finished copy at once; hidden states may be spilled."""
+    need = disk_estimate(net, recipe, samples)
+    where = out.absolute().parent
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    if free < need:
+        raise BadInput(f"not enough disk under {where}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+
+def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch]) -> int:
+    hidden = sum(next(iter(b.values())).numel() for b in samples) * int(getattr(net.config, "hidden_size", 0)) * 4
+    places = net.n_blocks + 2 if any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs) else 1
+    return int(net.checkpoint.weight_bytes * (2.2 + 1.1 * max(0, len(recipe.passes) - 1)) + hidden * places + 1e7)
+
+
+@contextmanager
+def writing(journal: Journal, out: Path) -> Iterator[None]:
+    """Failures while writing become one line that says what is safe; the journal stays for --resume."""
+    safe = "the input and any earlier output are untouched"
+    go_on = f"continue with --resume (finished blocks are in {journal.dir})"
+    try:
+        yield
+    except OSError as e:
+        journal.close(remove=False)
+        import errno
+
+        if e.errno == errno.ENOSPC:
+            raise Failed(f"the disk is full while writing under {journal.dir}; {safe}; free some space and {go_on}") from None
+        if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise BadInput(f"cannot write to {out.parent} ({e.strerror}); {safe}; choose a writable -o") from None
+        raise Failed(f"{e}; {safe}; {go_on}") from None
+    except KeyboardInterrupt:
+        journal.close(remove=False)
+        raise Failed(f"stopped; {safe}; {go_on}") from None
+    except BaseException:
+        journal.close(remove=False)
+        raise
+
+
+def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], samples: list[data_.Batch],
+               journal: Journal, header: dict[str, Any], opts: Options, tick: Report) -> dict[str, float]:
+    spill = None if opts.max_memory is None else opts.max_memory // 16
+    walk_on = walker(net, samples, journal.dir, spill, journal)
+    plan = journal.plan() or {"header": header}
+    all_shares: dict[str, dict[str, float]] = plan.get("shares", {})
+    for k, sweep in enumerate(plan_sweeps):
+        if str(k) not in all_shares:
+            all_shares[str(k)] = {n: v for n, v in sorted(decide(net, sweep, k, walk_on, journal, opts, tick).items()) if v == v}
+            write_json(journal.dir / "plan.json", {"header": header, "shares": all_shares})
+        shares, owner = all_shares[str(k)], {s.name: p for p, sites in sweep for s in sites}
+        needs = {name: p.needs - set(p.budget.method.needs) for name, p in owner.items()}
+
+        def edit(i: int, module: Any, stats: Collector | None, k: int = k, shares: dict[str, float] = shares,
+                 owner: dict[str, Pass] = owner) -> None:
+            if journal.has_block(k, i):
+                return
+            priors = read_block(journal.block_path(k - 1, i))[1] if k else {}
+            parts: dict[str, Tensor] = {f"trimtab:{n}": t for n, t in priors.items()}
+            notes: dict[str, Any] = read_block(journal.block_path(k - 1, i))[2] if k else {"packed_bytes": {}}
+            notes["starved"] = stats.starved() if stats else []
+            for s in net.sites_of(i):
+                if s.name not in owner:
+                    continue
+                p = owner[s.name]
+                bits = priors.get(f"{s.name}:mask")
+                prior = unpack_bits(bits, s.shape) if bits is not None else None
+                w = net.weight(module, s).float()
+                change = edit_site(p, s, w, shares.get(s.name, float("nan")), stats.of(s) if stats else {}, prior)
+                change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
+                net.set_weight(module, s, change.w)
+                fmt = format_of(p)
+                packed = fmt.method({"new": change}, **fmt.bound)
+                notes["packed_bytes"][s.name] = sum(t.nbytes for t in packed.values())
+                if change.mask is not None:
+                    parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
+                parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
+            journal.write_block(k, i, {**net.stored(module, i), **parts}, notes)
+
+        for i in range(net.n_blocks):
+            if journal.has_block(k, i):  # finished by an earlier run: nothing to measure
+                for s in net.sites_of(i):
+                    needs.pop(s.name, None)
+        walk_on(needs, edit, sweep[0][0].order, lambda d, n: tick("edit", d, n), k)
+    return {n: v for shares in all_shares.values() for n, v in shares.items()}
+
+
+def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], journal: Journal,
+             header: dict[str, Any], shares: dict[str, float], opts: Options, tick: Report) -> dict[str, Any]:
+    """The finished directory: the source's files with the edited tensors, the parts, the recipe, the notes."""
+    from safetensors.torch import save_file
+
+    last = len(plan_sweeps) - 1
+    out = journal.dir / "finished"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    where: dict[str, int] = {}
+    parts: dict[str, Tensor] = {}
+    packed: dict[str, int] = {}
+    starved: list[str] = []
+    for i in range(net.n_blocks) if last >= 0 else ():
+        f = SafeFile(journal.block_path(last, i))
+        where |= {n: i for n in f.names if not n.startswith("trimtab:")}
+        parts |= {n.removeprefix("trimtab:"): f.read(n) for n in f.names if n.startswith("trimtab:")}
+        notes = json.loads(f.metadata["notes"])
+        packed |= notes["packed_bytes"]
+        starved += [f"{i}.{n}" for n in notes["starved"]]
+
+    def replaced(name: str) -> Tensor | None:
+        return SafeFile(journal.block_path(last, where[name])).read(name) if name in where else None
+
+    tick("write", 0, 1)
+    write_like(net.checkpoint, out, replaced)
+    digests = {f.name: file_digest(f) for f in sorted(out.glob("*.safetensors"))}
+    save_file(parts, out / "trimtab.safetensors", metadata={"version": "1", "weights": json.dumps(digests, sort_keys=True)})
+    (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
+    warnings = [f"no calibration token reached {len(starved)} inputs ({', '.join(starved[:3])}...)"] if starved else []
+    result = {
+        "proof": "pending", "recipe": recipe.name, "pipeline": recipe.text, "plan_hash": plan_hash(header, shares),
+        "header": header, "shares": shares, "packed_bytes": packed, "warnings": warnings,
+        "rest_bytes": rest_bytes(net, set(packed)),
+    }
+    write_json(out / "trimtab.json", result)
+    sync_dir(out)
+    tick("write", 1, 1)
+    return result
+
+
+def rest_bytes(net: Network, sites: set[str]) -> int:
+    """Bytes of everything that is not one of these sites."""
+    taken = sum(s.size * net.stored_dtype(s).itemsize for s in net.sites if s.name in sites)
+    return net.checkpoint.weight_bytes - taken
+
+
+def file_digest(path: Path) -> str:
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def recipe_yaml(recipe: Recipe, opts: Options) -> str:
+    import yaml
+
+    free = any(p.free and p.keep is None for p in recipe.passes)
+    body: dict[str, Any] = {"recipe": recipe.text}
+    return yaml.safe_dump(body | ({"keep": opts.keep} if free else {}), sort_keys=False)
+
+
+def already_finished(out: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """An output whose proof is still pending, of this very plan."""
+    try:
+        notes = json.loads((out / "trimtab.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    if notes.get("header") == header and notes.get("proof") == "pending":
+        return notes
+    return None
+
+
+# ---- proof ------------------------------------------------------------------------------------
+def proof_samples(net: Network, opts: Options) -> list[data_.Batch]:
+    count = opts.proof_tokens or (2048 if net.n_params > 5e8 else 8192)
+    return data_.prepare(net, opts.text, "validation", max(1, count // opts.seq_len), opts.seq_len, None)
+
+
+def text_bytes(net: Network, samples: list[data_.Batch]) -> int | None:
+    """Bytes of the text the predictions stand for; None where there is no tokenizer."""
+    tok = net.tokenizer() if net.kind == "lm" else None
+    if tok is None:
+        return None
+    return sum(len(tok.decode(row[1:].tolist()).encode()) for b in samples for row in b["input_ids"])
+
+
+def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: list[data_.Batch], opts: Options,
+          tick: Report, began: float) -> dict[str, Any]:
+    """Reload both models in a fresh process and compare; the outcome is written into the output directory."""
+    from trimtab.prove.proof import run_fresh, verdict
+    from trimtab.report.card import card
+
+    bytes_of_text = text_bytes(net, samples)
+    memory.release()
+    packed = sum(notes["packed_bytes"].values()) + notes["rest_bytes"] if notes["packed_bytes"] else None
+    own = memory.rss()
+    result = run_fresh({
+        "before": str(model), "after": str(out), "samples": samples, "bytes_of_text": bytes_of_text,
+        "max_memory": None if opts.max_memory is None else max(opts.max_memory - own, 0),
+        "threads": torch.get_num_threads(), "speed": opts.speed, "packed_bytes": packed, "dtype": opts.dtype,
+        "trust_remote_code": opts.trust_remote_code,
+    }, tick)
+    ok, warnings = verdict(result, opts.min_recovery)
+    result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash")}
+    result["warnings"] = [*notes["warnings"], *result.get("warnings", []), *warnings]
+    result["proof"] = "met" if ok else "failed"
+    result["min_recovery"] = opts.min_recovery
+    result["peak_rss_bytes"] = max(notes.get("edit_peak_rss_bytes", 0), own + result["peak_rss_bytes"])
+    result["edit_seconds"] = notes.get("edit_seconds")
+    result["seconds"] = round(time.time() - began, 3)
+    result["out"] = str(out)
+    write_json(out / "trimtab.json", {**notes, **result})
+    readme = out / "README.md"
+    tmp = readme.with_suffix(".tmp")
+    tmp.write_text(card(result), encoding="utf-8")
+    os.replace(tmp, readme)
+    return result

@@ -1,0 +1,163 @@
+"""One decorator. The signature is the declaration: positional names are data, keyword-only names are knobs."""
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from trimtab.core.types import BadInput
+
+AXES = ("stat", "unit", "score", "budget", "rewrite", "edit", "repair", "format")
+# Positional names an axis may ask for besides registered statistics.
+DATA: dict[str, set[str]] = {
+    "stat": {"x", "y", "g"},
+    "unit": {"s", "keep"},
+    "score": {"w"},
+    "budget": {"scores", "target"},
+    "rewrite": {"w"},
+    "edit": {"w", "keep", "mask", "unit"},
+    "repair": {"w", "new"},
+    "format": {"new"},
+}
+# A knob name means one thing everywhere; a new one is added here first.
+KNOBS = {
+    "n": "kept entries of a group of m", "m": "length of a group along the input",
+    "dim": "which dimension a pattern runs along: in or out",
+    "b": "side of a square block", "rows": "rows of a block", "cols": "columns of a block",
+    "damp": "ridge, as a share of the mean diagonal", "block": "entries handled together by a blocked solver",
+    "alpha": "exponent of an activation norm", "scale": "weight of a second term",
+    "outlier": "multiple of the mean above which a score is an outlier", "spread": "half-width of a window of shares",
+    "iters": "iterations", "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
+    "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
+    "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
+}
+SECTIONS = ("Formula", "Source", "Deviations")
+_REG: dict[str, Method] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    axis: str
+    name: str
+    fn: Callable[..., Any]
+    data: tuple[str, ...]              # positional names, in order
+    needs: tuple[str, ...]             # those of them that are statistics
+    knobs: dict[str, Any]              # keyword-only names and defaults
+    joint: tuple[str, ...] = ()        # further axes this method decides
+    inverse: Callable[..., Any] | None = None  # formats: (buffers, shape) -> [out, in]
+    xfail: dict[str, str] = field(default_factory=dict)  # law -> reason, strict
+    facts: dict[str, Any] = field(default_factory=dict)  # what the axis declares: see FACTS
+
+    @property
+    def key(self) -> str:
+        return f"{self.axis}/{self.name}"
+
+    @property
+    def doc(self) -> dict[str, str]:
+        return sections(self.fn)
+
+    @property
+    def version(self) -> str:
+        return hashlib.sha256(inspect.getsource(self.fn).encode()).hexdigest()[:12]
+
+    def __call__(self, env: dict[str, Any], **knobs: Any) -> Any:
+        """Call with the data it names taken from `env`."""
+        return self.fn(*(env[d] for d in self.data), **{**self.knobs, **knobs})
+
+
+# What a method may declare, by axis, with defaults.
+FACTS: dict[str, dict[str, Any]] = {
+    # of: which tensor it sees. input: x [tokens, in]; mid: x = the consumer's input, or the site's own where there is none;
+    # grad: g [out, in] of one sequence; sublayer: x, y [tokens, width], the residual stream before and after.
+    # merge: sum, max or stack over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
+    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None},
+    # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
+    # along: the dimension its groups run along; format: the storage made for its pattern.
+    "unit": {"free": True, "period": None, "along": "in", "format": "bitmask"},
+    "score": {},
+    # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores).
+    "budget": {"mean": "weight", "of": None},
+    "rewrite": {},
+    "edit": {},
+    "repair": {},
+    # holds: what it can store: "any", "mask", "nm", "block"; bytes: its size as (shape, itemsize, kept, knobs) -> int,
+    # where kept counts the entries its pattern keeps.
+    "format": {"holds": "any", "bytes": None},
+}
+
+
+def sections(fn: Callable[..., Any]) -> dict[str, str]:
+    """First line as `what`, then the required sections; a section runs until the next one or a blank line."""
+    doc = inspect.cleandoc(fn.__doc__ or "")
+    out = {"what": doc.split("\n", 1)[0].strip()}
+    for m in re.finditer(r"^(\w+): (.+(?:\n(?!\w+: |\n).+)*)", doc, re.M):
+        out[m[1]] = re.sub(r"\s+", " ", m[2]).strip()
+    return out
+
+
+def method(axis: str, *, joint: tuple[str, ...] = (), inverse: Callable[..., Any] | None = None,
+           xfail: dict[str, str] | None = None, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function on an axis. Anything malformed is an error at import."""
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        name = fn.__name__.rstrip("_")  # `global_` and the like are named for what a user types
+        key = f"{axis}/{name}"
+        if axis not in AXES:
+            raise ValueError(f"{key}: no axis {axis!r}; axes are {', '.join(AXES)}")
+        if key in _REG:
+            raise ValueError(f"{key} registered twice: {inspect.getsourcefile(_REG[key].fn)}")
+        params = inspect.signature(fn).parameters.values()
+        if odd := [p.name for p in params if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]:
+            raise ValueError(f"{key}: {odd} are neither data (positional) nor knobs (keyword-only)")
+        data = tuple(p.name for p in params if p.kind is p.POSITIONAL_OR_KEYWORD)
+        knobs = {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
+        if bad := [k for k, v in knobs.items() if v is inspect.Parameter.empty or k not in KNOBS]:
+            raise ValueError(f"{key}: knobs {bad} lack a default or are not in the vocabulary {sorted(KNOBS)}")
+        if miss := [s for s in SECTIONS if not sections(fn).get(s)]:
+            raise ValueError(f"{key}: docstring lacks {miss}")
+        if (axis == "format") != (inverse is not None):
+            raise ValueError(f"{key}: a format has an inverse, and only a format has")
+        if unknown := set(facts) - set(FACTS[axis]):
+            raise ValueError(f"{key}: {sorted(unknown)} cannot be declared on {axis}; {sorted(FACTS[axis])} can")
+        needs = tuple(d for d in data if d not in DATA[axis])
+        _REG[key] = Method(axis, name, fn, data, needs, knobs, joint, inverse, dict(xfail or {}),
+                           {**FACTS[axis], **facts})
+        return fn
+
+    return wrap
+
+
+@cache
+def load_all() -> dict[str, Method]:
+    """Import every method file; an import error is an error. Returns all methods in order of key."""
+    for axis in AXES:
+        pkg = importlib.import_module(f"trimtab.methods.{axis}")
+        for name in sorted(i.name for i in pkgutil.iter_modules(pkg.__path__)):
+            importlib.import_module(f"trimtab.methods.{axis}.{name}")
+    for m in _REG.values():
+        if bad := [n for n in m.needs if f"stat/{n}" not in _REG]:
+            raise ValueError(f"{m.key} wants unknown statistics {bad}")
+        if bad := [a for a in m.joint if a not in AXES]:
+            raise ValueError(f"{m.key} decides unknown axes {bad}")
+    return dict(sorted(_REG.items()))
+
+
+def near(name: str, known: list[str]) -> str:
+    """`; close: a, b` or the whole list when it is short or nothing is close."""
+    hits = difflib.get_close_matches(name, known, 3, 0.5)
+    return f"; close: {', '.join(hits)}" if hits else f"; known: {', '.join(sorted(known))}"
+
+
+def get(key: str) -> Method:
+    reg = load_all()
+    if key not in reg:
+        axis = key.split("/")[0]
+        raise BadInput(f"no method {key!r}{near(key, [k for k in reg if k.startswith(axis)] or list(reg))}")
+    return reg[key]

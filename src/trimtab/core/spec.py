@@ -1,0 +1,362 @@
+"""Recipes: the string a user types <-> steps. Rows are recipes with a paper's name.
+
+    row | wanda | owl(outlier=5) | mask | admm | bitmask        one pass, spelled out
+    mlp: nm(n=2,m=4) | wanda ; attn: sparsegpt(keep=0.7)         two passes, each with its scope
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.registry import AXES, Method, get, load_all, near
+from trimtab.core.types import BadInput, Claim, Site
+
+LINE = ("unit", "score", "budget", "rewrite", "edit", "repair", "format")  # the order in which a pipeline is written
+DEFAULTS = {"unit": "unit/row", "budget": "budget/uniform", "edit": "edit/mask"}
+PASS_KNOBS = ("keep", "order")  # belong to the whole pass, wherever they are written
+ORDERS = ("sequential", "dense")
+SCOPES = ("all", "attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Step:
+    key: str
+    knobs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def method(self) -> Method:
+        return get(self.key)
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """All knobs with their values, defaults filled in."""
+        return {**self.method.knobs, **dict(self.knobs)}
+
+    def __str__(self) -> str:
+        args = ",".join(f"{k}={v}" for k, v in self.knobs)
+        return f"{self.key}({args})" if args else self.key
+
+
+@dataclass(frozen=True)
+class Pass:
+    steps: dict[str, Step]
+    scope: str | None = None
+    keep: float | None = None
+    order: str = "sequential"
+
+    @property
+    def free(self) -> bool:
+        """Whether the share kept is the user's to choose."""
+        return bool(self.steps["unit"].method.facts["free"])
+
+    @property
+    def needs(self) -> set[str]:
+        return {n for s in self.steps.values() for n in s.method.needs}
+
+    @property
+    def budget(self) -> Step:
+        """The budget, also where the unit decides it (one threshold for the model is the global budget)."""
+        return self.steps["budget"] if "budget" in self.steps else Step("budget/global")
+
+    def covers(self, site: Site) -> bool:
+        for scope in (self.scope or "all").split(","):
+            if scope == "all" or scope == site.group:
+                return True
+            if scope not in SCOPES and re.fullmatch(_glob(scope), site.name):
+                return True
+        return False
+
+    def __str__(self) -> str:
+        parts = [str(self.steps[a]) for a in LINE if a in self.steps]
+        knobs = [f"keep={self.keep}"] * (self.keep is not None) + [f"order={self.order}"] * (self.order != "sequential")
+        if knobs:
+            head = parts[0]
+            parts[0] = f"{head[:-1]},{','.join(knobs)})" if head.endswith(")") else f"{head}({','.join(knobs)})"
+        return (f"{self.scope}: " if self.scope else "") + " | ".join(parts)
+
+
+def _glob(pattern: str) -> str:
+    return "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    passes: tuple[Pass, ...]
+    source: str = ""
+    claims: tuple[Claim, ...] = ()
+    note: str = ""
+    row: str = field(default="", compare=False)  # how the row was written
+
+    @property
+    def text(self) -> str:
+        """The pipeline spelled out; parses back to the same passes."""
+        return " ; ".join(map(str, self.passes)) or "dense"
+
+    @property
+    def needs(self) -> set[str]:
+        return {n for p in self.passes for n in p.needs}
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """Version of every method it uses, statistics included."""
+        keys = {s.key for p in self.passes for s in (*p.steps.values(), p.budget)} | {f"stat/{n}" for n in self.needs}
+        return {k: get(k).version for k in sorted(keys)}
+
+    def limited(self, scope: str | None, keep: float | None) -> Recipe:
+        """With the command line's --scope and --keep; either given twice is refused."""
+        passes = list(self.passes)
+        if scope is not None:
+            check_scope(scope)
+            if any(p.scope for p in passes) and not self.row:
+                raise BadInput("--scope is given, but the recipe names its own scope: use one of the two")
+            passes = [replace(p, scope=scope) if p.scope is None else p for p in passes]
+            if self.row:  # a row that treats groups differently keeps only what the scope covers
+                passes = [p for p in passes if p.scope == scope or scope == "all" or (p.scope or "").startswith((scope, "*"))]
+        if keep is not None:
+            check_keep(keep, "--keep")
+            if any(p.keep is not None for p in passes):
+                raise BadInput("--keep is given, but the recipe names its own keep: use one of the two")
+            if not any(p.free for p in passes):
+                raise BadInput(f"--keep is given, but {self.name!r} fixes its own share (n:m): leave --keep out")
+            passes = [replace(p, keep=keep) if p.free else p for p in passes]
+        return replace(self, passes=tuple(passes))
+
+
+RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(name: str, text: str, *, source: str, claims: Sequence[Claim] = (), note: str = "") -> None:
+    """Declare a row: a paper's short name for a pipeline."""
+    if name in RECIPES:
+        raise ValueError(f"recipe {name!r} declared twice")
+    RECIPES[name] = replace(parse(text), name=name, source=source, claims=tuple(claims), note=note, row=text)
+
+
+def rows() -> dict[str, Recipe]:
+    """All rows, methods and recipes loaded."""
+    import trimtab.recipes  # noqa: F401  (declares them)
+
+    return RECIPES
+
+
+def check_keep(keep: float, name: str = "keep") -> float:
+    if not 0 < keep <= 1:
+        raise BadInput(f"{name} is {keep:g}; a share kept is above 0 and at most 1, such as 0.5 or 50%")
+    return keep
+
+
+def check_scope(scope: str) -> str:
+    for part in scope.split(","):
+        if part in ("head", "embed"):
+            raise BadInput(f"scope {part!r} is not supported yet; use attn, mlp, all or a glob of site names such as '*.down'")
+        if part not in SCOPES and not re.search(r"[.*?]", part):
+            raise BadInput(f"unknown scope {part!r}; use attn, mlp, all or a glob of site names such as '*.down'")
+    return scope
+
+
+def load(text: str) -> Recipe:
+    """A recipe from what the user typed: a row's name, a pipeline, or a YAML file of the same."""
+    path = Path(text)
+    if text.endswith((".yaml", ".yml")):
+        if not path.is_file():
+            raise BadInput(f"no recipe file {text!r}")
+        return from_yaml(path.read_text(encoding="utf-8"), text)
+    rows()
+    return parse(text)
+
+
+def from_yaml(source: str, where: str = "recipe") -> Recipe:
+    import yaml
+
+    rows()
+    try:
+        data = yaml.safe_load(source)
+    except yaml.YAMLError as e:
+        raise BadInput(f"{where} is not YAML: {str(e).splitlines()[0]}") from None
+    if isinstance(data, str):
+        return parse(data)
+    if not isinstance(data, dict) or not isinstance(data.get("recipe"), str):
+        raise BadInput(f"{where}: expected a mapping with `recipe:` and a pipeline, such as recipe: \"row | wanda\"")
+    if odd := set(data) - {"recipe", "keep", "scope"}:
+        raise BadInput(f"{where}: unknown entries {sorted(odd)}; known: recipe, keep, scope")
+    return parse(data["recipe"]).limited(data.get("scope"), data.get("keep"))
+
+
+def parse(text: str) -> Recipe:
+    """A pipeline, rows allowed as whole passes. Anything contradictory or unknown is BadInput."""
+    load_all()
+    if not text.strip():
+        raise BadInput("the recipe is empty; try wanda, or see `trimtab catalogue`")
+    if text.strip() == "dense":
+        return Recipe("dense", ())
+    name, found, passes = text.strip(), None, []
+    parts = _split(text, ";")
+    for part in parts:
+        scope, body = _scope(part)
+        tokens = [_token(t) for t in _split(body, "|")]
+        if len(tokens) == 1 and tokens[0][0] in RECIPES:
+            found = RECIPES[tokens[0][0]]
+            new = _row(found, tokens[0][1])
+            if scope and any(p.scope for p in new):
+                raise BadInput(f"{found.name!r} names its own scopes; leave {scope!r} out")
+            passes += [replace(p, scope=scope) if scope else p for p in new]
+        else:
+            passes.append(_pipeline(tokens, scope))
+    if found and len(parts) == 1:
+        return replace(found, name=name, passes=tuple(passes), claims=())
+    return Recipe(name, tuple(passes))
+
+
+def _split(text: str, sep: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth < 0:
+            raise BadInput(f"unbalanced ')' in {text.strip()!r}")
+        if c == sep and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    if depth:
+        raise BadInput(f"unbalanced '(' in {text.strip()!r}")
+    return [*parts, text[start:]]
+
+
+def _scope(part: str) -> tuple[str | None, str]:
+    m = re.match(r"\s*([^\s|():]+)\s*:(.*)$", part, re.S)
+    return (check_scope(m[1]), m[2]) if m else (None, part)
+
+
+def _token(text: str) -> tuple[str, dict[str, Any]]:
+    m = re.fullmatch(r"\s*([a-z_]\w*(?:/[a-z_]\w*)?)\s*(?:\((.*)\))?\s*", text, re.S)
+    if not m:
+        raise BadInput(f"cannot read {text.strip()!r}; a step is name or name(knob=value,...)")
+    knobs: dict[str, Any] = {}
+    for arg in _split(m[2], ",") if (m[2] or "").strip() else []:
+        k = re.fullmatch(r"\s*(\w+)\s*=\s*(.+?)\s*", arg, re.S)
+        if not k:
+            raise BadInput(f"cannot read {arg.strip()!r} in {text.strip()!r}; a knob is name=value")
+        if k[1] in knobs:
+            raise BadInput(f"{k[1]} is given twice in {text.strip()!r}")
+        knobs[k[1]] = _value(k[2])
+    return m[1], knobs
+
+
+def _value(text: str) -> Any:
+    text = text.strip("'\"")
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?%?", text, re.I):
+        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    return {"true": True, "false": False}.get(text, text)
+
+
+def _step(m: Method, knobs: dict[str, Any]) -> Step:
+    out = {}
+    for k, v in knobs.items():
+        if k not in m.knobs:
+            known = list(m.knobs)
+            raise BadInput(f"{m.name} has no knob {k!r}{near(k, known) if known else '; it has none'}")
+        want = type(m.knobs[k])
+        if want is float and isinstance(v, int) and not isinstance(v, bool):
+            v = float(v)
+        if type(v) is not want:
+            raise BadInput(f"{m.name}: {k}={v} should be of type {want.__name__}, such as {m.knobs[k]}")
+        out[k] = v
+    return Step(m.key, tuple(sorted(out.items())))
+
+
+def _pop_pass_knobs(knobs: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    got = {k: knobs.pop(k) for k in PASS_KNOBS if k in knobs and k not in own}
+    if "keep" in got:
+        if not isinstance(got["keep"], (int, float)):
+            raise BadInput(f"keep={got['keep']} is not a share; use 0.5 or 50%")
+        got["keep"] = check_keep(float(got["keep"]))
+    if got.get("order", "dense") not in ORDERS:
+        raise BadInput(f"order={got['order']} is unknown; use sequential or dense")
+    return got
+
+
+def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pass:
+    reg = load_all()
+    steps: dict[str, Step] = {}
+    decided: dict[str, str] = {}  # axis -> who decided it
+    own: dict[str, Any] = {}
+    for name, knobs in tokens:
+        named = [m for m in reg.values() if name in (m.key, m.name) and m.axis in LINE]
+        if not named:
+            known = [m.name for m in reg.values() if m.axis in LINE] + list(RECIPES)
+            hint = "; a row is a whole pass, it cannot stand inside a pipeline" if name in RECIPES else near(name, known)
+            raise BadInput(f"unknown method {name!r}{hint}")
+        open_ = [m for m in named if not {m.axis, *m.joint} & set(decided)]
+        if not decided.keys() - {"unit"}:  # a format is named after what it stores
+            open_ = [m for m in open_ if m.axis != "format"] or open_
+        if not open_:
+            axis = next(a for a in (named[-1].axis, *named[-1].joint) if a in decided)
+            raise BadInput(f"{decided[axis]!r} and {name!r} both decide {axis}; keep one of them")
+        if len(open_) > 1:
+            raise BadInput(f"{name!r} is ambiguous; write {' or '.join(m.key for m in open_)}")
+        m = open_[0]
+        for k, v in _pop_pass_knobs(knobs, m.knobs).items():
+            if own.setdefault(k, v) != v:
+                raise BadInput(f"{k} is given twice in one pass")
+        steps[m.axis] = _step(m, knobs)
+        decided |= dict.fromkeys((m.axis, *m.joint), name)
+    for axis, key in DEFAULTS.items():
+        if axis not in decided:
+            steps[axis] = Step(key)
+            decided |= dict.fromkeys((axis, *get(key).joint), key)
+    if "score" not in decided:
+        raise BadInput(f"no score is named in {' | '.join(n for n, _ in tokens)!r}; add one, such as magnitude or wanda")
+    return _checked(Pass({a: steps[a] for a in AXES if a in steps}, scope, own.get("keep"), own.get("order", "sequential")))
+
+
+def _checked(p: Pass) -> Pass:
+    if p.keep is not None and not p.free:
+        raise BadInput(f"keep is given, but {p.steps['unit']} fixes its own share: leave keep out")
+    return p
+
+
+def unit_step(value: str, along: str = "in") -> Step:
+    """A unit as a knob: row, site, 2:4 (short for nm(n=2,m=4)), block(b=32) ..."""
+    value = str(value)
+    if m := re.fullmatch(r"(\d+):(\d+)", value):
+        value = f"nm(n={m[1]},m={m[2]})"
+    name, knobs = _token(value)
+    key = f"unit/{name.removeprefix('unit/')}"
+    units = [m.name for m in load_all().values() if m.axis == "unit"]
+    if key not in load_all():
+        raise BadInput(f"unknown unit {name!r}{near(name, units)}")
+    if along == "out" and "dim" in get(key).knobs:
+        knobs.setdefault("dim", "out")  # a row that groups along the output does so with n:m, too
+    return _step(get(key), knobs)
+
+
+def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
+    """A row's passes with its knobs set; a knob goes to every step that has it."""
+    knobs = dict(knobs)
+    whole = _pop_pass_knobs(knobs, {})
+    unit = knobs.pop("unit", None)
+    used: set[str] = set()
+    out = []
+    for p in row.passes:
+        steps = dict(p.steps)
+        if unit is not None:
+            step = unit_step(unit, p.steps["unit"].method.facts["along"])
+            steps["unit"] = step
+            if "budget" in step.method.joint:
+                steps.pop("budget", None)
+            elif "budget" not in steps:
+                steps["budget"] = Step(DEFAULTS["budget"])
+        for axis, s in steps.items():
+            mine = {k: v for k, v in knobs.items() if k in s.method.knobs}
+            used |= set(mine)
+            steps[axis] = _step(s.method, {**dict(s.knobs), **mine})
+        out.append(_checked(replace(p, steps=steps, keep=whole.get("keep", p.keep), order=whole.get("order", p.order))))
+    if left := sorted(set(knobs) - used):
+        known = sorted({k for p in row.passes for s in p.steps.values() for k in s.method.knobs} | {"unit", *PASS_KNOBS})
+        raise BadInput(f"{row.name} has no knob {left[0]!r}{near(left[0], known)}")
+    return out

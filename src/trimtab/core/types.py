@@ -1,0 +1,137 @@
+"""The values that travel along the line. Plain data: no behaviour that decides anything."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class BadInput(Exception):
+    """The user's input is wrong. The message is one line: what was wrong, and what would be right. Exit code 2."""
+
+
+class Failed(Exception):
+    """The run could not be finished, or the proof was not met. One line. Exit code 1."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an edit or a repair returns for one site.
+
+    `w` [out, in] is what the parts decode to; `mask` (bool, True = kept) is the pattern it must respect;
+    `parts` are the codes, scales, factors a format stores; `pre` are operations on the site's input, in order.
+    """
+
+    w: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    pre: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map `[out, in]`: a view of a parameter, in the canonical naming `<block>.<group>.<role>`.
+
+    `param` is the parameter's name inside its block's module. The weight is
+    `param[expert]` if `expert` is given, transposed if `transposed` (stored `[in, out]`), then `rows` of it.
+    `input` names the activation that feeds it: sites with equal `input` in one block see the same tensor.
+    `consumer` is the name of the site that reads this one's output as its own input channels (gate and up -> down).
+    """
+
+    name: str
+    block: int
+    group: str                           # "attn" or "mlp"
+    role: str                            # q k v o gate up down
+    param: str
+    shape: tuple[int, int]
+    input: str                           # "attn.in" "attn.mid" "mlp.in" "mlp.mid", with "experts.<e>." in front for experts
+    expert: int | None = None
+    transposed: bool = False
+    rows: tuple[int, ...] | None = None  # (begin, end), or all the row numbers when they are interleaved
+    consumer: str | None = None
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def _rows(self) -> slice | Tensor | None:
+        if self.rows is None:
+            return None
+        return slice(*self.rows) if len(self.rows) == 2 else torch.tensor(self.rows)
+
+    def get(self, param: Tensor) -> Tensor:
+        """The site's weight as a new contiguous `[out, in]` tensor."""
+        w = param.detach() if self.expert is None else param.detach()[self.expert]
+        w = w.T if self.transposed else w
+        rows = self._rows()
+        return (w if rows is None else w[rows]).clone(memory_format=torch.contiguous_format)
+
+    def put(self, param: Tensor, w: Tensor) -> None:
+        """Write `w` [out, in] back into the parameter, in place, in its stored layout and dtype."""
+        if tuple(w.shape) != self.shape:
+            raise ValueError(f"{self.name}: got {tuple(w.shape)}, the site is {self.shape}")
+        with torch.no_grad():
+            dst = param.detach() if self.expert is None else param.detach()[self.expert]
+            dst = dst.T if self.transposed else dst
+            rows = self._rows()
+            if rows is None:
+                dst.copy_(w)
+            else:
+                dst[rows] = w.to(dst.dtype)
+
+
+# Histogram of non-negative scores: 64 bins an octave from 2^-70 to 2^60, bin 0 for anything smaller (zero too).
+OCTAVE, LOWEST, BINS = 64, -70, 130 * 64
+
+
+@dataclass
+class Summary:
+    """What a budget may see of one site's scores: a histogram that can be merged, never the scores.
+
+    `count` entries, their `total`, and `hist` [BINS] int64 over log2(score). `edge(b)` is the lower edge of bin b.
+    """
+
+    site: Site
+    count: int
+    total: float
+    hist: Tensor
+
+    @staticmethod
+    def of(site: Site, s: Tensor) -> Summary:
+        s = s.detach().double().flatten()
+        at = ((torch.log2(s.clamp_min(2.0 ** (LOWEST - 1))) - LOWEST) * OCTAVE).floor().long() + 1
+        return Summary(site, s.numel(), float(s.sum()), torch.bincount(at.clamp(0, BINS - 1), minlength=BINS))
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    @staticmethod
+    def edge(b: int) -> float:
+        return 0.0 if b <= 0 else 2.0 ** (LOWEST + (b - 1) / OCTAVE)
+
+    def above(self, value: float) -> float:
+        """How many entries are greater than `value` (to within one bin, 1.1 % of the value)."""
+        if value <= 0:
+            return float(self.count - int(self.hist[0]))
+        b = math.floor((math.log2(value) - LOWEST) * OCTAVE) + 1
+        return float(self.hist[max(b, 0) + 1:].sum())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of its recipe: `better` of the two recipes (by our names) on `metric`, their figures as `said`."""
+
+    text: str
+    better: str
+    than: str
+    setting: str = "50%"
+    said: str = ""
+
+
+Progress = Callable[[str, int, int], None]  # stage, done, of
+Batches = Iterable[dict[str, Tensor]]

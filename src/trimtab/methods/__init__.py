@@ -1,0 +1,1 @@
+"""The methods, one folder an axis. A method computes; the engine walks."""

@@ -1,0 +1,40 @@
+"""Moments of a site's input. One pass takes them all."""
+from __future__ import annotations
+
+from torch import Tensor
+
+from trimtab.core.registry import method
+
+
+@method("stat", merge="sum", mean=True)
+def in_sq(x: Tensor) -> Tensor:
+    """Mean square of each input, [in].
+
+    Formula: E[x_j^2]
+    Source: textbook
+    Deviations: none
+    """
+    return x.float().square().sum(0)
+
+
+@method("stat", merge="sum", mean=True)
+def gram(x: Tensor) -> Tensor:
+    """Second moment of the inputs, [in, in]: the Hessian of the site's squared output error, up to a factor.
+
+    Formula: X^T X / tokens
+    Source: textbook
+    Deviations: none
+    """
+    x = x.float()
+    return x.T @ x
+
+
+@method("stat", merge="max")
+def absmax(x: Tensor) -> Tensor:
+    """Largest magnitude of each input, [in].
+
+    Formula: max |x_j|
+    Source: textbook
+    Deviations: none
+    """
+    return x.float().abs().amax(0)
