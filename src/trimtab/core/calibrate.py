@@ -1,6 +1,7 @@
 """One pass over a block for the union of the statistics asked for; the walk from block to block."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,26 @@ from trimtab.core.types import BadInput, Site
 Tick = Callable[[], None]
 
 
+class StatCache:
+    """Statistics already taken, by content: hidden states, block weights, statistic, activation. For many recipes in one run."""
+
+    def __init__(self, limit: int = 1_000_000_000):
+        self.limit, self.held, self.hits = limit, 0, 0
+        self.stats: dict[tuple[str, str, str], tuple[Any, int]] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
+
+    def room(self, size: int) -> bool:
+        self.held += size if (fits := self.held + size <= self.limit) else 0
+        return fits
+
+
+def content(store: Store, module: nn.Module) -> str:
+    h = hashlib.blake2b(digest_size=16)
+    for t in [*store, *module.parameters()]:
+        h.update(t.detach().contiguous().view(torch.uint8).flatten().numpy())
+    return h.hexdigest()
+
+
 @dataclass
 class Collector:
     """Running statistics of one block. `wanted` maps each site to the statistics it needs."""
@@ -27,6 +48,7 @@ class Collector:
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
     inputs: dict[str, set[str]] = field(init=False)     # key of an activation -> statistics wanted of it
     gradients: dict[str, set[str]] = field(init=False)  # site -> statistics wanted of its gradient
+    taken: set[tuple[str, str]] = field(default_factory=set)  # had from the cache
 
     def __post_init__(self) -> None:
         self.inputs, self.gradients = {}, {}
@@ -44,11 +66,25 @@ class Collector:
     @property
     def kinds(self) -> set[str]:
         """What the block has to be tapped for."""
-        return {"sublayer" if _of(s) == "sublayer" else "input" for stats in self.inputs.values() for s in stats}
+        return {"sublayer" if _of(s) == "sublayer" else "input"
+                for key, stats in self.inputs.items() for s in stats if (s, key) not in self.taken}
+
+    def take(self, cache: StatCache, at: str) -> None:
+        for key, stats in self.inputs.items():
+            for stat in stats:
+                if (at, stat, key) in cache.stats:
+                    self.sums[stat, key], self.counts[stat, key] = cache.stats[at, stat, key]
+                    self.taken.add((stat, key))
+                    cache.hits += 1
+
+    def give(self, cache: StatCache, at: str) -> None:
+        for (stat, key), value in self.sums.items():
+            if (stat, key) not in self.taken and cache.room(value.nbytes):
+                cache.stats[at, stat, key] = (value, self.counts[stat, key])
 
     def see(self, kind: str, key: str, *tensors: Tensor) -> None:
         for stat in sorted(self.inputs.get(key, ())):
-            if (_of(stat) == "sublayer") == (kind == "sublayer"):
+            if (_of(stat) == "sublayer") == (kind == "sublayer") and (stat, key) not in self.taken:
                 self._add(stat, key, len(tensors[0]), *tensors)
 
     def see_gradient(self, site: Site, g: Tensor) -> None:
@@ -75,7 +111,8 @@ class Collector:
     def _finish(self, stat: str, key: str, site: Site) -> Tensor:
         m, at = get(f"stat/{stat}"), (stat, key)
         if at not in self.sums:  # no token reached it: what a single zero gives
-            zero = m.fn(torch.zeros(site.shape if _of(stat) == "grad" else (1, site.shape[1])))
+            width = site.shape[0] if _of(stat) == "mid" and site.consumer in self.sites else site.shape[1]
+            zero = m.fn(torch.zeros(site.shape if _of(stat) == "grad" else (1, width)))
             return zero[None] if m.facts["merge"] == "stack" else zero
         value = torch.stack(self.sums[at]) if m.facts["merge"] == "stack" else self.sums[at]  # type: ignore[arg-type]
         value = value / self.counts[at] if m.facts["mean"] else value
@@ -97,8 +134,9 @@ class Walk:
     `spill` bytes, in files under `scratch`.
     """
 
-    def __init__(self, net: Any, samples: list[Batch], scratch: Path, spill: int | None, width: int = 8):
-        self.net, self.samples, self.scratch, self.spill = net, samples, scratch, spill
+    def __init__(self, net: Any, samples: list[Batch], scratch: Path, spill: int | None, width: int = 8,
+                 cache: StatCache | None = None):
+        self.net, self.samples, self.scratch, self.spill, self.cache = net, samples, scratch, spill, cache
         self.batches = group(samples, width)
         self.contexts: list[Any] = []
         self.store: Store | None = None
@@ -130,6 +168,16 @@ class Walk:
     def forward(self, module: nn.Module, i: int, collect: Collector | None, advance: bool, tick: Tick) -> None:
         """Run block i on every batch; its outputs become the hidden states when `advance`."""
         assert self.store is not None
+        at = content(self.store, module) if self.cache and (collect or advance) else ""
+        if self.cache and collect is not None:
+            collect.take(self.cache, at)
+        known = self.cache.outputs.get(at) if self.cache else None
+        if (known or not advance) and (collect is None or not collect.kinds):
+            for b in range(len(self.batches)):
+                if advance and known:
+                    self.store[b] = known[b]
+                tick()
+            return
         for b in range(len(self.batches)):
             x = self.store[b]
             if collect is not None and collect.kinds:
@@ -140,6 +188,10 @@ class Walk:
             if advance:
                 self.store[b] = y
             tick()
+        if self.cache and collect is not None:
+            collect.give(self.cache, at)
+        if self.cache and advance and self.cache.room(sum(x.nbytes for x in self.store)):
+            self.cache.outputs[at] = list(self.store)
 
 
 class BackwardWalk(Walk):

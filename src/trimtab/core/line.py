@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch import Tensor
 import trimtab
 from trimtab.core import data as data_
 from trimtab.core import memory
-from trimtab.core.calibrate import BackwardWalk, Collector, Walk
+from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.journal import Journal, sync_dir, write_json
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe, Step
@@ -53,7 +54,7 @@ class Options:
     force: bool = False
     speed: bool = True
     trust_remote_code: bool = False
-    quiet: bool = field(default=False, compare=False)
+    cache: StatCache | None = field(default=None, compare=False)  # shared by the recipes of one run
 
 
 # ---- one site ---------------------------------------------------------------------------------
@@ -211,7 +212,8 @@ Visit = Callable[[int, Any, Collector | None], None]
 WalkOn = Callable[[dict[str, set[str]], Visit, str, Callable[[int, int], None], int], None]
 
 
-def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int | None, journal: Journal | None) -> WalkOn:
+def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int | None, journal: Journal | None,
+           cache: StatCache | None = None) -> WalkOn:
     """A function that takes a visitor over all blocks, with the statistics it asks for."""
 
     def earlier(sweep: int, i: int) -> dict[str, Tensor]:
@@ -255,7 +257,7 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
             finally:
                 back.close()
             return
-        ahead = Walk(net, samples, scratch, spill)
+        ahead = Walk(net, samples, scratch, spill, cache=cache)
         per_block = len(ahead.batches) * (2 if order == "sequential" else 1)
         total, done = per_block * len(blocks), [0]
 
@@ -397,7 +399,7 @@ def writing(journal: Journal, out: Path) -> Iterator[None]:
 def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], samples: list[data_.Batch],
                journal: Journal, header: dict[str, Any], opts: Options, tick: Report) -> dict[str, float]:
     spill = None if opts.max_memory is None else opts.max_memory // 16
-    walk_on = walker(net, samples, journal.dir, spill, journal)
+    walk_on = walker(net, samples, journal.dir, spill, journal, opts.cache)
     plan = journal.plan() or {"header": header}
     all_shares: dict[str, dict[str, float]] = plan.get("shares", {})
     for k, sweep in enumerate(plan_sweeps):
@@ -413,7 +415,7 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
                 return
             priors = read_block(journal.block_path(k - 1, i))[1] if k else {}
             parts: dict[str, Tensor] = {f"trimtab:{n}": t for n, t in priors.items()}
-            notes: dict[str, Any] = read_block(journal.block_path(k - 1, i))[2] if k else {"packed_bytes": {}}
+            notes: dict[str, Any] = read_block(journal.block_path(k - 1, i))[2] if k else {"packed_bytes": {}, "formats": {}}
             notes["starved"] = stats.starved() if stats else []
             for s in net.sites_of(i):
                 if s.name not in owner:
@@ -428,6 +430,7 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
                 fmt = format_of(p)
                 packed = fmt.method({"new": change}, **fmt.bound)
                 notes["packed_bytes"][s.name] = sum(t.nbytes for t in packed.values())
+                notes["formats"][s.name] = fmt.method.name
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
                 parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
@@ -453,6 +456,7 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     where: dict[str, int] = {}
     parts: dict[str, Tensor] = {}
     packed: dict[str, int] = {}
+    formats: dict[str, str] = {}
     starved: list[str] = []
     for i in range(net.n_blocks) if last >= 0 else ():
         f = SafeFile(journal.block_path(last, i))
@@ -460,6 +464,7 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
         parts |= {n.removeprefix("trimtab:"): f.read(n) for n in f.names if n.startswith("trimtab:")}
         notes = json.loads(f.metadata["notes"])
         packed |= notes["packed_bytes"]
+        formats |= notes["formats"]
         starved += [f"{i}.{n}" for n in notes["starved"]]
 
     def replaced(name: str) -> Tensor | None:
@@ -474,7 +479,8 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     result = {
         "proof": "pending", "recipe": recipe.name, "pipeline": recipe.text, "plan_hash": plan_hash(header, shares),
         "header": header, "shares": shares, "packed_bytes": packed, "warnings": warnings,
-        "rest_bytes": rest_bytes(net, set(packed)),
+        "rest_bytes": rest_bytes(net, set(packed)), "formats": formats,
+        "free": any(p.free and p.keep is None for p in recipe.passes) and opts.keep < 1,
     }
     write_json(out / "trimtab.json", result)
     sync_dir(out)
@@ -529,34 +535,50 @@ def text_bytes(net: Network, samples: list[data_.Batch]) -> int | None:
     return sum(len(tok.decode(row[1:].tolist()).encode()) for b in samples for row in b["input_ids"])
 
 
+def proof_request(before: Path, after: Path | None, net: Network, samples: list[data_.Batch], opts: Options,
+                  where: Path) -> dict[str, Any]:
+    """What the proof's process is asked; the held-out inputs go into a file in `where`."""
+    from safetensors.torch import save_file
+
+    size = text_bytes(net, samples)
+    inputs = where / "inputs.safetensors"
+    save_file({k: torch.cat([s[k] for s in samples]) for k in samples[0]}, inputs)
+    return {"before": str(before), "after": str(after) if after else None, "batches": str(inputs), "bytes_of_text": size,
+            "max_memory": opts.max_memory, "threads": torch.get_num_threads(), "speed": opts.speed, "dtype": opts.dtype,
+            "trust_remote_code": opts.trust_remote_code}
+
+
 def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: list[data_.Batch], opts: Options,
           tick: Report, began: float) -> dict[str, Any]:
     """Reload both models in a fresh process and compare; the outcome is written into the output directory."""
-    from trimtab.prove.proof import run_fresh, verdict
+    from trimtab.prove.proof import run_fresh
     from trimtab.report.card import card
 
-    bytes_of_text = text_bytes(net, samples)
-    memory.release()
-    packed = sum(notes["packed_bytes"].values()) + notes["rest_bytes"] if notes["packed_bytes"] else None
-    own = memory.rss()
-    result = run_fresh({
-        "before": str(model), "after": str(out), "samples": samples, "bytes_of_text": bytes_of_text,
-        "max_memory": None if opts.max_memory is None else max(opts.max_memory - own, 0),
-        "threads": torch.get_num_threads(), "speed": opts.speed, "packed_bytes": packed, "dtype": opts.dtype,
-        "trust_remote_code": opts.trust_remote_code,
-    }, tick)
-    ok, warnings = verdict(result, opts.min_recovery)
+    formats = sorted(set(notes["formats"].values()))
+    with tempfile.TemporaryDirectory() as tmp:
+        request = proof_request(model, out, net, samples, opts, Path(tmp))
+        memory.release()
+        own = memory.rss()
+        result = run_fresh(request | {
+            "packed_bytes": sum(notes["packed_bytes"].values()) + notes["rest_bytes"] if notes["packed_bytes"] else None,
+            "packed_format": " + ".join(formats), "min_recovery": opts.min_recovery,
+            "seconds": max(10.0, notes.get("edit_seconds") or 0.0),  # timing takes no longer than the work it judges
+        }, tick)
     result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash")}
-    result["warnings"] = [*notes["warnings"], *result.get("warnings", []), *warnings]
-    result["proof"] = "met" if ok else "failed"
-    result["min_recovery"] = opts.min_recovery
+    result["warnings"] = [*notes["warnings"], *result["warnings"]]
     result["peak_rss_bytes"] = max(notes.get("edit_peak_rss_bytes", 0), own + result["peak_rss_bytes"])
-    result["edit_seconds"] = notes.get("edit_seconds")
-    result["seconds"] = round(time.time() - began, 3)
-    result["out"] = str(out)
+    result |= {"min_recovery": opts.min_recovery, "edit_seconds": notes.get("edit_seconds"), "out": str(out),
+               "seconds": round(time.time() - began, 3)}
     write_json(out / "trimtab.json", {**notes, **result})
-    readme = out / "README.md"
-    tmp = readme.with_suffix(".tmp")
-    tmp.write_text(card(result), encoding="utf-8")
-    os.replace(tmp, readme)
+    base = "builtin:lm" if model.parent.name == "builtin" else model.resolve().name
+    tmp_card = out / "README.md.tmp"
+    tmp_card.write_text(card(result, base, commands(base, notes, opts, out)), encoding="utf-8")
+    os.replace(tmp_card, out / "README.md")
     return result
+
+
+def commands(base: str, notes: dict[str, Any], opts: Options, out: Path) -> list[str]:
+    """How to make this output again, and how to use it."""
+    keep = f" --keep {opts.keep:g}" if notes["free"] else ""
+    return [f"trimtab trim {base} '{notes['pipeline']}' -o {out.name}{keep} --samples {opts.samples} --seq-len {opts.seq_len} "
+            f"--seed {opts.seed}", f"trimtab eval {out.name} --against {base}", f"trimtab generate {out.name} 'def main():'"]

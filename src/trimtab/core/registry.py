@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,7 +32,7 @@ KNOBS = {
     "n": "kept entries of a group of m", "m": "length of a group along the input",
     "dim": "which dimension a pattern runs along: in or out",
     "b": "side of a square block", "rows": "rows of a block", "cols": "columns of a block",
-    "damp": "ridge, as a share of the mean diagonal", "block": "entries handled together by a blocked solver",
+    "damp": "ridge, as a share of the mean diagonal unless the method says otherwise", "block": "entries handled together by a blocked solver",
     "alpha": "exponent of an activation norm", "scale": "weight of a second term",
     "outlier": "multiple of the mean above which a score is an outlier", "spread": "half-width of a window of shares",
     "iters": "iterations", "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
@@ -65,11 +66,28 @@ class Method:
 
     @property
     def version(self) -> str:
-        return hashlib.sha256(inspect.getsource(self.fn).encode()).hexdigest()[:12]
+        """Hash of the source of its file and of every method or solver file that file draws on."""
+        return _source_hash(self.fn.__module__)
 
     def __call__(self, env: dict[str, Any], **knobs: Any) -> Any:
         """Call with the data it names taken from `env`."""
         return self.fn(*(env[d] for d in self.data), **{**self.knobs, **knobs})
+
+
+def _draws_on(module: str, seen: set[str]) -> set[str]:
+    if module not in seen:
+        seen.add(module)
+        for value in vars(sys.modules[module]).values():
+            other = getattr(value, "__module__", None)
+            if isinstance(other, str) and other.startswith(("trimtab.methods.", "trimtab.core.math")):
+                _draws_on(other, seen)
+    return seen
+
+
+@cache
+def _source_hash(module: str) -> str:
+    sources = [inspect.getsource(sys.modules[m]) for m in sorted(_draws_on(module, set()))]
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()[:12]
 
 
 # What a method may declare, by axis, with defaults.

@@ -259,6 +259,8 @@ def _step(m: Method, knobs: dict[str, Any]) -> Step:
     for k, v in knobs.items():
         if k not in m.knobs:
             known = list(m.knobs)
+            if k == "unit":
+                raise BadInput(f"unit= belongs to a row that stands alone; in a pipeline the unit is a step, such as '{v} | {m.name}'")
             raise BadInput(f"{m.name} has no knob {k!r}{near(k, known) if known else '; it has none'}")
         want = type(m.knobs[k])
         if want is float and isinstance(v, int) and not isinstance(v, bool):
@@ -292,8 +294,8 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
             hint = "; a row is a whole pass, it cannot stand inside a pipeline" if name in RECIPES else near(name, known)
             raise BadInput(f"unknown method {name!r}{hint}")
         open_ = [m for m in named if not {m.axis, *m.joint} & set(decided)]
-        if not decided.keys() - {"unit"}:  # a format is named after what it stores
-            open_ = [m for m in open_ if m.axis != "format"] or open_
+        if not decided.keys() - {"unit", "budget"}:  # a repair or a format is named after what it acts on
+            open_ = [m for m in open_ if m.axis not in ("repair", "format")] or open_
         if not open_:
             axis = next(a for a in (named[-1].axis, *named[-1].joint) if a in decided)
             raise BadInput(f"{decided[axis]!r} and {name!r} both decide {axis}; keep one of them")

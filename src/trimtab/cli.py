@@ -1,0 +1,372 @@
+"""The command line. One JSON object or plain words on stdout; progress and messages on stderr; exit 0, 1 or 2."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trimtab.core.types import BadInput, Failed
+
+BUILTIN = "builtin:lm"
+
+
+# ---- values -----------------------------------------------------------------------------------
+def share(text: str) -> float:
+    """0.5 or 50%."""
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share; use 0.5 or 50%") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1; use a share such as 0.5 or 50%")
+    return value
+
+
+def size(text: str) -> int:
+    """2GB, 500MB, 1.5GiB or plain bytes."""
+    m = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?B?|B)?\s*", text, re.I)
+    if not m:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; use 2GB, 500MB or bytes")
+    unit = (m[2] or "B").upper().removesuffix("B")
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(m[1]) * base ** " KMGT".index(unit[:1] or " "))
+
+
+def count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def find_model(name: str) -> Path:
+    """A directory, `builtin:lm`, or a hub id. An existing or path-like name is never looked up on a hub."""
+    if name == BUILTIN:
+        from trimtab.builtin import model_path
+
+        return model_path()
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~", os.sep)) or name.count("/") != 1 or name.endswith("/"):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise BadInput(f"{name!r} is no directory here, and the hub did not give it ({reason[:120]}); give a directory or {BUILTIN}") from None
+
+
+# ---- progress ---------------------------------------------------------------------------------
+class Progress:
+    """Stage by stage on stderr: a live bar with time left on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, quiet: bool, prefix: str = ""):
+        self.quiet, self.prefix, self.stage, self.began, self.said = quiet, prefix, "", 0.0, 0.0
+        self.bar: Any = None
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if of == 0:
+            self._line(stage)
+            return
+        if stage != self.stage:
+            self.stage, self.began, self.said = stage, now, now
+            if sys.stderr.isatty():
+                self._open(of)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=of)
+            if done >= of:
+                self.close()
+        elif done >= of:
+            self._line(f"{stage}: done in {now - self.began:.1f} s")
+        elif now - self.said > 5 and done:
+            self.said = now
+            self._line(f"{stage}: {done} of {of}, {(now - self.began) * (of - done) / done:.0f} s left")
+
+    def _line(self, text: str) -> None:
+        print(f"{self.prefix}{text}", file=sys.stderr, flush=True)
+
+    def _open(self, of: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.close()
+        self.bar = Progress(TextColumn(f"{self.prefix}{{task.description:<8}}"), BarColumn(), MofNCompleteColumn(),
+                            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
+        self.bar.start()
+        self.task = self.bar.add_task(self.stage, total=of)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+# ---- the parser -------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"trimtab: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> Parser:
+    top = Parser(prog="trimtab", description="Measure, trim, repair and prove trained networks on the machine you have.")
+    top.add_argument("--version", action="store_true", help="versions and kernel level")
+    sub = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str) -> Parser:
+        p = sub.add_parser(name, help=text, description=text)
+        p.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+        p.add_argument("-q", "--quiet", action="store_true", help="no progress")
+        p.add_argument("--threads", type=count, default=0, help="default: physical cores")
+        return p
+
+    def model_options(p: Parser) -> None:
+        p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what it computes in")
+        p.add_argument("--trust-remote-code", action="store_true")
+
+    p = command("demo", "the main job on the built-in model: many recipes side by side, with a report")
+    p.add_argument("--out", type=Path, default=Path("trimtab-demo"))
+    p.add_argument("--force", action="store_true")
+
+    p = command("inspect", "blocks, shapes, statistics, what looks trimmable")
+    p.add_argument("model")
+    p.add_argument("--calib", nargs="+", default=[], metavar="PATH")
+    p.add_argument("--samples", type=count, default=16)
+    p.add_argument("--seq-len", type=count, default=256)
+    model_options(p)
+
+    p = command("catalogue", "every method and recipe, with formula, source and claim status")
+    p.add_argument("name", nargs="?")
+    p.add_argument("--axis")
+
+    p = command("trim", "trim a model, write it, and prove what it cost and bought")
+    p.add_argument("model")
+    p.add_argument("recipe", help="a row (wanda), a pipeline ('row | wanda | owl'), or a YAML file of the same")
+    p.add_argument("-o", "--out", type=Path, required=True)
+    p.add_argument("--scope", help="attn, mlp, all, or a glob of site names")
+    p.add_argument("--keep", type=share, help="share kept, default 0.5")
+    p.add_argument("--calib", nargs="+", default=[], metavar="PATH", help="text, .jsonl, or .safetensors of model inputs")
+    p.add_argument("--text", nargs="+", default=[], metavar="PATH", help="the same, for the proof")
+    p.add_argument("--samples", type=count, default=128)
+    p.add_argument("--seq-len", type=count, default=256)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max-memory", type=size, help="resident memory not to exceed, such as 2GB")
+    p.add_argument("--min-recovery", type=share, help="fail when dense / trimmed perplexity is below")
+    p.add_argument("--proof-tokens", type=count)
+    p.add_argument("--no-speed", action="store_true", help="leave the speed measurement out of the proof")
+    p.add_argument("--dry-run", action="store_true", help="estimate, try one block with save and reload, write nothing")
+    p.add_argument("--resume", action="store_true")
+    p.add_argument("--force", action="store_true", help="replace an existing output")
+    model_options(p)
+
+    p = command("eval", "quality of a model on held-out text")
+    p.add_argument("model")
+    p.add_argument("--text", nargs="+", default=[], metavar="PATH")
+    p.add_argument("--against", help="the model to compare with")
+    p.add_argument("--seq-len", type=count, default=256)
+    p.add_argument("--proof-tokens", type=count, default=8192)
+    p.add_argument("--max-memory", type=size)
+    model_options(p)
+
+    p = command("bench", "prefill and decode speed and memory")
+    p.add_argument("model")
+    p.add_argument("--against")
+    p.add_argument("--prompt", type=count, default=64)
+    p.add_argument("--new", type=count, default=64)
+    p.add_argument("--batch", type=count, default=1)
+    model_options(p)
+
+    p = command("generate", "continue a prompt")
+    p.add_argument("model")
+    p.add_argument("prompt")
+    p.add_argument("--max-new-tokens", type=count, default=64)
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--seed", type=int, default=0)
+    model_options(p)
+
+    p = command("verify", "re-measure the claims of recipes on the built-in model")
+    p.add_argument("recipe", nargs="*")
+    p.add_argument("--seeds", type=count, default=1)
+    p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
+    p.add_argument("--model", default=BUILTIN)
+    p.add_argument("--name", help="what the rows call the model; default: as given")
+    p.add_argument("--calib", nargs="+", default=[], metavar="PATH")
+    p.add_argument("--text", nargs="+", default=[], metavar="PATH")
+    return top
+
+
+# ---- the commands -----------------------------------------------------------------------------
+def options(a: argparse.Namespace) -> Any:
+    from trimtab.core.line import Options
+
+    return Options(
+        keep=a.keep or 0.5, samples=a.samples, seq_len=a.seq_len, seed=a.seed, calib=tuple(a.calib), text=tuple(a.text),
+        max_memory=a.max_memory, min_recovery=a.min_recovery, proof_tokens=a.proof_tokens, threads=a.threads,
+        dtype=a.dtype, resume=a.resume, force=a.force, speed=not a.no_speed, trust_remote_code=a.trust_remote_code,
+    )
+
+
+def run_trim(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.core import line, spec
+
+    recipe = spec.load(a.recipe).limited(a.scope, a.keep)
+    model = find_model(a.model)
+    progress = Progress(a.quiet)
+    try:
+        if a.dry_run:
+            from trimtab.core.estimate import dry_run
+
+            result = dry_run(model, recipe, a.out, options(a), progress)
+        else:
+            result = line.trim(model, recipe, a.out, options(a), progress)
+    finally:
+        progress.close()
+    if not a.json and not a.dry_run:
+        from trimtab.report.table import print_proof
+
+        print_proof(result)
+    return result, 1 if result.get("proof") == "failed" else 0
+
+
+def run_eval(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.core.evaluate import evaluate
+
+    model, against = find_model(a.model), find_model(a.against) if a.against else None
+    progress = Progress(a.quiet)
+    try:
+        result = evaluate(model, against, a, progress)
+    finally:
+        progress.close()
+    if not a.json:
+        from trimtab.report.table import print_proof
+
+        print_proof(result)
+    return result, 0
+
+
+def run_bench(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.core.evaluate import bench
+
+    result = bench(find_model(a.model), find_model(a.against) if a.against else None, a)
+    if not a.json:
+        from trimtab.report.table import print_bench
+
+        print_bench(result)
+    return result, 0
+
+
+def run_generate(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    import trimtab as tt
+
+    if not a.prompt:
+        raise BadInput("the prompt is empty; give some text to continue")
+    pieces = []
+    for piece in tt.load(a.model, dtype=a.dtype).generate(a.prompt, max_new_tokens=a.max_new_tokens,
+                                                          temperature=a.temperature, seed=a.seed):
+        pieces.append(piece)
+        if not a.json:
+            print(piece, end="", flush=True)
+    if not a.json:
+        print()
+    return {"prompt": a.prompt, "text": "".join(pieces)}, 0
+
+
+def run_demo(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.demo import demo
+
+    return demo(a.out, force=a.force, threads=a.threads, quiet=a.quiet, words=not a.json), 0
+
+
+def run_inspect(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.core.evaluate import inspect
+
+    result = inspect(find_model(a.model), a, Progress(a.quiet))
+    if not a.json:
+        from trimtab.report.table import print_inspect
+
+        print_inspect(result)
+    return result, 0
+
+
+def run_catalogue(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.report.catalogue import catalogue, print_catalogue
+
+    result = catalogue(a.name, a.axis)
+    if not a.json:
+        print_catalogue(result)
+    return result, 0
+
+
+def run_verify(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.evidence import verify
+
+    return verify(a.recipe, seeds=a.seeds, progress=Progress(a.quiet), words=not a.json, out=a.out,
+                  model=find_model(a.model), model_name=a.name or a.model, calib=tuple(a.calib), text=tuple(a.text)), 0
+
+
+def version() -> dict[str, Any]:
+    import platform
+
+    import torch
+    import transformers
+
+    import trimtab
+
+    return {"trimtab": trimtab.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability(),
+            "kernels": "torch (no native runtime in this version)"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    top = parser()
+    a = top.parse_args(argv)
+    if a.version:
+        for k, v in version().items():
+            print(f"{k:<14}{v}")
+        return 0
+    if not a.command:
+        top.print_help()
+        return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if a.threads:
+            import torch
+
+            torch.set_num_threads(a.threads)
+        result, code = globals()[f"run_{a.command}"](a)
+    except BadInput as e:
+        print(f"trimtab: {e}", file=sys.stderr)
+        return 2
+    except Failed as e:
+        print(f"trimtab: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("trimtab: stopped; nothing that existed before was changed", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    if a.json:
+        json.dump(result, sys.stdout, sort_keys=True)
+        sys.stdout.write("\n")
+    return code
+
+
+def entry() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

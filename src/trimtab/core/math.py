@@ -1,0 +1,165 @@
+"""Solvers that several methods share. All work on one site: w [out, in], gram [in, in] = E[x x^T].
+
+What every one of them lowers is the calibration error of a row, (w' - w) G (w' - w)^T. Factorisations are float64 and
+done in place: the largest holding is one float64 [in, in] (254 MB for 5,632 inputs), one float32 copy of it for the
+time of a conversion, and a few float32 [out, in].
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import Change
+
+LARGE = 2048  # beyond this many inputs errors are summed in float32: they only guard a repair
+
+
+def damped(gram: Tensor, damp: float, flip: bool = False) -> Tensor:
+    """G + damp * mean(diag G) * I in float64, a new [in, in], from the last input to the first if `flip`.
+
+    An input that was always zero gets 1 on the diagonal.
+    """
+    h = (gram.flip(0, 1) if flip else gram).to(torch.float64, copy=True)
+    d = h.diagonal()
+    dead = d == 0
+    d += damp * d.mean()
+    d[dead] = 1.0
+    return h
+
+
+def factor(build: Callable[[float], Tensor]) -> Tensor:
+    """Lower Cholesky factor of the symmetric `build(0.0)`, computed in the memory of what it returns.
+
+    Where that is not positive definite, of `build(1e-8)`, `build(1e-7)` and so on: more and more damping.
+    """
+    extra = 0.0
+    while extra <= 1e3:
+        h = build(extra)
+        info = torch.empty((), dtype=torch.int32, device=h.device)
+        low, info = torch.linalg.cholesky_ex(h.T, out=(h.T, info))  # h.T is in LAPACK's order: no copy
+        if not bool(info):
+            return low
+        extra = max(10 * extra, 1e-8)
+    raise ValueError("the Gram matrix has no Cholesky factor; are the calibration inputs finite?")
+
+
+def errors(w: Tensor, new: Tensor, gram: Tensor) -> Tensor:
+    """Calibration error of every row, [out]: (w' - w) G (w' - w)^T."""
+    dtype = torch.float64 if w.shape[1] <= LARGE else torch.float32
+    d = new.to(dtype) - w.to(dtype)
+    total = torch.zeros_like(d[:, 0])
+    for c in range(0, d.shape[1], LARGE):  # in strips, so that no second copy of G is held
+        total += ((d @ gram[:, c:c + LARGE].to(dtype)) * d[:, c:c + LARGE]).sum(1)
+    return total
+
+
+def improved(w: Tensor, new: Change, better: Tensor, gram: Tensor) -> Change:
+    """`new` with those rows of `better` that lower the calibration error; off the mask exactly zero."""
+    assert new.mask is not None
+    cand = torch.where(new.mask, better.to(new.w.dtype), torch.zeros_like(new.w))
+    wins = errors(w, cand, gram) < errors(w, new.w, gram)
+    return replace(new, w=torch.where(wins[:, None], cand, new.w))
+
+
+def sweep(w: Tensor, gram: Tensor, choose: Callable[[Tensor, int, int], Tensor], *, damp: float, block: int,
+          step: int | None = None) -> tuple[Tensor, Tensor]:
+    """SparseGPT's column sweep: decide a mask from left to right, mend each dropped weight in the columns after it.
+
+    `choose(s, begin, end)` gets the OBS scores [out, end - begin] of the current weights and returns what is kept; it
+    is asked once a block, or every `step` columns (`block` a multiple of `step`). Returns the weights [out, in]
+    (float32, zero where dropped) and the mask.
+
+    With H = R R^T, R upper triangular, the paper's U (H^-1 = U^T U) is R^-1, and after a change D of the columns so far
+    the best change of those that follow is the one that makes D R vanish there. So H is never inverted: the current
+    weights of a block are w - (D R)_block R_block^-1, with D of the earlier blocks only.
+    """
+    n = w.shape[1]
+    low = factor(lambda extra: damped(gram, damp + extra, flip=True))  # R[a, b] = low[n - 1 - a, n - 1 - b]
+    dense = w.float().T.contiguous()  # [in, out]: a column of w is a contiguous row
+    delta, kept = torch.zeros_like(dense), torch.zeros_like(dense, dtype=torch.bool)
+    for a in range(0, n, block):
+        b = min(a + block, n)
+        r = low[n - b:n - a, n - b:n - a].flip(0, 1)
+        u = torch.linalg.solve_triangular(r, torch.eye(b - a, dtype=r.dtype, device=r.device), upper=True).float()
+        scale = r.diagonal().float()[:, None]  # 1 / U_jj
+        cur = dense[a:b].clone()
+        if a:
+            cur -= u.T @ (low[n - a:, n - b:n - a].flip(0, 1).float().T @ delta[:a])
+        for j in range(b - a):
+            if j % (step or block) == 0:
+                end = min(j + (step or block), b - a)
+                kept[a + j:a + end] = choose((cur[j:end] * scale[j:end]).square().T, a + j, a + end).T
+            error = (cur[j] * scale[j]).masked_fill(kept[a + j], 0)
+            cur[j:].addr_(u[j, j:], error, alpha=-1)
+        delta[a:b] = cur.masked_fill(~kept[a:b], 0) - dense[a:b]
+    return (dense + delta).masked_fill(~kept, 0).T.contiguous(), kept.T.contiguous()
+
+
+def lengths(gram: Tensor) -> Tensor:
+    """Root mean square of every input, [in] float32; a share of 1e-8 of the largest where an input is always zero."""
+    n = gram.diagonal().float().clamp_min(0).sqrt()
+    return n.clamp_min(1e-8 * float(n.max())) if bool((n > 0).any()) else torch.ones_like(n)
+
+
+def kernel(gram: Tensor, n: Tensor, damp: float, rho: float) -> Tensor:
+    """rho * (A + rho I)^-1 in float32, for `splitting`; A = G / (n n^T) + damp * mean(diag) * I, n [in]."""
+
+    def build(extra: float) -> Tensor:
+        a = gram.to(torch.float64, copy=True)
+        a /= n
+        a /= n[:, None]
+        d = a.diagonal()
+        d += (damp + extra) * d.mean() + rho
+        return a
+
+    low = factor(build)
+    return torch.cholesky_inverse(low, out=low).mul_(rho).float()  # symmetric: its order does not matter
+
+
+def splitting(v0: Tensor, pull: Tensor, project: Callable[[Tensor, int], Tensor], iters: int) -> Tensor:
+    """ADMM for min 1/2 (v - v0) A (v - v0)^T + g(v), all rows [out, in] at once; `pull` is the `kernel` of A.
+
+    `project(x, t)` is the proximal map of g / rho at iteration t. Returns the argument of the next projection.
+    The step of v, (v0 A + rho (z - u)) (A + rho I)^-1, is written as a change of v0, so that nothing large cancels.
+    """
+    v, u = v0, torch.zeros_like(v0)
+    for t in range(iters):
+        z = project(v + u, t)
+        u = u + v - z
+        v = torch.addmm(v0, z - u - v0, pull)
+    return v + u
+
+
+def best(s: Tensor, k: int) -> Tensor:
+    """Mask of the k largest entries of s; ties go to the lower index."""
+    mask = torch.zeros_like(s, dtype=torch.bool).flatten()
+    mask[torch.argsort(s.flatten(), descending=True, stable=True)[:k]] = True
+    return mask.view(s.shape)
+
+
+def refit(w: Tensor, mask: Tensor, gram: Tensor, damp: float) -> Tensor:
+    """The weights on `mask` that minimise every row's calibration error, [out, in] float32.
+
+    Rows that share a pattern share its factor.
+    """
+    h = damped(gram, damp)
+    rhs = w.double() @ h
+    out = torch.zeros_like(rhs)
+    patterns, which = torch.unique(mask, dim=0, return_inverse=True)
+    groups = torch.argsort(which, stable=True).split(torch.bincount(which, minlength=len(patterns)).tolist())
+    for pattern, rows in zip(patterns, groups, strict=True):
+        at = pattern.nonzero().squeeze(1)
+        if len(at):
+            low = factor(lambda extra, at=at: _ridge(h.index_select(0, at).index_select(1, at), extra))
+            cell = (rows[:, None], at)
+            out[cell] = torch.cholesky_solve(rhs[cell].T, low).T
+    return out.float()
+
+
+def _ridge(h: Tensor, share: float) -> Tensor:
+    d = h.diagonal()
+    d += share * d.mean()
+    return h

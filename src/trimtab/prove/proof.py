@@ -1,0 +1,206 @@
+"""The proof: what was written is opened again, in a process of its own, and held against the original.
+
+`python -m trimtab.prove.proof REQUEST.json` prints one JSON object on stdout and `@stage done total` lines on stderr.
+"""
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from trimtab.core.types import BadInput, Failed, Progress
+
+WARN_BELOW = 0.95   # recovery under this is a warning when nothing was asked
+CLEARLY = 1.02      # the median pair must be at least this much faster
+ROWS_OF = 2048      # tokens run together
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def smaller_line(before: dict[str, Any], after: dict[str, Any], packed: dict[str, Any] | None) -> str:
+    """Is the written file smaller, and if not, would the recipe's own format make it so? `packed`: {format, bytes}."""
+    a, b = before["bytes"], after["bytes"]
+    line = f"{'yes' if b < 0.99 * a else 'no'}: {_mb(a)} before, {_mb(b)} after"
+    if b < 0.99 * a:
+        line += f" ({b / a:.2f}x)"
+    if packed and packed["format"] != "dense":
+        size = packed["bytes"]
+        would = f"as {packed['format']} it would be {_mb(size)} ({size / a:.2f}x)"
+        line += f"; {would}" if size < 0.99 * min(a, b) else f"; {packed['format']} would not make it smaller"
+    return line
+
+
+def faster_line(speed: dict[str, Any] | None, masked: bool) -> str:
+    """Yes only if every pair of neighbouring runs was faster and the median pair by at least 2 %.
+
+    With n pairs of equal programs all n point one way with probability 2^-n (3 % for five): the spread excludes 1.
+    """
+    if not speed or not speed.get("ratio"):
+        return "not measured"
+    key = "decode_tok_s" if "decode_tok_s" in speed["ratio"] else "prefill_tok_s"
+    r = speed["ratio"][key]
+    yes = r["min"] > 1 and r["median"] >= CLEARLY
+    line = f"{'yes' if yes else 'no'}: {r['median']:.2f}x {key.split('_')[0]} with {speed.get('runner', 'torch')}"
+    line += f" ({r['min']:.2f}x to {r['max']:.2f}x over {speed['repeats']} pairs)"
+    if speed["speed"] == "estimated":
+        line += ", estimated from one block and the head"
+    return line + ("" if yes or not masked else "; a mask saves bytes, not time")
+
+
+def verdict(result: dict[str, Any], min_recovery: float | None) -> tuple[bool, list[str]]:
+    """(met, warnings). Below the asked recovery, or a figure that is not a number, is not met."""
+    recovery, after = result.get("recovery"), result.get("after") or {}
+    figures = [recovery, result.get("score")] + ([after.get("perplexity")] if result["metric"] == "perplexity" else [])
+    if any(x is None or not math.isfinite(x) for x in figures):
+        return False, [f"the trimmed model's {result['metric']} is not a number: it is broken"]
+    if min_recovery is not None and recovery < min_recovery:
+        return False, [f"recovery {recovery:.4g} is below the asked {min_recovery:g}"]
+    if min_recovery is None and recovery < WARN_BELOW:
+        return True, [f"recovery {recovery:.4g} is below {WARN_BELOW:g}; ask for a floor with --min-recovery"]
+    return True, []
+
+
+def _plain(x: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, bytes_of_text: int | None = None,
+          max_memory: int | None = None, threads: int | None = None, speed: bool = True,
+          packed_bytes: int | None = None, packed_format: str = "dense", dtype: str = "float32", scratch: Path | None = None,
+          min_recovery: float | None = None, seconds: float | None = None, trust_remote_code: bool = False,
+          progress: Progress | None = None, **timing: int) -> dict[str, Any]:
+    """Compare two checkpoints in quality, size and speed. Returns the JSON described in the guide.
+
+    `packed_bytes`: what the whole model takes with its sites in `packed_format`, as the caller measured it; `seconds` bounds the timing;
+    `timing`: prompt, new, batch, repeats of `measure`. Figures that are not finite come back as None.
+    """
+    import torch
+
+    from trimtab.network.stream import Network
+    from trimtab.prove.quality import compare
+    from trimtab.prove.size import sizes
+    from trimtab.prove.speed import measure, peak
+
+    start = perf_counter()
+    if threads:
+        torch.set_num_threads(threads)
+    nets = [Network.open(p, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code) for p in (before, after) if p is not None]
+    size = [sizes(n.checkpoint.files) for n in nets]
+    with tempfile.TemporaryDirectory(dir=scratch) as spill:
+        found = compare(nets[0], nets[1] if after else None, batches, bytes_of_text, Path(spill), max_memory, progress)
+    none = {"decode_tok_s": None, "prefill_tok_s": None}
+    timed = None
+    if speed:
+        timed = measure(before, after, threads=threads, max_memory=max_memory, seconds=seconds,
+                        trust_remote_code=trust_remote_code, progress=progress, **timing)
+    result = {**found, "speed": timed["speed"] if timed else None, "timing": timed}
+    for k, side in enumerate(("before", "after")[:len(nets)]):
+        result[side] = {**found[side], **size[k], **({x: timed[side][x] for x in none} if timed else none)}
+    if after is not None:
+        result["packed"] = None
+        if packed_bytes is not None:
+            result["packed"] = {"format": packed_format, "bytes": packed_bytes}
+        result["smaller"] = smaller_line(result["before"], result["after"], result["packed"])
+        masked = size[1]["nonzero"] < size[0]["nonzero"] and size[1]["params"] == size[0]["params"]
+        result["faster"] = faster_line(timed, masked)
+        met, warnings = verdict(result, min_recovery)
+        result |= {"warnings": warnings, "proof": "passed" if met else "failed"}
+    return _plain(result | {"seconds": perf_counter() - start, "peak_rss_bytes": peak()})
+
+
+def run_fresh(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
+    """Run `prove` in a new process and return its result.
+
+    `request` holds the arguments of `prove` as JSON values, `batches` being the path of a safetensors file of model
+    inputs. `max_memory` is for both processes together: what this one holds is taken off. Raises Failed (or BadInput)
+    with the child's last line. The child dies with this process.
+    """
+    from trimtab.prove.speed import resident
+
+    request = dict(request)
+    if request.get("max_memory"):
+        request["max_memory"] = max(1, request["max_memory"] - resident())
+    package = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+           "TRIMTAB_PARENT": str(os.getpid())}
+    if request.get("threads"):
+        env["OMP_NUM_THREADS"] = str(request["threads"])
+    last = "the proof's process ended without a word"
+    with tempfile.TemporaryDirectory(dir=request.get("scratch")) as where, tempfile.TemporaryFile() as out:
+        path = Path(where, "request.json")
+        path.write_text(json.dumps(request))
+        child = subprocess.Popen([sys.executable, "-m", "trimtab.prove.proof", str(path)], stdout=out,
+                                 stderr=subprocess.PIPE, text=True, errors="replace", env=env)
+        try:
+            for line in child.stderr:
+                if line.startswith("@") and len(words := line[1:].split()) == 3 and words[1].isdigit():
+                    if on_progress is not None:
+                        on_progress(words[0], int(words[1]), int(words[2]))
+                elif line.strip():
+                    last = line.strip()
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            child.stderr.close()
+        if code == -signal.SIGKILL:
+            raise Failed("the proof's process was killed, most likely for memory; give it more with --max-memory")
+        if code:
+            raise (BadInput if code == 2 else Failed)(last)
+        out.seek(0)
+        return json.loads(out.read())
+
+
+def _die_with_parent() -> None:
+    """Linux only; elsewhere a killed parent leaves a child that ends with its work."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ.get("TRIMTAB_PARENT", os.getppid())):  # it died before the line above
+            sys.exit(1)
+
+
+def main(path: str) -> int:
+    from safetensors.torch import load_file
+
+    request = json.loads(Path(path).read_text())
+    try:
+        inputs = load_file(request.pop("batches"))
+        rows = len(next(iter(inputs.values())))
+        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 256
+        step = max(1, ROWS_OF // length)
+        batches = [{k: v[r:r + step] for k, v in inputs.items()} for r in range(0, rows, step)]
+        for key in ("before", "after", "scratch"):
+            request[key] = Path(request[key]) if request.get(key) else None
+
+        def tell(stage: str, done: int, total: int) -> None:
+            print(f"@{stage} {done} {total}", file=sys.stderr, flush=True)
+
+        result = prove(batches=batches, progress=tell, **request)
+    except BadInput as e:
+        print(e, file=sys.stderr)
+        return 2
+    except (Failed, OSError) as e:
+        print(e, file=sys.stderr)
+        return 1
+    print(json.dumps(result, allow_nan=False))
+    return 0
+
+
+if __name__ == "__main__":
+    _die_with_parent()
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,218 @@
+"""Quality of a network against the one it came from, block by block, so that neither is ever in memory whole."""
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import Progress
+from trimtab.network.stream import Network
+
+LOGITS = 32 << 20  # bytes of float32 logits a network may hold at a time
+
+
+class Spool:
+    """One tensor per batch: in memory, or in a nameless file under `scratch` that disappears with the process."""
+
+    def __init__(self, scratch: Path | None) -> None:
+        self.file = None if scratch is None else tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (closed by close)
+        self.held: list[Tensor] = []
+        self.where: list[tuple[int, torch.Size, torch.dtype]] = []
+
+    def add(self, t: Tensor) -> None:
+        if self.file is None:
+            self.held.append(t)
+            return
+        at = os.fstat(self.file.fileno()).st_size
+        self.where.append((at, t.shape, t.dtype))
+        self._write(at, t)
+
+    def _write(self, at: int, t: Tensor) -> None:
+        data = memoryview(t.contiguous().view(torch.uint8).numpy().reshape(-1))
+        while data:  # a write may be cut short; an error (disk full) is raised
+            done = os.pwrite(self.file.fileno(), data, at)
+            data, at = data[done:], at + done
+
+    def get(self, i: int) -> Tensor:
+        if self.file is None:
+            return self.held[i]
+        at, shape, dtype = self.where[i]
+        t = torch.empty(shape, dtype=dtype)
+        data = memoryview(t.view(torch.uint8).numpy().reshape(-1))
+        while data:
+            if not (done := os.preadv(self.file.fileno(), [data], at)):
+                raise OSError(f"a scratch file of the proof ended early at byte {at}")
+            data, at = data[done:], at + done
+        return t
+
+    def put(self, i: int, t: Tensor) -> None:
+        """Replace entry i by a tensor of the same shape and dtype."""
+        if self.file is None:
+            self.held[i] = t
+        else:
+            self._write(self.where[i][0], t)
+
+    def close(self) -> None:
+        self.held.clear()
+        if self.file is not None:
+            self.file.close()
+
+
+class Stream:
+    """All batches of one network at the same depth."""
+
+    def __init__(self, net: Network, batches: list[dict[str, Tensor]], limit: float, scratch: Path) -> None:
+        self.net, self.batches = net, batches
+        self.contexts: list[Any] = []
+        self.hidden: Spool | None = None
+        rows = sum(len(next(iter(b.values()))) for b in batches)
+        for batch in batches:
+            h, context = net.embed(batch)
+            if self.hidden is None:
+                spill = rows * h[0].numel() * h.element_size() > limit
+                self.hidden = Spool(scratch if spill else None)
+            self.hidden.add(h)
+            self.contexts.append(context)
+        net.release()
+
+    def step(self, i: int) -> dict[str, tuple[int, int]]:
+        """Run block i over every batch. Returns {site: (zeros, entries)} of that block's weights."""
+        module = self.net.block(i)
+        for b, context in enumerate(self.contexts):
+            self.hidden.put(b, self.net.run(module, i, self.hidden.get(b), context))
+        zeros = {}
+        for site in self.net.sites:
+            if site.block == i:
+                w = site.get(module.get_parameter(site.param))
+                zeros[site.name] = (w.numel() - int(torch.count_nonzero(w)), w.numel())
+        return zeros
+
+    def logits(self, b: int, row: int, begin: int, end: int) -> Tensor:
+        """Float32 logits [end - begin, vocabulary] of one sequence; a head works position by position."""
+        batch = {k: v[row:row + 1] for k, v in self.batches[b].items()}
+        h = self.hidden.get(b)[row:row + 1, begin:end]
+        return self.net.finish(h, self.contexts[b], batch)[0].float()
+
+    def pooled(self, b: int) -> Tensor:
+        """[rows, width] in float64: the last hidden state averaged over the unmasked tokens, or logits as they are."""
+        out = self.net.finish(self.hidden.get(b), self.contexts[b], self.batches[b]).double()
+        if out.dim() == 2:
+            return out
+        mask = self.batches[b].get("attention_mask")
+        if mask is None or mask.shape != out.shape[:2]:
+            return out.mean(1)
+        mask = mask.double()[..., None]
+        return (out * mask).sum(1) / mask.sum(1)
+
+
+def _language(streams: list[Stream], text: int | None, tick: Any) -> dict[str, Any]:
+    """Next-token figures. The last position of a sequence predicts nothing and is left out of all of them."""
+    nll, kl, same, count = [0.0] * len(streams), 0.0, 0, 0
+    batches = streams[0].batches
+    vocabulary = streams[0].logits(0, 0, 0, 1).shape[-1]
+    step = max(1, LOGITS // (4 * vocabulary))
+    for b, batch in enumerate(batches):
+        ids = batch["input_ids"]
+        counted = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        for row in range(ids.shape[0]):
+            for begin in range(0, ids.shape[1] - 1, step):
+                end = min(begin + step, ids.shape[1] - 1)
+                use = counted[row, begin + 1:end + 1]
+                target = ids[row, begin + 1:end + 1][use][:, None]
+                logs = [torch.log_softmax(s.logits(b, row, begin, end)[use], -1) for s in streams]
+                for k, log in enumerate(logs):
+                    nll[k] -= float(log.gather(1, target).double().sum())
+                if len(logs) == 2:
+                    same += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+                    terms = torch.where(logs[0] == -math.inf, 0.0, logs[0].exp() * (logs[0] - logs[1]))
+                    kl += float(terms.sum(-1, dtype=torch.float64).sum())
+                count += len(target)
+        tick()
+    figures = []
+    for total in nll:
+        mean = total / max(count, 1)
+        ppl = math.exp(mean) if mean < 700 else math.inf
+        figures.append({"perplexity": ppl, "bits_per_byte": total / math.log(2) / text if text else None})
+    pair = len(streams) == 2
+    return {"metric": "perplexity", "score": figures[-1]["perplexity"], "before": figures[0],
+            "after": figures[1] if pair else None, "tokens": count,
+            "recovery": figures[0]["perplexity"] / figures[1]["perplexity"] if pair else None,
+            "kl": kl / max(count, 1) if pair else None, "top1_agreement": same / max(count, 1) if pair else None}
+
+
+def _cosine(streams: list[Stream], tick: Any) -> dict[str, Any]:
+    total, rows, same, classes = 0.0, 0, 0, streams[0].net.kind == "vision"
+    for b in range(len(streams[0].batches)):
+        x, y = streams[0].pooled(b), streams[-1].pooled(b)
+        total += float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum())
+        same += int((x.argmax(-1) == y.argmax(-1)).sum())
+        classes = classes and streams[0].batches[b].get("labels") is not None
+        rows += len(x)
+        tick()
+    pair = len(streams) == 2
+    none = {"perplexity": None, "bits_per_byte": None}
+    return {"metric": "cosine", "score": total / rows, "before": none, "after": dict(none) if pair else None,
+            "tokens": rows, "recovery": total / rows if pair else None, "kl": None,
+            "top1_agreement": same / rows if pair and classes else None}
+
+
+@torch.no_grad()
+def compare(before: Network, after: Network | None, batches: list[dict[str, Tensor]], bytes_of_text: int | None,
+            scratch: Path, max_memory: int | None, progress: Progress | None = None) -> dict[str, Any]:
+    """Run both networks over the same batches and say how far apart they are.
+
+    `batches`: model inputs, `input_ids` [rows, tokens] (or `pixel_values`), all rows of one batch equally long.
+    `bytes_of_text`: bytes the predicted tokens stand for; without it bits_per_byte is None.
+    Hidden states beyond an eighth of `max_memory` (bytes) go to a file in `scratch`.
+    Language models: perplexity = exp(mean nll) over all predicted tokens, KL(before || after) in nats per token,
+    top-1 agreement. Others: mean cosine of the pooled outputs. Figures may be NaN or inf: the caller judges.
+    `block_error`[i] = |after - before| / |before| (Frobenius) of the stream behind block i, each network on its own
+    stream; empty when the numbers of blocks differ. `sparsity`: {site: share of zeros} of the last network given.
+    """
+    nets = [before] if after is None else [before, after]
+    limit = math.inf if max_memory is None else max_memory / 8 / len(nets)
+    depth = max(n.n_blocks for n in nets)
+    done, total = 0, depth + len(batches)
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("quality", done, total)
+
+    with contextlib.ExitStack() as stack:
+        streams: list[Stream] = []
+        for net in nets:
+            streams.append(Stream(net, batches, limit, scratch))
+            stack.callback(streams[-1].hidden.close)
+        zeros: dict[str, tuple[int, int]] = {}
+        errors: list[float] = []
+        paired = len(nets) == 2 and nets[0].n_blocks == nets[1].n_blocks
+        for i in range(depth):
+            for s in streams:
+                if i < s.net.n_blocks:
+                    found = s.step(i)
+                    if s is streams[-1]:
+                        zeros.update(found)
+            if paired:
+                gap = norm = 0.0
+                for b in range(len(batches)):
+                    x, y = streams[0].hidden.get(b).double(), streams[1].hidden.get(b).double()
+                    gap, norm = gap + float((y - x).square().sum()), norm + float(x.square().sum())
+                errors.append(math.sqrt(gap / norm) if norm else 0.0)
+            tick()
+        if before.kind == "lm":
+            result = _language(streams, bytes_of_text, tick)
+        else:
+            result = _cosine(streams, tick)
+        for net in nets:
+            net.release()
+    entries = sum(n for _, n in zeros.values())
+    return {**result, "block_error": errors, "sparsity": {k: z / n for k, (z, n) in zeros.items()},
+            "zero_share": sum(z for z, _ in zeros.values()) / entries if entries else 0.0}

@@ -1,0 +1,201 @@
+"""Tokens per second of two checkpoints in one process, taking turns, so that a busy machine slows both alike."""
+from __future__ import annotations
+
+import gc
+import inspect
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import Progress
+from trimtab.network.stream import Network
+from trimtab.prove.size import parameters
+
+KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
+SLACK = 128 << 20  # activations, caches, the allocator
+Run = Callable[[], dict[str, float]]
+
+
+def resident() -> int:
+    """Bytes of this process in memory now (where the system does not tell: the most there have been)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak()
+
+
+def peak() -> int:
+    """The most bytes of this process in memory so far."""
+    top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return top if sys.platform == "darwin" else top * 1024
+
+
+def _free() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return sys.maxsize
+
+
+def _inputs(net: Network, prompt: int, batch: int) -> dict[str, Tensor]:
+    """Random model inputs from a fixed seed."""
+    gen = torch.Generator().manual_seed(0)
+    if net.kind == "vision":
+        size = net.config.image_size
+        h, w = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.randn(batch, getattr(net.config, "num_channels", 3), h, w, generator=gen)}
+    vocabulary = net.config.get_text_config().vocab_size
+    return {"input_ids": torch.randint(0, vocabulary, (batch, prompt), generator=gen)}
+
+
+def _load(net: Network, dtype: torch.dtype, trust: bool) -> torch.nn.Module:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    auto = AutoModelForCausalLM if net.kind == "lm" else AutoModel
+    return auto.from_pretrained(net.checkpoint.path, dtype=dtype, trust_remote_code=trust).eval()
+
+
+def _generate(model: torch.nn.Module, inputs: dict[str, Tensor], new: int) -> dict[str, float]:
+    """Greedy generation with a cache: a plain loop over the model's own forward."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    rows, prompt = inputs["input_ids"].shape
+    start = perf_counter()
+    out = model(**inputs, use_cache=True, **last)
+    ids = out.logits[:, -1:].argmax(-1)
+    first = perf_counter()
+    for _ in range(new):
+        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True, **last)
+        ids = out.logits[:, -1:].argmax(-1)
+    end = perf_counter()
+    return {"decode_tok_s": new * rows / (end - first), "prefill_tok_s": prompt * rows / (first - start),
+            "first_token_s": first - start}
+
+
+def _forward(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
+    start = perf_counter()
+    out = model(**inputs)
+    took = perf_counter() - start
+    return {"prefill_tok_s": out.last_hidden_state.shape[:2].numel() / took, "first_token_s": took}
+
+
+def _clock(f: Callable[[], Any]) -> float:
+    start = perf_counter()
+    f()
+    return perf_counter() - start
+
+
+def _estimators(nets: list[Network], prompt: int, batch: int, repeats: int) -> list[list[dict[str, float]]]:
+    """Per network and repeat: one block from the middle times the number of blocks, plus the head.
+
+    Attention over a cache is not counted: a step of decoding is a pass over one token.
+    """
+    lengths = (prompt, 1) if nets[0].kind == "lm" else (prompt,)
+    starts = [[net.embed(_inputs(net, n, batch)) for n in lengths] for net in nets]
+    tokens = batch * prompt if nets[0].kind == "lm" else starts[0][0][0].shape[:2].numel()
+    for net in nets:
+        net.release()
+    blocks = [net.block(net.n_blocks // 2) for net in nets]
+    passes: list[list[list[float]]] = [[] for _ in nets]
+    for r in range(repeats + 1):
+        for k, net in enumerate(nets):
+            took = [_clock(lambda h=h, c=c, k=k, net=net: net.run(blocks[k], net.n_blocks // 2, h, c))
+                    for h, c in starts[k]]
+            if r:  # the first round warms the caches
+                passes[k].append(took)
+    del blocks
+    heads: list[list[float]] = [[] for _ in nets]
+    for r in range(repeats + 1):
+        for k, net in enumerate(nets):
+            h, c = starts[k][-1]
+            took = _clock(lambda h=h, c=c, net=net: net.finish(h, c, _inputs(net, lengths[-1], batch)))
+            if r:
+                heads[k].append(took)
+    out: list[list[dict[str, float]]] = []
+    for k, net in enumerate(nets):
+        rows = []
+        for took, head in zip(passes[k], heads[k], strict=True):
+            first = net.n_blocks * took[0] + head
+            row = {"prefill_tok_s": tokens / first, "first_token_s": first}
+            if nets[0].kind == "lm":
+                row["decode_tok_s"] = batch / (net.n_blocks * took[1] + head)
+            rows.append(row)
+        out.append(rows)
+        net.release()
+    return out
+
+
+def _figures(rows: list[dict[str, float]]) -> dict[str, Any]:
+    known = {key: [r[key] for r in rows] for key in KEYS if key in rows[0]}
+    return {**{key: statistics.median(known[key]) if key in known else None for key in KEYS},
+            "spread": {key: [min(v), max(v)] for key, v in known.items()}}
+
+
+@torch.no_grad()
+def measure(before: Path, after: Path | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
+            threads: int | None = None, repeats: int = 5, max_memory: int | None = None, seconds: float | None = None,
+            trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Time both checkpoints with plain transformers, in turns A B A B; medians over `repeats`.
+
+    Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
+    generate), prefill_tok_s, first_token_s and `spread` {key: [min, max]}, and `ratio` {key: {median, min, max}} of
+    after to before, taken pair by pair. Float32, or the stored dtype if float32 does not fit; when the two do not fit
+    in `max_memory` bytes together, `"speed"` is "estimated" from one real block and the head. `seconds` bounds the
+    time roughly, by generating fewer tokens.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    paths = [before] if after is None else [before, after]
+    nets = [Network.open(p, trust_remote_code=trust_remote_code) for p in paths]
+    kind, config = nets[0].kind, nets[0].config.get_text_config()
+    if places := getattr(config, "max_position_embeddings", None):
+        prompt = min(prompt, places if kind != "lm" else max(1, places // 2))
+        new = min(new, max(1, places - prompt))
+    room = (_free() + resident() if max_memory is None else max_memory) - SLACK
+    files = [sum(n.checkpoint.weight_bytes for n in nets), max(n.checkpoint.weight_bytes for n in nets)]
+    entries = sum(parameters(n.checkpoint.files) for n in nets)
+    # While a model loads its file is mapped, and mapped pages count.
+    if resident() + 4 * entries + files[1] < room:
+        dtype: torch.dtype | None = torch.float32
+    elif resident() + sum(files) < room and nets[0].config.dtype is not None:
+        dtype = nets[0].config.dtype
+    else:
+        dtype = None
+    if dtype is None:
+        rows = _estimators(nets, prompt, batch, repeats)
+    else:
+        inputs = _inputs(nets[0], prompt, batch)
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        models = [_load(n, dtype, trust_remote_code) for n in nets]
+        for model in models:  # warm up, and see how long a token takes
+            warm = _generate(model, inputs, min(new, 4)) if kind == "lm" else _forward(model, inputs)
+        if seconds is not None and kind == "lm":
+            left = seconds / repeats / len(models) - warm["first_token_s"]
+            new = max(min(new, 8), min(new, int(left * warm["decode_tok_s"] / batch)))
+        rows = [[] for _ in models]
+        for r in range(repeats):
+            for k, model in enumerate(models):
+                rows[k].append(_generate(model, inputs, new) if kind == "lm" else _forward(model, inputs))
+            if progress is not None:
+                progress("speed", r + 1, repeats)
+        del models, model
+        gc.collect()
+    figures = [_figures(r) for r in rows]
+    ratio: dict[str, dict[str, float]] = {}
+    if after is not None:
+        for key in KEYS[:2]:
+            if key in rows[0][0]:
+                each = [b[key] / a[key] for a, b in zip(*rows, strict=True)]
+                ratio[key] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
+    return {"speed": "estimated" if dtype is None else "measured", "before": figures[0],
+            "after": figures[1] if after is not None else None, "ratio": ratio, "repeats": repeats,
+            "prompt": prompt, "new": new if kind == "lm" else None, "batch": batch,
+            "threads": torch.get_num_threads(), "dtype": str(dtype or torch.float32).removeprefix("torch."),
+            "runner": "torch", "rss_bytes": resident()}

@@ -1,0 +1,51 @@
+"""Papers as rows. No logic here: a row is a name for a pipeline, with what its paper claims."""
+from __future__ import annotations
+
+from trimtab.core.spec import recipe
+from trimtab.core.types import Claim
+
+recipe("magnitude", "row | magnitude | uniform | mask", source="arXiv:1506.02626 (Han et al. 2015)",
+       note="Compared within each output row, like the rows beside it; `magnitude(unit=site)` ranks a whole matrix.")
+recipe("random", "row | random | uniform | mask", source="common practice", note="The floor every score must beat.")
+recipe("wanda", "row | wanda | uniform | mask", source="arXiv:2306.11695 (Sun et al. 2023)", claims=[
+    Claim("better than magnitude at 50 %", "wanda", "magnitude", "50%", "LLaMA-2-7B WikiText-2 6.42 against 14.89"),
+    Claim("better than magnitude at 2:4", "wanda(unit=2:4)", "magnitude(unit=2:4)", "2:4 mlp", "LLaMA-2-7B 11.02 against 54.59"),
+])
+recipe("dass", "*.gate,*.up: column | dass | uniform | mask ; *.down: row | wanda | uniform | mask ; attn: row | wanda | uniform | mask",
+       source="arXiv:2405.01943 (DaSS)", claims=[
+    Claim("better than Wanda at 2:4 on the MLPs", "dass(unit=2:4)", "wanda(unit=2:4)", "2:4 mlp", "figures not read"),
+], note="The paper prunes the MLPs only; with scope `all` the attention takes Wanda. 2:4 of gate and up runs along the output.")
+recipe("gblm", "row | gblm(order=dense) | uniform | mask", source="arXiv:2311.04902 (GBLM-Pruner)", claims=[
+    Claim("better than Wanda at 50 %", "gblm", "wanda", "50%", "LLaMA-2-7B 6.86; baselines recalled, not asserted"),
+])
+recipe("taylor", "row | taylor(order=dense) | uniform | mask", source="arXiv:1611.06440 (Molchanov et al. 2016)")
+recipe("obs", "row | obs | uniform | mask | least_squares", source="Hassibi and Stork 1993",
+       note="Saliency of the optimal brain surgeon, all weights dropped at once, then the exact refit.")
+recipe("sparsegpt", "site | sparsegpt | uniform", source="arXiv:2301.00774 (Frantar and Alistarh 2023)", claims=[
+    Claim("better than magnitude at 50 %", "sparsegpt", "magnitude", "50%", "LLaMA-2-7B WikiText-2 6.51 against 14.89"),
+    Claim("better than Wanda at 2:4", "sparsegpt(unit=2:4)", "wanda(unit=2:4)", "2:4 mlp", "LLaMA-2-7B 10.17 against 11.02"),
+])
+recipe("admm", "site | edit/admm | uniform", source="arXiv:2401.02938 (Boza 2024)", claims=[
+    Claim("better than SparseGPT at 50 %", "admm", "sparsegpt", "50%", "figures recalled, not asserted"),
+    Claim("better than Wanda at 50 %", "admm", "wanda", "50%", "figures recalled, not asserted"),
+])
+recipe("obert", "site | obert(order=dense) | uniform | mask", source="arXiv:2203.07259 (oBERT)", claims=[
+    Claim("better than magnitude at 50 %", "obert", "magnitude", "50%", "with retraining, on BERT; here one shot"),
+])
+recipe("chita", "site | chita(order=dense) | uniform", source="arXiv:2302.14623 (CHITA)", claims=[
+    Claim("better than magnitude at 50 %", "chita", "magnitude", "50%", "on image classifiers"),
+])
+recipe("nettrim", "site | nettrim | uniform", source="arXiv:1611.05162 (Net-Trim)", claims=[
+    Claim("better than magnitude at 50 %", "nettrim", "magnitude", "50%", "on small classifiers"),
+])
+recipe("lamp", "site | magnitude | lamp | mask", source="arXiv:2010.07611 (LAMP)", claims=[
+    Claim("better than a uniform share at 70 %", "lamp", "magnitude(unit=site)", "70%", "on image classifiers"),
+    Claim("better than one global threshold at 70 %", "lamp", "magnitude(unit=model)", "70%", "on image classifiers"),
+])
+recipe("wanda_owl", "row | wanda | owl(outlier=5) | mask", source="arXiv:2310.05175 (OWL)", claims=[
+    Claim("better than uniform Wanda at 70 %", "wanda_owl", "wanda", "70%", "LLaMA-7B WikiText-2 24.55 against 85.77"),
+])
+recipe("wanda_redundancy", "row | wanda | redundancy | mask", source="measure of arXiv:2406.15786 (LLM-Drop) as a budget; ours",
+       claims=[Claim("better than uniform Wanda at 70 %", "wanda_redundancy", "wanda", "70%", "ours: no figure")])
+recipe("blocks", "block(b=32) | magnitude | uniform | mask", source="arXiv:2507.03117 (BLaST), one shot, without its training",
+       note="The paper trains through the sparsification; one shot at 95 % is an honest zero point, not its result.")

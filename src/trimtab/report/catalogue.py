@@ -1,0 +1,50 @@
+"""`trimtab catalogue`: the registry and the rows, as data and as words."""
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.core.registry import AXES, load_all, near
+from trimtab.core.spec import rows
+from trimtab.core.types import BadInput
+
+
+def catalogue(name: str | None = None, axis: str | None = None) -> dict[str, Any]:
+    """Methods by key and recipes by name, limited to one name or one axis."""
+    reg, recipes = load_all(), rows()
+    if axis is not None and axis not in (*AXES, "recipe"):
+        raise BadInput(f"no axis {axis!r}; axes are {', '.join(AXES)}, recipe")
+    methods = {k: {"axis": m.axis, **m.doc, "needs": list(m.needs), "knobs": m.knobs, "decides": [m.axis, *m.joint]}
+               for k, m in reg.items() if (axis in (None, m.axis)) and (name is None or name in (k, m.name))}
+    named = {n: {"pipeline": r.text, "source": r.source, "note": r.note, "claims": [c.text for c in r.claims]}
+             for n, r in recipes.items() if axis in (None, "recipe") and (name is None or name == n)}
+    if name is not None and not methods and not named:
+        raise BadInput(f"nothing is called {name!r}{near(name, [m.name for m in reg.values()] + list(recipes))}")
+    return {"methods": methods, "recipes": named}
+
+
+def print_catalogue(result: dict[str, Any]) -> None:
+    one = len(result["methods"]) + len(result["recipes"]) <= 2
+    at = ""
+    for key, m in result["methods"].items():
+        if one:
+            print(f"{key}: {m['what']}")
+            for section in ("Formula", "Source", "Deviations"):
+                print(f"  {section}: {m[section]}")
+            print(f"  Needs: {', '.join(m['needs']) or 'the weight only'}   Decides: {', '.join(m['decides'])}")
+            print(f"  Knobs: {', '.join(f'{k}={v}' for k, v in m['knobs'].items()) or 'none'}")
+        else:
+            if m["axis"] != at:
+                at = m["axis"]
+                print(f"\n{at}")
+            print(f"  {key.split('/')[1]:<14}{m['what']}")
+    if result["recipes"] and not one:
+        print("\nrecipe")
+    for name, r in result["recipes"].items():
+        if one:
+            print(f"{name} = {r['pipeline']}\n  Source: {r['source']}")
+            for c in r["claims"]:
+                print(f"  Claim: {c}")
+            if r["note"]:
+                print(f"  Note: {r['note']}")
+        else:
+            print(f"  {name:<18}{r['pipeline']}")

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import torch
+
+from tests.cases import Case
+from trimtab.core.types import Site, Summary
+from trimtab.methods.budget.lamp import lamp_scores
+
+
+def summaries(sites: dict[str, list[float]], of=lambda s: s) -> dict[str, Summary]:
+    """Sites `<block>.<group>.<role>` of one row, with these scores."""
+    out = {}
+    for name, s in sites.items():
+        block, group, role = name.split(".")
+        site = Site(name, int(block), group, role, role, (1, len(s)), f"{group}.in")
+        out[name] = Summary.of(site, of(torch.tensor([s])))
+    return out
+
+
+# A small site with a spread of scores, a large one of larger scores.
+TWO = {"0.mlp.up": [1.0, 2.0, 3.0, 4.0], "0.mlp.down": [10.0, 11.0, 12.0, 13.0]}
+# Outliers above twice the mean: one of eight in block 0 (mean 2), none in block 1, one of four in block 2 (mean 3).
+BLOCKS = {"0.attn.q": [1.0, 1.0, 1.0, 9.0], "0.attn.o": [1.0, 1.0, 1.0, 1.0], "1.attn.q": [1.0, 1.0, 1.0, 1.0],
+          "2.attn.q": [1.0, 1.0, 1.0, 9.0]}
+FLAT = {"0.attn.o": [1.0] * 4, "0.mlp.down": [1.0] * 4, "1.attn.o": [1.0] * 8}
+COSINE = {"0.attn.o": torch.tensor([0.9]), "0.mlp.down": torch.tensor([0.8]), "1.attn.o": torch.tensor([0.1])}
+
+CASES = {
+    "budget/uniform": Case({"scores": summaries(TWO), "target": 0.625}, {"0.mlp.up": 0.625, "0.mlp.down": 0.625},
+                           differs="budget/global"),
+    # The best five of eight: 13, 12, 11, 10 and 4.
+    "budget/global": Case({"scores": summaries(TWO), "target": 0.625}, {"0.mlp.up": 0.25, "0.mlp.down": 1.0},
+                          differs="budget/uniform"),
+    # up: 1, 9/25, 4/29, 1/30; down, from the best: 1, 144/313, 121/434, 100/534. The best five: two and three.
+    "budget/lamp": Case({"scores": summaries(TWO, lamp_scores), "target": 0.625}, {"0.mlp.up": 0.5, "0.mlp.down": 0.75},
+                        differs="budget/uniform"),
+    # Densities 1/8, 0, 1/4 over a window of 0.2: 0.1, 0, 0.2, whose mean goes to the target.
+    "budget/owl": Case({"scores": summaries(BLOCKS), "target": 0.5},
+                       {"0.attn.q": 0.5, "0.attn.o": 0.5, "1.attn.q": 0.4, "2.attn.q": 0.6},
+                       {"outlier": 2.0, "spread": 0.1}, differs="budget/global"),
+    # Ranks 0, 1/2, 1 over a window of 0.2: 0, 0.1, 0.2, whose mean, weighted by sizes 4, 4, 8, is 0.125.
+    "budget/redundancy": Case({"scores": summaries(FLAT), "target": 0.5, "cosine": COSINE},
+                              {"0.attn.o": 0.375, "0.mlp.down": 0.475, "1.attn.o": 0.575}, {"spread": 0.1},
+                              differs="budget/owl"),
+}

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import torch
+
+from tests.cases import Case
+
+W = torch.tensor([[1.0, -2.0], [-3.0, 4.0], [5.0, 6.0]])
+# 1.0 is stored as 127 << 23; it is the second weight of the first row, and there is one row.
+CHANCE = torch.rand(1, 2, generator=torch.Generator().manual_seed(2 * (127 << 23) + 1 + 7 * 1_000_003))
+
+CASES = {
+    "score/magnitude": Case({"w": W, "in_sq": torch.tensor([9.0, 1.0])}, [[1, 2], [3, 4], [5, 6]], differs="score/wanda"),
+    "score/wanda": Case({"w": W, "in_sq": torch.tensor([9.0, 1.0])}, [[3, 2], [9, 4], [15, 6]], differs="score/magnitude"),
+    # The first weight is zero already.
+    "score/random": Case({"w": torch.tensor([[0.0, 1.0]])}, [[0, CHANCE[0, 1]]], {"seed": 7}, differs="score/magnitude"),
+    # Rows times the roots 2, 3, 1.
+    "score/dass": Case({"w": W, "act_norm": torch.tensor([4.0, 9.0, 1.0]), "in_sq": torch.tensor([4.0, 9.0])},
+                       [[2, 4], [9, 12], [5, 6]], differs="score/wanda"),
+    # Norms of the inputs 3 and 1, a hundred times the norms of the gradients 1 and 2.
+    "score/gblm": Case({"w": torch.tensor([[2.0, -1.0]]), "in_sq": torch.tensor([9.0, 1.0]) / 2048,
+                        "grad_sq": torch.tensor([[1e-4, 4e-4]]) / 128}, [[8, 3]], differs="score/wanda"),
+    # H = [[6, 2], [2, 4]] has determinant 20, its inverse the diagonal 0.2 and 0.3: 1 / 0.2 and 9 / 0.3.
+    "score/obs": Case({"w": torch.tensor([[1.0, -3.0]]), "gram": torch.tensor([[5.0, 2.0], [2.0, 3.0]])}, [[5, 30]],
+                      {"damp": 0.25}, differs="score/magnitude"),
+    # First block: F = [[1, 0.5], [0.5, 1]], its inverse has 4/3 on the diagonal. The last weight stands alone: F = 2.5.
+    "score/obert": Case({"w": torch.tensor([[2.0, 4.0, 1.0]]), "grads": torch.tensor([[[1.0, 1.0, 2.0]], [[0.0, 0.0, 0.0]]])},
+                        [[1.5, 6, 1.25]], {"block": 2, "damp": 0.5}, differs="score/magnitude"),
+    "score/taylor": Case({"w": torch.tensor([[2.0, -1.0]]), "grad": torch.tensor([[-3.0, 0.5]])}, [[6, 0.5]],
+                         differs="score/magnitude"),
+}

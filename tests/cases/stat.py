@@ -1,0 +1,23 @@
+"""Two tokens of two channels; sums, not yet divided by the number of tokens."""
+from __future__ import annotations
+
+import torch
+
+from tests.cases import Case
+
+X = torch.tensor([[3.0, 0.0], [-4.0, 1.0]])
+G = torch.tensor([[1.0, -2.0], [3.0, 0.0]])
+TOKENS = {"x": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "y": torch.tensor([[0.0, 2.0], [4.0, 3.0]])}
+
+CASES = {
+    "stat/in_sq": Case({"x": X}, [25, 1], differs="stat/absmax"),
+    "stat/gram": Case({"x": X}, [[25, -4], [-4, 1]], differs="stat/in_sq"),
+    "stat/absmax": Case({"x": X}, [4, 1], differs="stat/act_norm"),
+    # The root of in_sq.
+    "stat/act_norm": Case({"x": X}, [5, 1], differs="stat/in_sq"),
+    # At a right angle: 0. Then (3 * 4 + 4 * 3) / (5 * 5).
+    "stat/cosine": Case(TOKENS, [0.96], differs="stat/in_sq"),
+    "stat/grad_sq": Case({"g": G}, [[1, 4], [9, 0]], differs="stat/grad"),
+    "stat/grad": Case({"g": G}, [[1, -2], [3, 0]], differs="stat/grad_sq"),
+    "stat/grads": Case({"g": G}, [[1, -2], [3, 0]], differs="stat/grad_sq"),
+}

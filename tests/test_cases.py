@@ -1,0 +1,54 @@
+"""Every method has a worked example, gives its result, and is not its neighbour."""
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import tests.cases
+from tests.cases import Case
+from trimtab.core.registry import Method, get, load_all
+
+CASES: dict[str, Case] = {}
+for module in pkgutil.iter_modules(tests.cases.__path__):
+    CASES |= importlib.import_module(f"tests.cases.{module.name}").CASES
+
+
+def result(m: Method, case: Case):
+    out = m(case.env, **{k: v for k, v in case.knobs.items() if k in m.knobs})
+    if m.facts.get("done"):
+        out = m.facts["done"](out)
+    return getattr(out, "w", out)
+
+
+def as_tensor(x) -> torch.Tensor:
+    return x.double() if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("key", sorted(CASES))
+def test_worked_example(key):
+    case = CASES[key]
+    got = result(get(key), case)
+    if isinstance(case.want, dict):
+        assert set(got) == set(case.want)
+        for name, value in case.want.items():
+            torch.testing.assert_close(as_tensor(got[name]), as_tensor(value), rtol=case.tol, atol=case.tol)
+    else:
+        torch.testing.assert_close(as_tensor(got), as_tensor(case.want), rtol=case.tol, atol=case.tol)
+
+
+@pytest.mark.parametrize("key", sorted(k for k, c in CASES.items() if c.differs))
+def test_is_not_its_neighbour(key):
+    case = CASES[key]
+    ours, other = result(get(key), case), result(get(case.differs), case)
+    if isinstance(ours, dict):
+        assert ours != other
+    else:
+        assert not torch.equal(as_tensor(ours), as_tensor(other))
+
+
+def test_every_method_has_a_case():
+    missing = [k for k in load_all() if k not in CASES]
+    assert not missing, f"no worked example for {missing}"

@@ -1,0 +1,155 @@
+"""The generated pages: what a row counts for, when a claim holds, and what `check` notices."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tools import generate
+
+from trimtab.core.registry import AXES, load_all
+from trimtab.core.spec import parse
+from trimtab.core.types import Claim
+
+REG = load_all()
+VERSIONS = {k: m.version for k, m in REG.items()}
+CLAIM = Claim("weight times input beats weight", "wanda", "magnitude", "50%", "7.26 against 17.29")
+
+
+def row(recipe: str, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+    methods = {"score/wanda": VERSIONS["score/wanda"]} if recipe == "wanda" else {}
+    return {"recipe": recipe, "model": "toy", "setting": "50%", "metric": "perplexity", "value": value, "seed": seed,
+            "methods": methods, **more}
+
+
+@pytest.mark.parametrize(("ours", "other", "metric", "want"), [
+    ([3.0], [4.0], "perplexity", "direction holds on toy"),
+    ([4.0], [3.0], "perplexity", "direction fails on toy"),
+    ([3.0], [4.0], "cosine", "direction fails on toy"),
+    ([4.0], [3.0], "cosine", "direction holds on toy"),
+    ([3.0], [3.0], "perplexity", "partly on toy"),
+    ([2.0, 4.0], [3.0, 5.0], "perplexity", "partly on toy"),       # apart by 1.0, spread 1.41
+    ([2.9, 3.1], [3.9, 4.1], "perplexity", "direction holds on toy"),  # apart by 1.0, spread 0.14
+    ([3.9, 4.1], [2.9, 3.1], "perplexity", "direction fails on toy"),
+    ([3.0], [4.0], "seconds", "untested"),
+    ([], [4.0], "perplexity", "untested"),
+    ([3.0], [], "perplexity", "untested"),
+])
+def test_the_status_follows_from_the_rows(ours: list[float], other: list[float], metric: str, want: str) -> None:
+    every = [row("wanda", v, i, metric=metric) for i, v in enumerate(ours)]
+    every += [row("magnitude", v, i, metric=metric) for i, v in enumerate(other)]
+    assert generate.judged(CLAIM, every, VERSIONS)[0] == want
+
+
+def test_the_spread_is_pooled() -> None:
+    every = [row("wanda", v, i) for i, v in enumerate((3.0, 3.0))]
+    every += [row("magnitude", v, i) for i, v in enumerate((3.0, 5.0))]  # apart by 1.0; spreads 0 and 1.41, pooled 1.0
+    assert generate.judged(CLAIM, every, VERSIONS)[0] == "partly on toy"
+    status, figures = generate.judged(CLAIM, [{**r, "value": r["value"] - (r["recipe"] == "wanda")} for r in every], VERSIONS)
+    assert status == "direction holds on toy"
+    assert figures == "perplexity 2 ± 0 against 4 ± 1.4 (toy, seeds: 2)"
+
+
+def test_a_row_of_another_version_is_stale() -> None:
+    old = {"score/wanda": "0" * 12}
+    every = [row("wanda", 3.0, methods=old), row("magnitude", 4.0)]
+    assert generate.judged(CLAIM, every, VERSIONS)[0] == "stale on toy"
+    assert generate.judged(CLAIM, [*every, row("wanda", 5.0, 1)], VERSIONS)[0] == "direction fails on toy"
+    assert generate.judged(CLAIM, [row("wanda", 3.0, methods={"score/gone": "1"}), every[1]], VERSIONS)[0] == "stale on toy"
+
+
+def test_models_and_settings_are_kept_apart() -> None:
+    every = [row("wanda", 3.0), row("magnitude", 4.0), row("wanda", 9.0, model="big"), row("magnitude", 4.0, model="big"),
+             row("wanda", 99.0, setting="70%"), row("magnitude", 1.0, model="third")]
+    assert generate.judged(CLAIM, every, VERSIONS)[0] == "direction fails on big; direction holds on toy"
+
+
+RECIPES = {"wanda": replace(parse("row | wanda | mask"), name="wanda", source="a paper", claims=(CLAIM,), note="a note",
+                            row="row | wanda"),
+           "plain": replace(parse("site | magnitude | mask"), name="plain", source="another paper")}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(generate, "rows", lambda: RECIPES)
+    (tmp_path / "results").mkdir()
+    lines = [row("wanda", 3.0), row("magnitude", 5.0), row("magnitude", 4.0)]
+    (tmp_path / "results/a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    (tmp_path / "README.md").write_text("Words.\n<!-- begin:results model=toy -->\nold\n<!-- end:results -->\nMore.\n")
+    return tmp_path
+
+
+def write(root: Path) -> None:
+    for path, text in generate.differing(root).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text or "")
+
+
+def test_a_row_measured_again_replaces_the_first(root: Path) -> None:
+    assert [(r["recipe"], r["value"]) for r in generate.measured(root)] == [("wanda", 3.0), ("magnitude", 4.0)]
+
+
+@pytest.mark.parametrize("line", ["{", '{"recipe": "wanda"}', "[1]"])
+def test_a_broken_row_is_named(root: Path, line: str) -> None:
+    (root / "results/a.jsonl").write_text(json.dumps(row("wanda", 1.0)) + "\n" + line + "\n")
+    with pytest.raises(SystemExit, match=r"results/a\.jsonl:2"):
+        generate.measured(root)
+
+
+def test_writing_settles_and_a_change_is_noticed(root: Path) -> None:
+    assert {p.name for p in generate.differing(root)} == {*(f"{a}.md" for a in AXES), "recipes.md", "claims.md", "README.md"}
+    write(root)
+    assert not generate.differing(root)
+    (root / "docs/catalogue/score.md").write_text("typed\n")
+    (root / "docs/catalogue/gone.md").write_text("left over\n")
+    changed = generate.differing(root)
+    assert {p.name for p in changed} == {"score.md", "gone.md"}
+    assert changed[root / "docs/catalogue/gone.md"] is None
+
+
+def test_every_method_is_on_its_page(root: Path) -> None:
+    pages = generate.pages(root)
+    for m in REG.values():
+        page = pages[root / f"docs/catalogue/{m.axis}.md"]
+        section = page.split(f"\n## {m.name}\n")[1].split("\n## ")[0].replace("\\|", "|")
+        for text in (m.doc["what"], m.doc["Formula"], m.doc["Source"], m.doc["Deviations"], *map(str, m.xfail.values()),
+                     *(f"`{k}={v}`" for k, v in m.knobs.items())):
+            assert text in section, (m.key, text)
+
+
+def test_recipes_claims_and_users_are_on_their_pages(root: Path) -> None:
+    pages = generate.pages(root)
+    recipes, claims = pages[root / "docs/catalogue/recipes.md"], pages[root / "docs/claims.md"]
+    assert "| `wanda` | `row \\| wanda` | a paper | weight times input beats weight | a note |" in recipes
+    assert "| `plain` | `unit/site \\| score/magnitude" in recipes
+    assert "| 7.26 against 17.29 | perplexity 3 against 4 (toy, seeds: 1) | direction holds on toy |" in claims
+    used = {name: pages[root / "docs/catalogue" / page].split(f"## {name}\n")[1].split("## ")[0]
+            for page, name in (("score.md", "wanda"), ("unit.md", "site"), ("stat.md", "in_sq"), ("unit.md", "column"))}
+    assert "| used by | `wanda` |" in used["wanda"]
+    assert "| used by | `plain` |" in used["site"]
+    assert "| used by | `wanda` |" in used["in_sq"]
+    assert "used by" not in used["column"]
+
+
+def test_a_marked_table_is_filled_and_narrowed(root: Path) -> None:
+    text = generate.pages(root)[root / "README.md"]
+    assert text.startswith("Words.\n<!-- begin:results model=toy -->\n| recipe |")
+    assert text.endswith("<!-- end:results -->\nMore.\n")
+    lines = [line for line in text.splitlines() if "toy" in line and line.startswith("|")]
+    assert ["`wanda`" in lines[0], "`magnitude`" in lines[1]] == [True, True]  # the lower perplexity first
+    (root / "README.md").write_text("<!-- begin:results model=other -->\n<!-- end:results -->\n")
+    assert "toy" not in generate.pages(root)[root / "README.md"].replace("model=", "")
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ("<!-- begin:nothing -->\n<!-- end:nothing -->\n", "no table 'nothing'"),
+    ("<!-- begin:results -->\n", "without its end"),
+    ("<!-- end:results -->\n", "without its end"),
+    ("<!-- begin:results colour=red -->\n<!-- end:results -->\n", "cannot be narrowed"),
+])
+def test_a_broken_marker_is_named(root: Path, text: str, why: str) -> None:
+    (root / "README.md").write_text(text)
+    with pytest.raises(SystemExit, match=rf"README.md: .*{why}"):
+        generate.pages(root)

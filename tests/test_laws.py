@@ -1,0 +1,896 @@
+"""Every registered method, every law of its axis. A method is tested the moment its file exists.
+
+Nothing here names a score, an edit or a repair: what a method gets follows from its signature, what it must do from
+its axis and its declared facts. A law a method cannot meet is declared on it, `xfail={"law": "reason"}`, strict.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from trimtab.core.calibrate import Collector
+from trimtab.core.registry import AXES, Method, get, load_all
+from trimtab.core.types import BadInput, Change, Site, Summary
+
+REG = load_all()
+SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
+SMALL = {"b": 4, "block": 8}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
+TINY = 1e-12
+
+# --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
+SITES = {s.name: s for s in (
+    Site("0.mlp.gate", 0, "mlp", "gate", "gate", (24, 20), "mlp.in", consumer="0.mlp.down"),
+    Site("0.mlp.down", 0, "mlp", "down", "down", (20, 24), "mlp.mid"),
+    Site("1.attn.q", 1, "attn", "q", "q", (16, 20), "attn.in"),
+    Site("1.attn.o", 1, "attn", "o", "o", (12, 28), "attn.mid"),
+    Site("2.attn.o", 2, "attn", "o", "o", (8, 12), "attn.mid"),
+)}
+THREE = ("0.mlp.gate", "0.mlp.down", "2.attn.o")  # where all five would only take longer
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def heavy(seed: int, *shape: int) -> Tensor:
+    """Student's t with three degrees of freedom: a few entries far above the rest, as in real weights."""
+    g = generator(seed)
+    return torch.randn(shape, generator=g) / (torch.randn((3, *shape), generator=g).square().mean(0)).sqrt()
+
+
+@cache
+def weight(name: str) -> Tensor:
+    return heavy(10 + list(SITES).index(name), *SITES[name].shape) * 0.1
+
+
+@cache
+def batches(name: str, of: str, poor: bool = False) -> list[tuple[Tensor, ...]]:
+    """What the statistics of a site see, batch by batch. `poor`: fewer tokens than inputs, one input always zero."""
+    site, seed = SITES[name], 100 + 10 * list(SITES).index(name)
+    sizes = (3, 5) if poor else (30, 18, 48)
+    if of == "grad":
+        out = [(heavy(seed + k, *site.shape) * 0.01 + 0.002,) for k in range(3 if poor else 40)]
+    elif of == "sublayer":
+        out = []
+        for k, n in enumerate(sizes):
+            x = heavy(seed + k, n, 20)
+            out.append((x, x + heavy(seed + 50 + k, n, 20) * 0.3 * (1 + site.block)))
+    else:
+        width = site.shape[0] if of == "mid" and site.consumer else site.shape[1]
+        mix = torch.randn(width, width, generator=generator(seed)) * 0.5 / width ** 0.5 + 0.3 * torch.eye(width)
+        gain = (0.8 * torch.randn(width, generator=generator(seed + 1))).exp()
+        out = [((heavy(seed + 2 + k, n, width) + 0.2) @ mix * gain,) for k, n in enumerate(sizes)]
+    if poor and of != "sublayer":
+        for (x,) in out:
+            x[..., 1] = 0
+    return out
+
+
+def accumulate(m: Method, seen: list[tuple[Tensor, ...]]) -> Tensor:
+    """What the engine does with a statistic's batches."""
+    values = [m.fn(*x) for x in seen]
+    merge = {"sum": lambda v: torch.stack(v).sum(0), "max": lambda v: torch.stack(v).amax(0), "stack": torch.stack}
+    out = merge[m.facts["merge"]](values)
+    if m.facts["mean"]:
+        out = out / (len(seen) if m.facts["of"] == "grad" else sum(len(x[0]) for x in seen))
+    return m.facts["done"](out) if m.facts["done"] else out
+
+
+@cache
+def stats(name: str, poor: bool = False) -> dict[str, Tensor]:
+    return {m.name: accumulate(m, batches(name, m.facts["of"], poor)) for m in REG.values() if m.axis == "stat"}
+
+
+class Unit:
+    """A unit with its knobs: what a joint edit is given."""
+
+    def __init__(self, m: Method, /, **knobs: Any):
+        self.m, self.knobs = m, {**small(m), **knobs}
+        self.free: bool = m.facts["free"]
+        self.period: int | None = m.facts["period"](self.knobs) if m.facts["period"] else None
+
+    def __call__(self, s: Tensor, keep: float) -> Tensor:
+        return self.m.fn(s, keep, **self.knobs)
+
+    def __repr__(self) -> str:
+        return f"{self.m.name}({','.join(f'{k}={v}' for k, v in self.knobs.items())})"
+
+
+def small(m: Method) -> dict[str, Any]:
+    return {k: min(v, SMALL[k]) if k in SMALL else v for k, v in m.knobs.items()}
+
+
+@cache
+def units() -> list[Unit]:
+    """What edits and repairs are tried with: every unit that decides nothing else, in its first two variants."""
+    return [Unit(m, **knobs) for m in REG.values() if m.axis == "unit" and not m.joint for knobs in variants(m)[:2]]
+
+
+def variants(m: Method) -> list[dict[str, Any]]:
+    """Complete knobs: the small ones, and for a method whose knobs are the pattern itself more patterns."""
+    tries: list[dict[str, Any]] = [{}]
+    if {"n", "m", "dim"} <= set(m.knobs):
+        tries += [{"dim": "out"}, {"n": 1}, {"n": 3, "m": 4, "dim": "out"}]
+    if {"rows", "cols"} <= set(m.knobs):
+        tries += [{"rows": 2, "cols": 4}, {"rows": 4, "cols": 1}]
+    return [{**small(m), **t} for t in tries]
+
+
+def plain(name: str = "row") -> Unit:
+    return Unit(get(f"unit/{name}"))
+
+
+@cache
+def summaries(of: Callable[[Tensor], Tensor] | None, wild: bool = False) -> dict[str, Summary]:
+    """Scores as a budget sees them. `wild`: one site a thousand times the rest, one half zero."""
+    out = {}
+    for name, site in SITES.items():
+        s = weight(name).abs() * stats(name)["in_sq"].sqrt()
+        if wild:
+            s = s * 1000 if name == "2.attn.o" else s
+            s = s.where(s > s.median(), torch.zeros_like(s)) if name == "1.attn.q" else s
+        out[name] = Summary.of(site, of(s) if of else s)
+    return out
+
+
+def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float32, keep: float = 0.5,
+        unit: Unit | None = None, poor: bool = False, **given: Any) -> dict[str, Any]:
+    """Everything the method's signature may name, for one site; `given` replaces it."""
+    w = given.get("w", weight(name).to(dtype))
+    unit = unit or plain()
+    have = dict(stats(name, poor))
+    if m.axis == "format":
+        return {"new": next(held(m, small(m), dtype)), **given}
+    pattern = unit(w.float().abs(), keep)
+    if m.axis == "budget":
+        have = {k: {n: stats(n, poor)[k] for n in SITES} for k in have}
+        return {"scores": summaries(m.facts["of"]), "target": keep, **have, **given}
+    if m.axis == "stat":
+        of = m.facts["of"]
+        return {**dict(zip(m.data, batches(name, of)[0], strict=True)), **given}
+    mask = torch.ones_like(pattern) if m.joint else pattern
+    return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask,
+            "new": Change(w * pattern, mask=pattern), **have, **given}
+
+
+def call(m: Method, at: dict[str, Any], /, **knobs: Any) -> Any:
+    return m(at, **{**small(m), **knobs})
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Every tensor of a result or an argument, in a fixed order."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict):
+        for k in sorted(x):
+            yield from tensors(x[k])
+    elif isinstance(x, Change):
+        yield from tensors([x.w, x.parts, x.mask])
+    elif isinstance(x, Summary):
+        yield from tensors([x.hist, x.total, x.count])
+    elif isinstance(x, list | tuple):
+        for v in x:
+            yield from tensors(v)
+    elif isinstance(x, int | float):
+        yield torch.tensor(x, dtype=torch.float64)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    a, b = list(tensors(a)), list(tensors(b))
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def error(w: Tensor, new: Tensor, gram: Tensor) -> float:
+    """The calibration error tr((w' - w) G (w' - w)^T)."""
+    d = new.double() - w.double()
+    return float(((d @ gram.double()) * d).sum())
+
+
+def close(a: Tensor, b: Tensor, tol: float = 1e-5) -> None:
+    a, b = a.double(), b.double()
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol * float(b.abs().max()))
+
+
+# --- laws of every axis ---------------------------------------------------------------------------------------------
+def law_repeatable(m: Method) -> None:
+    """The same input gives the same bytes."""
+    first, second = call(m, env(m)), call(m, env(m))
+    assert list(tensors(first))
+    assert same(first, second)
+
+
+def law_leaves_inputs_alone(m: Method) -> None:
+    at = env(m)
+    before = {k: [t.clone() for t in tensors(v)] for k, v in at.items()}
+    call(m, at)
+    for k, v in before.items():
+        assert same(list(tensors(at[k])), v), k
+
+
+FACTORIES = {
+    torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange, torch.linspace, torch.logspace,
+    torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.rand, torch.randn, torch.randint, torch.randperm,
+    torch.tril_indices, torch.triu_indices, torch.empty_strided,
+}
+DRAWS = {f for place, names in (
+    (torch, "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial poisson"),
+    (Tensor, "normal_ uniform_ bernoulli bernoulli_ exponential_ random_ cauchy_ geometric_ log_normal_ multinomial"),
+) for f in (getattr(place, n) for n in names.split())}
+MOVES = {Tensor.cpu, Tensor.cuda, Tensor.numpy, Tensor.__array__}
+
+
+class OwnDeviceOnly(TorchFunctionMode):
+    """Refuses tensors made without a device, draws without a generator, and moves to a device by name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTORIES:
+            assert kwargs.get("device") is not None or (func is torch.as_tensor and isinstance(args[0], Tensor)), \
+                f"{func.__name__} without a device"
+        if func in DRAWS:
+            assert kwargs.get("generator") is not None, f"{func.__name__} without a generator"
+        assert func not in MOVES, f"{func.__name__}: a method stays where its input is"
+        return func(*args, **kwargs)
+
+
+def law_own_device_and_generator(m: Method) -> None:
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    at, before = env(m), states()
+    with OwnDeviceOnly():
+        out = call(m, at)
+    assert states() == before, "drew from a global generator"
+    assert {t.device for t in tensors(out)} == {torch.device("cpu")}
+
+
+def law_uses_data(m: Method) -> None:
+    """Each weight, statistic and share it names changes the result somewhere."""
+    fresh = {"w": lambda t: t.flip(0), "target": lambda t: t / 2, "keep": lambda t: t / 2}
+    if m.axis in ("score", "edit", "repair", "budget", "unit"):
+        for d in (d for d in m.data if d in m.needs or d in fresh):
+            if d == "keep" and m.axis == "unit" and not m.facts["free"]:
+                continue
+            changed = False
+            for name in THREE:
+                at = env(m, name)
+                other = fresh.get(d, jumbled)(at[d])
+                changed |= not same(call(m, at), call(m, {**at, d: other}))
+            assert changed, f"{d} makes no difference"
+
+
+def jumbled(t: Any) -> Any:
+    """Another statistic of the same kind: the entries of its last dimension reversed, a square one on both sides."""
+    if isinstance(t, dict):
+        return dict(zip(t, reversed(t.values()), strict=True))
+    t = t.flip(-1)
+    return t.flip(-2) if t.dim() == 2 and t.shape[0] == t.shape[1] else t
+
+
+def law_uses_knobs(m: Method) -> None:
+    """Each knob changes the result somewhere."""
+    for k, v in small(m).items():
+        tries = {bool: [not v] if isinstance(v, bool) else [], str: ["out", "in"]}.get(type(v))
+        if tries is None:
+            tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
+        given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \
+            [env(m, name) for name in THREE]
+        assert any(differs(m, at, {k: t}) for t in tries if t != v for at in given), f"{k} makes no difference"
+
+
+def differs(m: Method, at: dict[str, Any], knobs: dict[str, Any]) -> bool:
+    try:
+        return not same(call(m, at), call(m, at, **knobs))
+    except BadInput:  # a value that does not fit the other knobs or the shape
+        return False
+
+
+# --- stat -----------------------------------------------------------------------------------------------------------
+def numpy_stat(m: Method, seen: list[tuple[Tensor, ...]]) -> np.ndarray:
+    """Each statistic in one go, in float64, from its definition."""
+    x, *rest = (np.concatenate([b[i].double().numpy() for b in seen]) for i in range(len(seen[0])))
+    if m.facts["of"] == "grad":
+        x = np.stack([b[0].double().numpy() for b in seen])
+    definition: dict[str, Callable[[], np.ndarray]] = {
+        "in_sq": lambda: (x ** 2).mean(0), "gram": lambda: x.T @ x / len(x), "absmax": lambda: abs(x).max(0),
+        "act_norm": lambda: np.sqrt((x ** 2).mean(0)), "grad_sq": lambda: (x ** 2).mean(0), "grad": lambda: x.mean(0),
+        "grads": lambda: x,
+        "cosine": lambda: np.array([np.mean(
+            (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))]),
+    }
+    assert m.name in definition, f"write the definition of {m.name} here"
+    return definition[m.name]()
+
+
+def law_stat_is_its_definition(m: Method) -> None:
+    for name in SITES:
+        seen = batches(name, m.facts["of"])
+        close(accumulate(m, seen), torch.from_numpy(numpy_stat(m, seen)))
+
+
+def law_stat_order_of_batches(m: Method) -> None:
+    seen = batches("0.mlp.gate", m.facts["of"])
+    a, b = accumulate(m, seen), accumulate(m, seen[::-1])
+    close(a, b.flip(0) if m.facts["merge"] == "stack" else b)
+
+
+def law_stat_size_of_batches(m: Method) -> None:
+    """Tokens may come in any number of batches; a gradient is of one sequence, whole."""
+    if m.facts["of"] != "grad":
+        seen = batches("0.mlp.gate", m.facts["of"])
+        split = [tuple(t[a:b] for t in x) for x in seen for a, b in ((0, 1), (1, len(x[0])))]
+        close(accumulate(m, seen), accumulate(m, split))
+
+
+def law_stat_same_in_the_engine(m: Method) -> None:
+    for name, site in SITES.items():
+        collect = Collector({name: {m.name}}, SITES)
+        seen = batches(name, m.facts["of"])
+        for x in seen:
+            if m.facts["of"] == "grad":
+                collect.see_gradient(site, *x)
+            elif m.facts["of"] == "sublayer":
+                collect.see("sublayer", site.group, *x)
+            else:
+                feeds = SITES[site.consumer] if m.facts["of"] == "mid" and site.consumer else site
+                collect.see("input", feeds.input, *x)
+        close(collect.of(site)[m.name], accumulate(m, seen))
+
+
+def law_stat_half_precision_input(m: Method) -> None:
+    """Sums are taken in float32 whatever the network runs in."""
+    seen = [tuple(t.bfloat16() for t in x) for x in batches("0.mlp.gate", m.facts["of"])]
+    out = accumulate(m, seen)
+    assert out.dtype == torch.float32
+    close(out, accumulate(m, [tuple(t.float() for t in x) for x in seen]))
+
+
+# --- unit -----------------------------------------------------------------------------------------------------------
+def top(values: list[float], k: int) -> set[int]:
+    """Places of the k largest; of equals the earlier one."""
+    return set(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
+
+
+def slow_unit(u: Unit, s: Tensor, keep: float) -> Tensor | None:
+    """The mask by plain loops over whoever competes, for the units that are defined by that; else None."""
+    rows, cols = s.shape
+    at = [[(i, j) for j in range(cols)] for i in range(rows)]
+    whole = [p for line in at for p in line]
+    groups = {"row": lambda: at, "site": lambda: [whole], "model": lambda: [whole],
+              "column": lambda: [list(c) for c in zip(*at, strict=True)], "nm": lambda: nm_groups(u, at)}
+    if u.m.name not in groups:
+        return None
+    out = torch.zeros(s.shape, dtype=torch.bool)
+    for g in groups[u.m.name]():
+        k = u.knobs["n"] if u.m.name == "nm" else round(keep * len(g))
+        for i in top([float(s[p]) for p in g], k):
+            out[g[i]] = True
+    return out
+
+
+def nm_groups(u: Unit, at: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    lines = at if u.knobs["dim"] == "in" else [list(c) for c in zip(*at, strict=True)]
+    return [line[k:k + u.knobs["m"]] for line in lines for k in range(0, len(line), u.knobs["m"])]
+
+
+def of(m: Method) -> list[Unit]:
+    return [Unit(m, **knobs) for knobs in variants(m)]
+
+
+def law_unit_mask(m: Method) -> None:
+    for u in of(m):
+        for name in THREE:
+            mask = u(weight(name).abs(), 0.5)
+            assert mask.dtype == torch.bool
+            assert mask.shape == weight(name).shape
+
+
+def law_unit_exact(m: Method) -> None:
+    """Each group that competes keeps its count, its best, and of equals the first."""
+    for u in of(m):
+        for name in THREE:
+            tied = (weight(name).abs() * 20).floor()
+            for s in (weight(name).abs(), tied, torch.ones_like(tied)):
+                for keep in SHARES:
+                    want = slow_unit(u, s, keep)
+                    if want is not None:
+                        assert torch.equal(u(s, keep), want), (u, name, keep)
+                    else:
+                        check_blocks(u, u(s, keep), s, keep)
+
+
+def check_blocks(u: Unit, mask: Tensor, s: Tensor, keep: float) -> None:
+    """Units of rectangles (of one entry, unless the knobs say otherwise): whole, counted, and the better ones."""
+    r, c = (u.knobs.get(k) or u.knobs.get("b") or 1 for k in ("rows", "cols"))
+    blocks = mask.unfold(0, r, r).unfold(1, c, c).flatten(2)
+    assert torch.equal(blocks.any(-1), blocks.all(-1)), "a block is kept or dropped whole"
+    assert int(blocks.all(-1).sum()) == round(keep * blocks[..., 0].numel())
+    whole = torch.arange(float(blocks[..., 0].numel())).reshape(blocks.shape[:2]).flip(1)  # no two blocks alike
+    chosen = u(whole.repeat_interleave(r, 0).repeat_interleave(c, 1), keep)[::r, ::c]
+    assert whole[chosen].min() > whole[~chosen].max(), "the better blocks"
+
+
+def law_unit_prefers_the_larger(m: Method) -> None:
+    for u in of(m):
+        s = weight("0.mlp.down").abs()
+        mask = u(s, 0.5)
+        assert s[mask].mean() > s[~mask].mean()
+
+
+def law_unit_keeps_all_at_one(m: Method) -> None:
+    if m.facts["free"]:
+        for u in of(m):
+            assert all(bool(u(weight(n).abs(), 1.0).all()) for n in THREE)
+
+
+def law_unit_more_is_more(m: Method) -> None:
+    """What a smaller share keeps, a larger one keeps too; a unit that is not free does not look at the share."""
+    for u in of(m):
+        few, many = (u(weight("0.mlp.gate").abs(), keep) for keep in SHARES)
+        assert bool((many | ~few).all())
+        assert torch.equal(few, many) != m.facts["free"]
+
+
+def law_unit_period(m: Method) -> None:
+    """Columns of one period are decided without the others."""
+    for u in of(m):
+        s = weight("0.mlp.down").abs()
+        if u.period and not u.free:
+            for j in range(0, s.shape[1], u.period):
+                part = slice(j, j + u.period)
+                assert torch.equal(u(s, 0.5)[:, part], u(s[:, part].contiguous(), 0.5))
+        elif not u.free and u.knobs.get("dim") != "out":
+            pytest.fail(f"{u} fixes a pattern along the input, so it has a period")
+
+
+def law_unit_needs_no_data(m: Method) -> None:
+    """The engine asks it about a shape, without scores, before a run: it answers or refuses from the shape alone."""
+    for u in of(m):
+        assert u(torch.empty(24, 20, device="meta"), 0.5).shape == (24, 20)
+
+
+def law_unit_refuses_what_does_not_divide(m: Method) -> None:
+    if {"m", "b"} & set(m.knobs):
+        for u in of(m):
+            with pytest.raises(BadInput):
+                u(torch.ones(7, 9), 0.5)
+
+
+# --- score ----------------------------------------------------------------------------------------------------------
+def law_score_shape(m: Method) -> None:
+    for name in SITES:
+        for dtype in (torch.float32, torch.bfloat16):
+            s = call(m, env(m, name, dtype=dtype))
+            assert s.dtype == torch.float32
+            assert s.shape == weight(name).shape
+            assert bool(s.isfinite().all())
+            assert bool((s >= 0).all())
+
+
+def law_score_zero_is_least(m: Method) -> None:
+    """Higher means keep: a weight that is zero already is the first to go."""
+    for name in THREE:
+        w = weight(name).clone()
+        w[::3, ::4] = 0
+        zero = w == 0
+        s = call(m, env(m, name, w=w))
+        assert s[zero].max() <= s.min()
+        assert s[~zero].mean() > s[zero].mean()
+
+
+def law_score_computes_in_float32(m: Method) -> None:
+    w = weight("0.mlp.gate").bfloat16()
+    assert same(call(m, env(m, w=w)), call(m, env(m, w=w.float())))
+
+
+def law_score_survives_poor_statistics(m: Method) -> None:
+    """A dead input and fewer tokens than inputs."""
+    for name in THREE:
+        s = call(m, env(m, name, poor=True))
+        assert bool(s.isfinite().all())
+        assert bool((s >= 0).all())
+        assert s.std() > 0
+
+
+def permuted(name: str, p: Tensor, along: str) -> dict[str, Tensor]:
+    """The site's statistics as they would be with its outputs, or its inputs, in another order."""
+    site, out = SITES[name], {}
+    for k, t in stats(name).items():
+        kind, dims = REG[f"stat/{k}"].facts["of"], []
+        if kind == "grad":
+            dims = [-2 if along == "out" else -1]
+        elif (kind == "input" and along == "in") or (kind == "mid" and along == ("out" if site.consumer else "in")):
+            dims = list(range(t.dim()))
+        out[k] = t
+        for d in dims:
+            out[k] = out[k].index_select(d, p)
+    return out
+
+
+def law_score_rows(m: Method) -> None:
+    """Another order of the outputs gives the same scores in that order."""
+    for name in THREE:
+        p = torch.randperm(SITES[name].shape[0], generator=generator(1))
+        close(call(m, env(m, name, w=weight(name)[p], **permuted(name, p, "out"))), call(m, env(m, name))[p], 1e-4)
+
+
+def law_score_inputs(m: Method) -> None:
+    """Another order of the inputs gives the same scores in that order."""
+    for name in THREE:
+        p = torch.randperm(SITES[name].shape[1], generator=generator(2))
+        close(call(m, env(m, name, w=weight(name)[:, p], **permuted(name, p, "in"))), call(m, env(m, name))[:, p], 1e-4)
+
+
+# --- budget ---------------------------------------------------------------------------------------------------------
+def averaged(m: Method, shares: dict[str, float]) -> float:
+    if m.facts["mean"] == "weight":
+        return sum(shares[n] * s.size for n, s in SITES.items()) / sum(s.size for s in SITES.values())
+    assert m.facts["mean"] == "block"
+    means = []
+    for block in {s.block for s in SITES.values()}:
+        inside = {n: s.size for n, s in SITES.items() if s.block == block}
+        means.append(sum(shares[n] * size for n, size in inside.items()) / sum(inside.values()))
+    return sum(means) / len(means)
+
+
+def law_budget_meets_the_target(m: Method) -> None:
+    for wild in (False, True):
+        for target in (0.05, *SHARES, 0.95):
+            shares = call(m, env(m, keep=target, scores=summaries(m.facts["of"], wild)))
+            assert set(shares) == set(SITES)
+            assert all(0 <= float(v) <= 1 for v in shares.values()), shares
+            assert averaged(m, shares) == pytest.approx(target, abs=1e-6), (wild, target)
+
+
+def law_budget_order_of_sites(m: Method) -> None:
+    at = env(m, keep=0.3)
+    turned = {k: dict(reversed(v.items())) if isinstance(v, dict) else v for k, v in at.items()}
+    a, b = call(m, at), call(m, turned)
+    assert {k: float(a[k]) for k in SITES} == pytest.approx({k: float(b[k]) for k in SITES}, abs=1e-9)
+
+
+def law_budget_treats_equals_alike(m: Method) -> None:
+    """Sites that do not differ in anything a budget sees get the same share, the target."""
+    scores = {f"{k}.attn.o": replace(summaries(m.facts["of"])["2.attn.o"], site=replace(SITES["2.attn.o"], block=k))
+              for k in range(4)}
+    have = {k: dict.fromkeys(scores, v) for k, v in stats("2.attn.o").items()}
+    shares = call(m, {"scores": scores, "target": 0.3, **have})
+    assert {k: float(v) for k, v in shares.items()} == pytest.approx(dict.fromkeys(scores, 0.3), abs=1e-6)
+
+
+# --- edit -----------------------------------------------------------------------------------------------------------
+def pruned(m: Method, name: str, unit: Unit, keep: float, **given: Any) -> Change:
+    return call(m, env(m, name, unit=unit, keep=keep, **given))
+
+
+def law_edit_respects_its_mask(m: Method) -> None:
+    for unit in units():
+        for dtype in (torch.float32, torch.bfloat16):
+            for name in THREE:
+                new = pruned(m, name, unit, 0.3, dtype=dtype)
+                assert new.w.dtype == dtype
+                assert new.w.shape == weight(name).shape
+                assert bool(new.w.isfinite().all())
+                if new.mask is not None:
+                    assert new.mask.dtype == torch.bool
+                    assert not bool(new.w[~new.mask].any())
+
+
+def law_edit_hits_the_share(m: Method) -> None:
+    """As many entries as the unit keeps, row by row where rows compete, group by group where it is a pattern."""
+    if m.joint and "unit" not in m.data:
+        for name in THREE:
+            for keep in SHARES:
+                new = pruned(m, name, plain(), keep)
+                assert int(new.mask.sum()) == round(keep * new.mask.numel()), (name, keep)
+        return
+    for unit in units():
+        for name in THREE:
+            for keep in SHARES:
+                want = unit(weight(name).abs(), keep)
+                got = pruned(m, name, unit, keep).mask
+                assert int(got.sum()) == int(want.sum()), (unit, name, keep)
+                for d in (0, 1):  # the unit's own counts, where they do not depend on the scores
+                    if len(set(want.sum(d).tolist())) == 1 and unit.m.name in ("row", "column", "nm"):
+                        assert torch.equal(got.sum(d), want.sum(d)), (unit, name, keep, d)
+                if unit.m.name == "nm":
+                    lines = got if unit.knobs["dim"] == "in" else got.T
+                    assert bool((lines.unfold(1, unit.knobs["m"], unit.knobs["m"]).sum(-1) == unit.knobs["n"]).all())
+                r, c = (unit.knobs.get(k) or unit.knobs.get("b") or 1 for k in ("rows", "cols"))
+                blocks = got.unfold(0, r, r).unfold(1, c, c).flatten(2)
+                assert torch.equal(blocks.any(-1), blocks.all(-1)), (unit, name, keep)
+
+
+def law_edit_keeps_earlier_zeros(m: Method) -> None:
+    if "mask" not in m.data:
+        return
+    for name in THREE:
+        earlier = torch.rand(weight(name).shape, generator=generator(3)) > 0.3
+        for unit in units():
+            given = {} if m.joint else {"keep": 1.0}
+            new = call(m, {**env(m, name, unit=unit, keep=0.7, w=weight(name) * earlier), "mask": earlier, **given})
+            assert not bool(new.w[~earlier].any()), unit
+            assert bool(new.w.isfinite().all()), unit
+
+
+def law_edit_keeps_all_at_one(m: Method) -> None:
+    for unit in units():
+        if unit.free:
+            for name in THREE:
+                new = pruned(m, name, unit, 1.0)
+                assert new.mask is None or bool(new.mask.all())
+                torch.testing.assert_close(new.w, weight(name), rtol=1e-4, atol=1e-4 * float(weight(name).abs().max()))
+
+
+def law_edit_touches_every_site(m: Method) -> None:
+    """Drops something everywhere, and leaves something everywhere."""
+    for name in SITES:
+        new = pruned(m, name, plain(), 0.5)
+        assert 0.25 < float((new.w == 0).float().mean()) < 0.75, name
+        assert bool(((new.w != 0).sum(1) > 0).all()), name
+
+
+def fisher_error(w: Tensor, new: Tensor, grads: Tensor) -> float:
+    """Mean over sequences of (g . (w' - w))^2."""
+    return float(torch.einsum("nij,ij->n", grads.double(), new.double() - w.double()).square().mean())
+
+
+def law_edit_beats_magnitude(m: Method) -> None:
+    """What it is told of the inputs, or of the gradients, saves it a good part of the error magnitude makes."""
+    for need, measure in (("gram", error), ("grads", fisher_error)):
+        if m.joint and need in m.needs:
+            for unit in (plain("row"), plain("site"), plain("nm")):
+                for name in THREE:
+                    for keep in SHARES if unit.free else (0.5,):
+                        w, stat = weight(name), stats(name)[need]
+                        simple = measure(w, w * unit(w.abs(), keep), stat)
+                        assert measure(w, pruned(m, name, unit, keep).w, stat) < 0.8 * simple, (unit, name, keep)
+
+
+def law_edit_survives_poor_statistics(m: Method) -> None:
+    for name in THREE:
+        new = pruned(m, name, plain(), 0.5, poor=True)
+        assert bool(new.w.isfinite().all())
+        assert float(new.w.abs().max()) < 100 * float(weight(name).abs().max())
+
+
+def law_edit_computes_in_float32(m: Method) -> None:
+    for name in THREE:
+        w = weight(name).bfloat16()
+        low, high = pruned(m, name, plain(), 0.3, w=w), pruned(m, name, plain(), 0.3, w=w.float())
+        assert same([low.w, low.mask], [high.w.bfloat16(), high.mask])
+
+
+def law_edit_rows(m: Method) -> None:
+    """Another order of the outputs gives the same weights in that order."""
+    for name in THREE:
+        p = torch.randperm(SITES[name].shape[0], generator=generator(1))
+        turned = pruned(m, name, plain(), 0.3, w=weight(name)[p], **permuted(name, p, "out"))
+        close(turned.w, pruned(m, name, plain(), 0.3).w[p], 1e-4)
+
+
+# --- repair ---------------------------------------------------------------------------------------------------------
+def best(w: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
+    """The least calibration error a mask allows, row by row in float64."""
+    out, g = torch.zeros_like(w, dtype=torch.float64), gram.double()
+    for i, row in enumerate(mask):
+        k = row.nonzero()[:, 0]
+        if len(k):
+            out[i, k] = torch.linalg.lstsq(g[k][:, k], (g @ w[i].double())[k, None], driver="gelsd").solution[:, 0]
+    return out.to(w.dtype)
+
+
+def law_repair_never_raises_the_error(m: Method) -> None:
+    """From the masked weights, from worse ones, and from ones that cannot be improved."""
+    for unit in units():
+        for name in THREE:
+            w, gram = weight(name), stats(name)["gram"]
+            mask = unit(w.abs(), 0.5)
+            for start in (w * mask, w * mask * 0.8, best(w, mask, gram)):
+                out = call(m, env(m, name, new=Change(start, mask=mask)))
+                assert error(w, out.w, gram) <= error(w, start, gram) * (1 + 1e-5) + 1e-9, (unit, name)
+
+
+def law_repair_never_raises_the_error_in_half_precision(m: Method) -> None:
+    for name in THREE:
+        w, gram = weight(name).bfloat16(), stats(name)["gram"]
+        mask = plain()(w.float().abs(), 0.5)
+        out = call(m, env(m, name, w=w, new=Change(w * mask, mask=mask)))
+        assert out.w.dtype == torch.bfloat16
+        assert error(w, out.w, gram) <= error(w, w * mask, gram) * (1 + 1e-3)
+
+
+def law_repair_mends(m: Method) -> None:
+    """It takes away a good part of what can be mended at all."""
+    for unit in (plain("row"), plain("site")):
+        for name in THREE:
+            w, gram = weight(name), stats(name)["gram"]
+            mask = unit(w.abs(), 0.5)
+            before, least = error(w, w * mask, gram), error(w, best(w, mask, gram), gram)
+            after = error(w, call(m, env(m, name, new=Change(w * mask, mask=mask))).w, gram)
+            assert after - least < 0.8 * (before - least), (unit, name)
+
+
+def law_repair_keeps_the_mask(m: Method) -> None:
+    for unit in units():
+        for dtype in (torch.float32, torch.bfloat16):
+            for name in THREE:
+                w = weight(name).to(dtype)
+                mask = unit(w.float().abs(), 0.3)
+                out = call(m, env(m, name, w=w, new=Change(w * mask, mask=mask)))
+                assert out.w.dtype == dtype
+                assert torch.equal(out.mask, mask)
+                assert not bool(out.w[~mask].any())
+                assert bool(out.w.isfinite().all())
+
+
+def law_repair_leaves_the_whole_alone(m: Method) -> None:
+    for name in THREE:
+        w = weight(name)
+        out = call(m, env(m, name, new=Change(w, mask=torch.ones_like(w, dtype=torch.bool))))
+        torch.testing.assert_close(out.w, w, rtol=1e-4, atol=1e-5)
+
+
+def law_repair_survives_poor_statistics(m: Method) -> None:
+    for name in THREE:
+        w, gram = weight(name), stats(name, True)["gram"]
+        mask = plain()(w.abs(), 0.5)
+        out = call(m, env(m, name, poor=True, new=Change(w * mask, mask=mask)))
+        assert bool(out.w.isfinite().all())
+        assert error(w, out.w, gram) <= error(w, w * mask, gram) * (1 + 1e-5)
+        assert float(out.w.abs().max()) < 100 * float(w.abs().max())
+
+
+def law_repair_computes_in_float32(m: Method) -> None:
+    for name in THREE:
+        w = weight(name).bfloat16()
+        mask = plain()(w.float().abs(), 0.3)
+        low = call(m, env(m, name, w=w, new=Change(w * mask, mask=mask)))
+        high = call(m, env(m, name, w=w.float(), new=Change(w.float() * mask, mask=mask)))
+        close(low.w, high.w, 2.0 ** -8)
+
+
+def law_repair_rows(m: Method) -> None:
+    for name in THREE:
+        w = weight(name)
+        p, mask = torch.randperm(len(w), generator=generator(1)), plain()(w.abs(), 0.3)
+        turned = call(m, env(m, name, w=w[p], new=Change((w * mask)[p], mask=mask[p]), **permuted(name, p, "out")))
+        close(turned.w, call(m, env(m, name, new=Change(w * mask, mask=mask))).w[p], 1e-4)
+
+
+# --- format ---------------------------------------------------------------------------------------------------------
+def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Change]:
+    """Changes the format says it can hold: several patterns, full, empty and half-filled."""
+    for name in THREE:
+        w = weight(name).to(dtype)
+        kind, mask = m.facts["holds"], w.float().abs() > 0.05
+        if kind == "nm":
+            lines = w.T if knobs["dim"] == "out" else w
+            mask = torch.zeros(lines.shape, dtype=torch.bool)
+            for i in range(len(lines)):
+                for j in range(0, lines.shape[1], knobs["m"]):
+                    for k in top(lines[i, j:j + knobs["m"]].abs().tolist(), knobs["n"]):
+                        mask[i, j + k] = True
+            mask = mask.T.contiguous() if knobs["dim"] == "out" else mask
+        elif kind == "block":
+            r, c = knobs["rows"] or knobs["b"], knobs["cols"] or knobs["b"]
+            mask = mask[::r, ::c].repeat_interleave(r, 0).repeat_interleave(c, 1)
+        empty = torch.zeros_like(mask)
+        thin = w * mask
+        thin[1] = 0
+        yield from (Change(w * mask, mask=mask), Change(thin, mask=mask), Change(w * empty, mask=empty),
+                    Change((w * mask).T.contiguous().T, mask=mask))
+        if kind != "nm":
+            yield Change(w, mask=torch.ones_like(mask))
+        yield Change((w * mask).abs())
+
+
+def awkward(dtype: torch.dtype) -> Iterator[Change]:
+    """Changes a format may hold or refuse, but not lose."""
+    g = generator(4)
+    for shape in ((24, 20), (7, 9), (1, 3), (5, 8), (8, 5)):
+        w = torch.randn(shape, generator=g).to(dtype)
+        loose = torch.rand(shape, generator=g) > 0.6
+        yield from (Change(w), Change(w * loose), Change(w * loose, mask=loose), Change(w, mask=loose))
+
+
+def restores(m: Method, new: Change, buffers: dict[str, Tensor]) -> None:
+    back = m.inverse(buffers, tuple(new.w.shape))
+    assert back.dtype == new.w.dtype
+    assert torch.equal(back, new.w)
+    bits = torch.int32 if back.dtype == torch.float32 else torch.int16
+    assert torch.equal(back.contiguous().view(bits)[back != 0], new.w.contiguous().view(bits)[back != 0])
+
+
+def law_format_exact(m: Method) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for knobs in variants(m):
+            for new in held(m, knobs, dtype):
+                restores(m, new, m.fn(new, **knobs))
+
+
+def law_format_bytes(m: Method) -> None:
+    """The buffers take exactly what the formula says: nothing else is stored."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for knobs in variants(m):
+            for new in held(m, knobs, dtype):
+                kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
+                got = sum(b.nbytes for b in m.fn(new, **knobs).values())
+                assert got == m.facts["bytes"](tuple(new.w.shape), dtype.itemsize, kept, knobs), knobs
+
+
+def law_format_exact_or_refused(m: Method) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for knobs in variants(m):
+            for new in awkward(dtype):
+                try:
+                    buffers = m.fn(new, **knobs)
+                except BadInput as e:
+                    assert "\n" not in str(e)
+                    assert len(str(e)) > 20
+                else:
+                    restores(m, new, buffers)
+
+
+def law_format_refuses_another_pattern(m: Method) -> None:
+    """n:m and block formats say no to a shape their pattern does not divide, n:m to a group that keeps too many."""
+    for knobs in variants(m):
+        if m.facts["holds"] in ("nm", "block"):
+            with pytest.raises(BadInput, match="divide"):
+                m.fn(Change(torch.zeros(7, 9)), **knobs)
+        if m.facts["holds"] == "nm":
+            with pytest.raises(BadInput, match="keeps"):
+                m.fn(Change(torch.ones(8, 12)), **knobs)
+
+
+def law_format_stands_alone(m: Method) -> None:
+    """Buffers can be written as they are: contiguous, and not the caller's memory seen from elsewhere."""
+    new = next(held(m, small(m), torch.float32))
+    assert all(b.is_contiguous() for b in call(m, {"new": new}).values())
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads: None) -> None:
+    """Matrices this small are slower on two."""
+    torch.set_num_threads(1)
+
+
+# --- laws x methods -------------------------------------------------------------------------------------------------
+LAWS = {n.removeprefix("law_"): f for n, f in globals().items() if n.startswith("law_")}
+
+
+def laws_of(m: Method) -> dict[str, Callable[[Method], None]]:
+    """The laws of every axis and those of its own, under the name an xfail uses."""
+    out = {}
+    for n, f in LAWS.items():
+        axis = n.split("_")[0]
+        if axis == m.axis or axis not in AXES:
+            out[n.removeprefix(f"{m.axis}_")] = f
+    return out
+
+
+def params() -> Iterator[Any]:
+    for m in REG.values():
+        for n, f in laws_of(m).items():
+            marks = [pytest.mark.xfail(reason=m.xfail[n], strict=True)] if n in m.xfail else []
+            yield pytest.param(m, f, id=f"{m.key}-{n}", marks=marks)
+
+
+@pytest.mark.parametrize(("m", "law"), list(params()))
+def test_law(m: Method, law: Callable[[Method], None]) -> None:
+    law(m)
+
+
+@pytest.mark.parametrize("key", REG)
+def test_expected_failures_name_laws(key: str) -> None:
+    assert set(REG[key].xfail) <= set(laws_of(REG[key]))

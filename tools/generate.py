@@ -1,0 +1,263 @@
+"""Write the pages that follow from the code and the measured rows, or check that they do.
+
+    python tools/generate.py write     docs/catalogue/*.md, docs/claims.md, tables between markers in hand-written pages
+    python tools/generate.py check     exit 1 and name the pages that differ
+
+Markers, in README.md and docs/**/*.md:  <!-- begin:results model=builtin:lm setting=50% -->  ...  <!-- end:results -->
+The word is one of TABLES; `key=value` words narrow it to the rows with those values.
+"""
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.registry import AXES, FACTS, KNOBS, Method, load_all
+from trimtab.core.spec import Recipe, rows
+from trimtab.core.types import Claim
+
+ROOT = Path(__file__).resolve().parents[1]
+BETTER = {"perplexity": "lower", "cosine": "higher"}  # metrics that settle a claim
+KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
+QUESTION = {
+    "stat": "What must we know about the data?", "unit": "What stands or falls together, compared with whom?",
+    "score": "How much does each unit matter? Higher means keep.", "budget": "How is the total split over the sites?",
+    "rewrite": "Which exact change of basis makes the edit cheaper?", "edit": "What happens to the weights?",
+    "repair": "How is the error mended?", "format": "How is it stored?",
+}
+Row = dict[str, Any]
+
+
+# --- measured rows ----------------------------------------------------------------------------------------------------
+def measured(root: Path) -> list[Row]:
+    """Rows of results/*.jsonl; of rows that agree in everything but the value the last one counts."""
+    last: dict[tuple[Any, ...], Row] = {}
+    for path in sorted((root / "results").glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                last[tuple(row[k] for k in (*KEYS[:4], "seed"))] = {k: row[k] for k in KEYS} | row
+            except (ValueError, KeyError, TypeError) as e:
+                raise SystemExit(f"{path.relative_to(root)}:{number}: want a row of {', '.join(KEYS)}: {e!r}") from None
+    return list(last.values())
+
+
+def is_stale(row: Row, versions: dict[str, str]) -> bool:
+    """Whether a method has changed since, or is gone."""
+    return any(versions.get(key) != version for key, version in row["methods"].items())
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean over the seeds, and their standard deviation (0 for a single one)."""
+
+    mean: float
+    spread: float
+    seeds: int
+
+    @staticmethod
+    def of(some: Iterable[Row]) -> Figure:
+        values = [float(r["value"]) for r in some]
+        return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+    def __str__(self) -> str:
+        more = f" ± {self.spread:.2g}" if self.seeds > 1 else ""
+        return f"{self.mean:.4g}{more}"
+
+
+def judged(claim: Claim, every: list[Row], versions: dict[str, str]) -> tuple[str, str]:
+    """Status of a claim and our figures, model by model. Computed from rows, never typed."""
+    status, figures = [], []
+    here = [r for r in every if r["setting"] == claim.setting and r["metric"] in BETTER]
+    for model, metric in sorted({(r["model"], r["metric"]) for r in here}):
+        sides = [[r for r in here if (r["recipe"], r["model"], r["metric"]) == (name, model, metric)]
+                 for name in (claim.better, claim.than)]
+        if not all(sides):
+            continue
+        fresh = [[r for r in side if not is_stale(r, versions)] for side in sides]
+        if not all(fresh):
+            status.append(f"stale on {model}")
+            continue
+        ours, other = map(Figure.of, fresh)
+        gain = ours.mean - other.mean if BETTER[metric] == "higher" else other.mean - ours.mean
+        pooled = ((ours.spread ** 2 + other.spread ** 2) / 2) ** 0.5
+        if abs(gain) <= pooled:
+            status.append(f"partly on {model}")
+        else:
+            status.append(f"direction {'holds' if gain > 0 else 'fails'} on {model}")
+        figures.append(f"{metric} {ours} against {other} ({model}, seeds: {min(ours.seeds, other.seeds)})")
+    return "; ".join(status) or "untested", "; ".join(figures)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+def table(head: list[str], body: Iterable[Iterable[Any]]) -> str:
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, body)]) + "\n"
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def users(recipes: dict[str, Recipe]) -> dict[str, list[str]]:
+    """Method key -> recipes that use it."""
+    out: dict[str, list[str]] = {}
+    for name, r in recipes.items():
+        for key in r.methods:
+            out.setdefault(key, []).append(name)
+    return out
+
+
+def knob(name: str, default: Any) -> str:
+    return f"`{name}={default}` {KNOBS[name]}"
+
+
+def declared(m: Method) -> str:
+    """What it says of itself beyond the defaults of its axis; functions by their presence only."""
+    facts = [k if callable(v) else f"{k}={v}" for k, v in m.facts.items() if v != FACTS[m.axis][k]]
+    facts += [f"also decides the {a}" for a in m.joint]
+    return ", ".join(facts)
+
+
+def axis_page(axis: str, reg: dict[str, Method], used: dict[str, list[str]]) -> str:
+    mine = [m for m in reg.values() if m.axis == axis]
+    out = [f"# {axis}\n", f"{QUESTION[axis]} Generated from the code; the names are what a recipe takes.\n"]
+    if not mine:
+        out.append("No method yet.\n")
+    for m in mine:
+        lines = [
+            ("formula", m.doc["Formula"]), ("reads", ", ".join(map(code, m.data))),
+            ("knobs", "<br>".join(knob(*k) for k in m.knobs.items())), ("declares", declared(m)),
+            ("source", m.doc["Source"]), ("deviations", m.doc["Deviations"]),
+            ("expected failures", "; ".join(f"{law}: {why}" for law, why in m.xfail.items())),
+            ("used by", ", ".join(map(code, used.get(m.key, [])))),
+        ]
+        out += [f"## {m.name}\n", f"{m.doc['what']}\n", table(["", ""], [(k, v) for k, v in lines if v])]
+    return "\n".join(out)
+
+
+def recipes_page(recipes: dict[str, Recipe]) -> str:
+    body = [(code(n), code(r.row or r.text), r.source, "; ".join(c.text for c in r.claims), r.note)
+            for n, r in sorted(recipes.items())]
+    return "# recipes\n\nOne row a paper. Generated from the code.\n\n" + table(
+        ["name", "pipeline", "source", "claims", "note"], body)
+
+
+def claims_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    versions = {k: m.version for k, m in reg.items()}
+    body = []
+    for name, r in sorted(recipes.items()):
+        for c in r.claims:
+            status, figures = judged(c, every, versions)
+            said = f"{c.text} ({c.better} better than {c.than}, {c.setting})"
+            body.append((code(name), said, c.said, figures, status))
+    return table(["recipe", "claim", "the paper", "here", "status"], body)
+
+
+def claims_page(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    return f"""# claims
+
+What papers say of their recipes, and what was measured here. Generated from the recipes and `results/*.jsonl`.
+
+A claim says that one recipe beats another. Its direction holds where the means over the seeds differ by more than the
+pooled spread, it holds *partly* where they differ by less, and it is *stale* where a method has changed since the
+measurement. Lower perplexity is better, higher cosine is better.
+
+{claims_table(every, recipes, reg)}"""
+
+
+def results_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    versions = {k: m.version for k, m in reg.items()}
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for r in every:
+        groups.setdefault(tuple(r[k] for k in ("model", "metric", "setting", "recipe")), []).append(r)
+    body = []
+    for at, some in groups.items():
+        old = all(is_stale(r, versions) for r in some)
+        figure = Figure.of(some if old else [r for r in some if not is_stale(r, versions)])
+        sign = -1 if BETTER.get(at[1]) == "higher" else 1
+        body.append((at[:3], sign * figure.mean, (code(at[3]), at[2], at[0], at[1], f"{figure}{' (stale)' * old}",
+                                                  figure.seeds)))
+    return table(["recipe", "setting", "model", "metric", "value", "seeds"], [b[2] for b in sorted(body)])
+
+
+def counts_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    axes = [(a, [m.name for m in reg.values() if m.axis == a]) for a in AXES]
+    body = [(a, len(names), ", ".join(map(code, names))) for a, names in axes if names]
+    body.append(("recipes", len(recipes), ", ".join(map(code, sorted(recipes)))))
+    return table(["axis", "methods", "names"], body)
+
+
+TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
+    "results": results_table, "claims": claims_table, "methods": counts_table,
+}
+
+
+def filled(text: str, where: str, every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """A hand-written page with its marked tables rendered anew."""
+
+    def render(m: re.Match[str]) -> str:
+        if m[1] not in TABLES:
+            raise SystemExit(f"{where}: no table {m[1]!r}; there are {', '.join(TABLES)}")
+        want = dict(w.split("=", 1) for w in m[2].split())
+        if odd := set(want) - set(KEYS):
+            raise SystemExit(f"{where}: {m[1]} cannot be narrowed by {sorted(odd)}")
+        some = [r for r in every if all(str(r[k]) in v.split(",") for k, v in want.items())]
+        return f"<!-- begin:{m[1]}{m[2]} -->\n{TABLES[m[1]](some, recipes, reg)}<!-- end:{m[1]} -->"
+
+    text, done = re.subn(r"<!-- begin:(\w+)((?: \w+=\S+)*) -->\n.*?<!-- end:\1 -->", render, text, flags=re.S)
+    if done != len(re.findall(r"<!-- begin:", text)) or done != len(re.findall(r"<!-- end:", text)):
+        raise SystemExit(f"{where}: a begin marker without its end, or the other way round")
+    return text
+
+
+def pages(root: Path = ROOT) -> dict[Path, str]:
+    """Every generated page with its content, and every hand-written page with its tables rendered."""
+    reg, recipes, every = load_all(), rows(), measured(root)
+    used = users(recipes)
+    out = {root / "docs/catalogue" / f"{axis}.md": axis_page(axis, reg, used) for axis in AXES}
+    out[root / "docs/catalogue/recipes.md"] = recipes_page(recipes)
+    out[root / "docs/claims.md"] = claims_page(every, recipes, reg)
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        if path not in out and path.parent != root / "docs/catalogue":
+            out[path] = filled(path.read_text(encoding="utf-8"), str(path.relative_to(root)), every, recipes, reg)
+    return out
+
+
+def differing(root: Path = ROOT) -> dict[Path, str | None]:
+    """Pages whose file is not what it should be; None for a page of the catalogue that should not be there."""
+    want = pages(root)
+    out: dict[Path, str | None] = {p: t for p, t in want.items()
+                                   if not p.exists() or p.read_text(encoding="utf-8") != t}
+    return out | {p: None for p in (root / "docs/catalogue").glob("*.md") if p not in want}
+
+
+def main(argv: list[str]) -> int:
+    if argv not in (["write"], ["check"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    wrong = differing()
+    for path, text in sorted(wrong.items()):
+        print(f"{path.relative_to(ROOT)}: {'written' if argv == ['write'] else 'stale'}")
+        if argv == ["write"] and text is None:
+            path.unlink()
+        elif argv == ["write"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text or "", encoding="utf-8")
+    if argv == ["check"] and wrong:
+        print("run: python tools/generate.py write")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
