@@ -62,7 +62,7 @@ def measure(model: Path, recipe: str, limit: str, samples: int) -> dict:
         if p.returncode:
             raise SystemExit(f"{recipe}: exit {p.returncode}")
         r = json.loads(out)
-        return {"recipe": recipe, "setting": f"--max-memory {limit}, {samples} samples", "metric": "peak GB of the process tree",
+        return {"recipe": recipe, "setting": f"--max-memory {limit}, {samples} samples", "metric": "peak_GB",
                 "value": round(peak / 1e9, 3), "seed": 0, "methods": {}, "peak_tree_rss_bytes": peak,
                 "sum_of_high_water_bytes": sum(marks.values()), "own_report_bytes": r["peak_rss_bytes"],
                 "edit_seconds": r["edit_seconds"], "seconds": round(time.time() - began, 1), "plan_hash": r["plan_hash"],

@@ -641,7 +641,7 @@ def law_edit_touches_every_site(m: Method) -> None:
 
 
 def fisher_error(w: Tensor, new: Tensor, grads: Tensor) -> float:
-    """Mean over sequences of (g . (w' - w))^2."""
+    """Mean over sequences of (g . (w' - w))^2, the loss by the site's empirical Fisher matrix."""
     return float(torch.einsum("nij,ij->n", grads.double(), new.double() - w.double()).square().mean())
 
 

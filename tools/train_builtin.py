@@ -1,6 +1,6 @@
 """Train `builtin:lm` on the interpreter's own standard library. Stop it any time; run it again to go on.
 
-    python tools/train_builtin.py --work build/builtin-lm --tokens 12e6
+    python tools/train_builtin.py --work build/builtin-lm --tokens 9e6
     python tools/train_builtin.py --work build/builtin-lm --publish src/trimtab/builtin/lm
 
 Recipe: matrices by Muon (momentum, orthogonalised by Newton-Schulz), the tied embedding and the norms by
@@ -214,7 +214,7 @@ def publish(work: Path, out: Path) -> None:
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description="Train or publish builtin:lm.")
     ap.add_argument("--work", type=Path, required=True, help="folder of checkpoint, tokenizer and curve")
-    ap.add_argument("--tokens", type=float, default=12e6, help="tokens to train on, fixed before half of them are done")
+    ap.add_argument("--tokens", type=float, default=9e6, help="tokens to train on, fixed before half of them are done")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--no-compile", action="store_true")
     ap.add_argument("--publish", type=Path, metavar="DIR", help="write the model there instead of training")

@@ -29,11 +29,11 @@ SETTINGS = {
     "50%": Setting(0.5, None, ("magnitude", "magnitude(unit=site)", "random", "wanda", "gblm", "taylor", "obs", "sparsegpt", "admm",
                                "obert", "chita", "nettrim", "row | wanda | mask | least_squares", "row | wanda | mask | admm"),
                    "half of all linear weights gone"),
-    "2:4 mlp": Setting(None, "mlp", ("magnitude(unit=2:4)", "wanda(unit=2:4)", "dass(unit=2:4)", "sparsegpt(unit=2:4)",
+    "2:4-mlp": Setting(None, "mlp", ("magnitude(unit=2:4)", "wanda(unit=2:4)", "dass(unit=2:4)", "sparsegpt(unit=2:4)",
                                      "admm(unit=2:4)"), "2:4 on the MLPs alone"),
     "70%": Setting(0.3, None, ("magnitude(unit=site)", "lamp", "magnitude(unit=model)", "wanda", "wanda_owl",
                                "wanda_redundancy", "wanda(unit=model)", "sparsegpt"), "70 % of all linear weights gone"),
-    "95% blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
+    "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
 }
 

@@ -473,7 +473,7 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     tick("write", 0, 1)
     write_like(net.checkpoint, out, replaced)
     digests = {f.name: file_digest(f) for f in sorted(out.glob("*.safetensors"))}
-    save_file(parts, out / "trimtab.safetensors", metadata={"version": "1", "weights": json.dumps(digests, sort_keys=True)})
+    save_file(parts, out / "trimtab.safetensors", metadata={"trimtab": json.dumps({"version": 1, "weights": digests}, sort_keys=True)})
     (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
     warnings = [f"no calibration token reached {len(starved)} inputs ({', '.join(starved[:3])}...)"] if starved else []
     result = {

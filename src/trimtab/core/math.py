@@ -68,9 +68,9 @@ def sweep(w: Tensor, gram: Tensor, choose: Callable[[Tensor, int, int], Tensor],
           step: int | None = None) -> tuple[Tensor, Tensor]:
     """SparseGPT's column sweep: decide a mask from left to right, mend each dropped weight in the columns after it.
 
-    `choose(s, begin, end)` gets the OBS scores [out, end - begin] of the current weights and returns what is kept; it
-    is asked once a block, or every `step` columns (`block` a multiple of `step`). Returns the weights [out, in]
-    (float32, zero where dropped) and the mask.
+    `choose(s, begin, end)` gets |w_ij| / U_jj [out, end - begin] of the current weights, the root of what dropping one
+    adds to the row's error, and returns what is kept; it is asked once a block, or every `step` columns (`block` a
+    multiple of `step`). Returns the weights [out, in] (float32, zero where dropped) and the mask.
 
     With H = R R^T, R upper triangular, the paper's U (H^-1 = U^T U) is R^-1, and after a change D of the columns so far
     the best change of those that follow is the one that makes D R vanish there. So H is never inverted: the current
@@ -91,7 +91,7 @@ def sweep(w: Tensor, gram: Tensor, choose: Callable[[Tensor, int, int], Tensor],
         for j in range(b - a):
             if j % (step or block) == 0:
                 end = min(j + (step or block), b - a)
-                kept[a + j:a + end] = choose((cur[j:end] * scale[j:end]).square().T, a + j, a + end).T
+                kept[a + j:a + end] = choose((cur[j:end] * scale[j:end]).abs().T, a + j, a + end).T
             error = (cur[j] * scale[j]).masked_fill(kept[a + j], 0)
             cur[j:].addr_(u[j, j:], error, alpha=-1)
         delta[a:b] = cur.masked_fill(~kept[a:b], 0) - dense[a:b]
@@ -122,15 +122,15 @@ def kernel(gram: Tensor, n: Tensor, damp: float, rho: float) -> Tensor:
 def splitting(v0: Tensor, pull: Tensor, project: Callable[[Tensor, int], Tensor], iters: int) -> Tensor:
     """ADMM for min 1/2 (v - v0) A (v - v0)^T + g(v), all rows [out, in] at once; `pull` is the `kernel` of A.
 
-    `project(x, t)` is the proximal map of g / rho at iteration t. Returns the argument of the next projection.
+    `project(x, t)`, a new tensor, is the proximal map of g / rho at iteration t. Returns the argument of the next one.
     The step of v, (v0 A + rho (z - u)) (A + rho I)^-1, is written as a change of v0, so that nothing large cancels.
     """
-    v, u = v0, torch.zeros_like(v0)
+    x = v0.clone()  # v + u
     for t in range(iters):
-        z = project(v + u, t)
-        u = u + v - z
-        v = torch.addmm(v0, z - u - v0, pull)
-    return v + u
+        z = project(x, t)
+        u = x.sub_(z)
+        x = torch.addmm(v0, z.sub_(u).sub_(v0), pull).add_(u)
+    return x
 
 
 def best(s: Tensor, k: int) -> Tensor:

@@ -16,11 +16,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from trimtab.core.memory import peak_rss, rss, strict
 from trimtab.core.types import BadInput, Failed, Progress
 
-WARN_BELOW = 0.95   # recovery under this is a warning when nothing was asked
-CLEARLY = 1.02      # the median pair must be at least this much faster
-ROWS_OF = 2048      # tokens run together
+WARN_BELOW = 0.95  # recovery under this is a warning when nothing was asked
+PAIRS, CLEARLY = 5, 1.02  # fewer pairs prove nothing; the median pair must be at least this much faster
+ROWS_OF = 2048  # tokens run together
 
 
 def _mb(size: float) -> str:
@@ -41,16 +42,16 @@ def smaller_line(before: dict[str, Any], after: dict[str, Any], packed: dict[str
 
 
 def faster_line(speed: dict[str, Any] | None, masked: bool) -> str:
-    """Yes only if every pair of neighbouring runs was faster and the median pair by at least 2 %.
+    """Yes only if every pair of neighbouring runs, at least five, was faster, and the median pair by 2 % or more.
 
-    With n pairs of equal programs all n point one way with probability 2^-n (3 % for five): the spread excludes 1.
+    Of two equally fast programs one wins all of five pairs with probability 1/32: the spread excludes 1.
     """
     if not speed or not speed.get("ratio"):
         return "not measured"
     key = "decode_tok_s" if "decode_tok_s" in speed["ratio"] else "prefill_tok_s"
     r = speed["ratio"][key]
-    yes = r["min"] > 1 and r["median"] >= CLEARLY
-    line = f"{'yes' if yes else 'no'}: {r['median']:.2f}x {key.split('_')[0]} with {speed.get('runner', 'torch')}"
+    yes = r["min"] > 1 and r["median"] >= CLEARLY and speed["repeats"] >= PAIRS
+    line = f"{'yes' if yes else 'no'}: {r['median']:.2f}x {key.removesuffix('_tok_s')} with {speed['runner']}"
     line += f" ({r['min']:.2f}x to {r['max']:.2f}x over {speed['repeats']} pairs)"
     if speed["speed"] == "estimated":
         line += ", estimated from one block and the head"
@@ -81,32 +82,38 @@ def _plain(x: Any) -> Any:
 
 def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, bytes_of_text: int | None = None,
           max_memory: int | None = None, threads: int | None = None, speed: bool = True,
-          packed_bytes: int | None = None, packed_format: str = "dense", dtype: str = "float32", scratch: Path | None = None,
-          min_recovery: float | None = None, seconds: float | None = None, trust_remote_code: bool = False,
-          progress: Progress | None = None, **timing: int) -> dict[str, Any]:
+          packed_bytes: int | None = None, packed_format: str = "dense", dtype: str = "float32",
+          scratch: Path | None = None, min_recovery: float | None = None, seconds: float | None = None,
+          trust_remote_code: bool = False, progress: Progress | None = None, **timing: int) -> dict[str, Any]:
     """Compare two checkpoints in quality, size and speed. Returns the JSON described in the guide.
 
-    `packed_bytes`: what the whole model takes with its sites in `packed_format`, as the caller measured it; `seconds` bounds the timing;
-    `timing`: prompt, new, batch, repeats of `measure`. Figures that are not finite come back as None.
+    `packed_bytes`: what the whole model takes with its sites in `packed_format`, as the caller measured it;
+    `dtype`: of the computation; `seconds` bounds the timing; `timing`: prompt, new, batch,
+    repeats of `measure`. Figures that are not finite come back as None.
     """
     import torch
 
     from trimtab.network.stream import Network
     from trimtab.prove.quality import compare
     from trimtab.prove.size import sizes
-    from trimtab.prove.speed import measure, peak
+    from trimtab.prove.speed import measure
 
     start = perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    nets = [Network.open(p, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code) for p in (before, after) if p is not None]
+    nets = [Network.open(before, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)]
+    if after is not None:
+        try:
+            nets.append(Network.open(after, dtype=nets[0].dtype, trust_remote_code=trust_remote_code))
+        except BadInput as e:  # it is our output, not the user's input
+            raise Failed(f"what was written cannot be used: {e}") from None
     size = [sizes(n.checkpoint.files) for n in nets]
     with tempfile.TemporaryDirectory(dir=scratch) as spill:
         found = compare(nets[0], nets[1] if after else None, batches, bytes_of_text, Path(spill), max_memory, progress)
     none = {"decode_tok_s": None, "prefill_tok_s": None}
     timed = None
     if speed:
-        timed = measure(before, after, threads=threads, max_memory=max_memory, seconds=seconds,
+        timed = measure(nets[0], nets[-1] if after else None, threads=threads, max_memory=max_memory, seconds=seconds,
                         trust_remote_code=trust_remote_code, progress=progress, **timing)
     result = {**found, "speed": timed["speed"] if timed else None, "timing": timed}
     for k, side in enumerate(("before", "after")[:len(nets)]):
@@ -120,7 +127,7 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
         result["faster"] = faster_line(timed, masked)
         met, warnings = verdict(result, min_recovery)
         result |= {"warnings": warnings, "proof": "passed" if met else "failed"}
-    return _plain(result | {"seconds": perf_counter() - start, "peak_rss_bytes": peak()})
+    return _plain(result | {"seconds": perf_counter() - start, "peak_rss_bytes": peak_rss()})
 
 
 def run_fresh(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
@@ -130,11 +137,9 @@ def run_fresh(request: dict[str, Any], on_progress: Progress | None = None) -> d
     inputs. `max_memory` is for both processes together: what this one holds is taken off. Raises Failed (or BadInput)
     with the child's last line. The child dies with this process.
     """
-    from trimtab.prove.speed import resident
-
     request = dict(request)
     if request.get("max_memory"):
-        request["max_memory"] = max(1, request["max_memory"] - resident())
+        request["max_memory"] = max(1, request["max_memory"] - rss())
     package = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
            "TRIMTAB_PARENT": str(os.getpid())}
@@ -167,17 +172,18 @@ def run_fresh(request: dict[str, Any], on_progress: Progress | None = None) -> d
 
 
 def _die_with_parent() -> None:
-    """Linux only; elsewhere a killed parent leaves a child that ends with its work."""
+    """The kernel does it on Linux; elsewhere a killed parent leaves a child that ends with its work."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ.get("TRIMTAB_PARENT", os.getppid())):  # it died before the line above
-            sys.exit(1)
+    if os.getppid() != int(os.environ.get("TRIMTAB_PARENT", os.getppid())):  # it was gone before the line above
+        sys.exit(1)
 
 
 def main(path: str) -> int:
     from safetensors.torch import load_file
 
     request = json.loads(Path(path).read_text())
+    strict()
     try:
         inputs = load_file(request.pop("batches"))
         rows = len(next(iter(inputs.values())))

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,57 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.memory import Store
 from trimtab.core.types import Progress
 from trimtab.network.stream import Network
 
 LOGITS = 32 << 20  # bytes of float32 logits a network may hold at a time
-
-
-class Spool:
-    """One tensor per batch: in memory, or in a nameless file under `scratch` that disappears with the process."""
-
-    def __init__(self, scratch: Path | None) -> None:
-        self.file = None if scratch is None else tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (closed by close)
-        self.held: list[Tensor] = []
-        self.where: list[tuple[int, torch.Size, torch.dtype]] = []
-
-    def add(self, t: Tensor) -> None:
-        if self.file is None:
-            self.held.append(t)
-            return
-        at = os.fstat(self.file.fileno()).st_size
-        self.where.append((at, t.shape, t.dtype))
-        self._write(at, t)
-
-    def _write(self, at: int, t: Tensor) -> None:
-        data = memoryview(t.contiguous().view(torch.uint8).numpy().reshape(-1))
-        while data:  # a write may be cut short; an error (disk full) is raised
-            done = os.pwrite(self.file.fileno(), data, at)
-            data, at = data[done:], at + done
-
-    def get(self, i: int) -> Tensor:
-        if self.file is None:
-            return self.held[i]
-        at, shape, dtype = self.where[i]
-        t = torch.empty(shape, dtype=dtype)
-        data = memoryview(t.view(torch.uint8).numpy().reshape(-1))
-        while data:
-            if not (done := os.preadv(self.file.fileno(), [data], at)):
-                raise OSError(f"a scratch file of the proof ended early at byte {at}")
-            data, at = data[done:], at + done
-        return t
-
-    def put(self, i: int, t: Tensor) -> None:
-        """Replace entry i by a tensor of the same shape and dtype."""
-        if self.file is None:
-            self.held[i] = t
-        else:
-            self._write(self.where[i][0], t)
-
-    def close(self) -> None:
-        self.held.clear()
-        if self.file is not None:
-            self.file.close()
 
 
 class Stream:
@@ -70,14 +23,15 @@ class Stream:
     def __init__(self, net: Network, batches: list[dict[str, Tensor]], limit: float, scratch: Path) -> None:
         self.net, self.batches = net, batches
         self.contexts: list[Any] = []
-        self.hidden: Spool | None = None
+        self.hidden = Store()
         rows = sum(len(next(iter(b.values()))) for b in batches)
         for batch in batches:
             h, context = net.embed(batch)
-            if self.hidden is None:
-                spill = rows * h[0].numel() * h.element_size() > limit
-                self.hidden = Spool(scratch if spill else None)
-            self.hidden.add(h)
+            if not self.contexts and rows * h[0].numel() * h.element_size() > limit:
+                path = Path(tempfile.mkdtemp(dir=scratch), "hidden")
+                self.hidden = Store(path)
+                path.unlink()  # nameless from now on: it disappears with the process, however that ends
+            self.hidden.append(h)
             self.contexts.append(context)
         net.release()
 
@@ -85,7 +39,7 @@ class Stream:
         """Run block i over every batch. Returns {site: (zeros, entries)} of that block's weights."""
         module = self.net.block(i)
         for b, context in enumerate(self.contexts):
-            self.hidden.put(b, self.net.run(module, i, self.hidden.get(b), context))
+            self.hidden[b] = self.net.run(module, i, self.hidden[b], context)
         zeros = {}
         for site in self.net.sites:
             if site.block == i:
@@ -96,15 +50,16 @@ class Stream:
     def logits(self, b: int, row: int, begin: int, end: int) -> Tensor:
         """Float32 logits [end - begin, vocabulary] of one sequence; a head works position by position."""
         batch = {k: v[row:row + 1] for k, v in self.batches[b].items()}
-        h = self.hidden.get(b)[row:row + 1, begin:end]
+        h = self.hidden[b][row:row + 1, begin:end]
         return self.net.finish(h, self.contexts[b], batch)[0].float()
 
-    def pooled(self, b: int) -> Tensor:
-        """[rows, width] in float64: the last hidden state averaged over the unmasked tokens, or logits as they are."""
-        out = self.net.finish(self.hidden.get(b), self.contexts[b], self.batches[b]).double()
+    def pooled(self, b: int, row: int) -> Tensor:
+        """[1, width] in float64: one last hidden state averaged over its unmasked tokens, or logits as they are."""
+        batch = {k: v[row:row + 1] for k, v in self.batches[b].items()}
+        out = self.net.finish(self.hidden[b][row:row + 1], self.contexts[b], batch).double()
         if out.dim() == 2:
             return out
-        mask = self.batches[b].get("attention_mask")
+        mask = batch.get("attention_mask")
         if mask is None or mask.shape != out.shape[:2]:
             return out.mean(1)
         mask = mask.double()[..., None]
@@ -147,13 +102,14 @@ def _language(streams: list[Stream], text: int | None, tick: Any) -> dict[str, A
 
 
 def _cosine(streams: list[Stream], tick: Any) -> dict[str, Any]:
-    total, rows, same, classes = 0.0, 0, 0, streams[0].net.kind == "vision"
-    for b in range(len(streams[0].batches)):
-        x, y = streams[0].pooled(b), streams[-1].pooled(b)
-        total += float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum())
-        same += int((x.argmax(-1) == y.argmax(-1)).sum())
-        classes = classes and streams[0].batches[b].get("labels") is not None
-        rows += len(x)
+    total, rows, same = 0.0, 0, 0
+    classes = "labels" in streams[0].batches[0]
+    for b, batch in enumerate(streams[0].batches):
+        for row in range(len(next(iter(batch.values())))):
+            x, y = streams[0].pooled(b, row), streams[-1].pooled(b, row)
+            total += float(torch.nn.functional.cosine_similarity(x, y, dim=-1))
+            same += int(x.argmax() == y.argmax())
+            rows += 1
         tick()
     pair = len(streams) == 2
     none = {"perplexity": None, "bits_per_byte": None}
@@ -203,14 +159,11 @@ def compare(before: Network, after: Network | None, batches: list[dict[str, Tens
             if paired:
                 gap = norm = 0.0
                 for b in range(len(batches)):
-                    x, y = streams[0].hidden.get(b).double(), streams[1].hidden.get(b).double()
+                    x, y = streams[0].hidden[b].double(), streams[1].hidden[b].double()
                     gap, norm = gap + float((y - x).square().sum()), norm + float(x.square().sum())
                 errors.append(math.sqrt(gap / norm) if norm else 0.0)
             tick()
-        if before.kind == "lm":
-            result = _language(streams, bytes_of_text, tick)
-        else:
-            result = _cosine(streams, tick)
+        result = _language(streams, bytes_of_text, tick) if before.kind == "lm" else _cosine(streams, tick)
         for net in nets:
             net.release()
     entries = sum(n for _, n in zeros.values())

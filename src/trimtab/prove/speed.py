@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.memory import rss
 from trimtab.core.types import Progress
 from trimtab.network.stream import Network
 from trimtab.prove.size import parameters
@@ -21,20 +21,6 @@ from trimtab.prove.size import parameters
 KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
 SLACK = 128 << 20  # activations, caches, the allocator
 Run = Callable[[], dict[str, float]]
-
-
-def resident() -> int:
-    """Bytes of this process in memory now (where the system does not tell: the most there have been)."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak()
-
-
-def peak() -> int:
-    """The most bytes of this process in memory so far."""
-    top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return top if sys.platform == "darwin" else top * 1024
 
 
 def _free() -> int:
@@ -58,9 +44,16 @@ def _inputs(net: Network, prompt: int, batch: int) -> dict[str, Tensor]:
 
 def _load(net: Network, dtype: torch.dtype, trust: bool) -> torch.nn.Module:
     from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.utils import logging
 
-    auto = AutoModelForCausalLM if net.kind == "lm" else AutoModel
-    return auto.from_pretrained(net.checkpoint.path, dtype=dtype, trust_remote_code=trust).eval()
+    logging.disable_progress_bar()
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # heads a bare encoder has no use for are no news
+    try:
+        auto = AutoModelForCausalLM if net.kind == "lm" else AutoModel
+        return auto.from_pretrained(net.checkpoint.path, dtype=dtype, trust_remote_code=trust).eval()
+    finally:
+        logging.set_verbosity(said)
 
 
 def _generate(model: torch.nn.Module, inputs: dict[str, Tensor], new: int) -> dict[str, float]:
@@ -79,10 +72,12 @@ def _generate(model: torch.nn.Module, inputs: dict[str, Tensor], new: int) -> di
             "first_token_s": first - start}
 
 
-def _forward(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
+def _forward(model: torch.nn.Module, inputs: dict[str, Tensor], times: int) -> dict[str, float]:
+    """The mean of several passes: one of a small encoder is over before the clock has settled."""
     start = perf_counter()
-    out = model(**inputs)
-    took = perf_counter() - start
+    for _ in range(times):
+        out = model(**inputs)
+    took = (perf_counter() - start) / times
     return {"prefill_tok_s": out.last_hidden_state.shape[:2].numel() / took, "first_token_s": took}
 
 
@@ -92,29 +87,36 @@ def _clock(f: Callable[[], Any]) -> float:
     return perf_counter() - start
 
 
+def _turn(r: int, n: int) -> list[int]:
+    """Who runs when in round r: the two swap places every round, so that going first favours neither."""
+    return list(range(n))[::-1 if r % 2 else 1]
+
+
 def _estimators(nets: list[Network], prompt: int, batch: int, repeats: int) -> list[list[dict[str, float]]]:
     """Per network and repeat: one block from the middle times the number of blocks, plus the head.
 
     Attention over a cache is not counted: a step of decoding is a pass over one token.
     """
     lengths = (prompt, 1) if nets[0].kind == "lm" else (prompt,)
-    starts = [[net.embed(_inputs(net, n, batch)) for n in lengths] for net in nets]
-    tokens = batch * prompt if nets[0].kind == "lm" else starts[0][0][0].shape[:2].numel()
+    starts = []
     for net in nets:
+        starts.append([net.embed(_inputs(net, n, batch)) for n in lengths])
         net.release()
+    tokens = starts[0][0][0].shape[:2].numel()
     blocks = [net.block(net.n_blocks // 2) for net in nets]
     passes: list[list[list[float]]] = [[] for _ in nets]
     for r in range(repeats + 1):
-        for k, net in enumerate(nets):
+        for k in _turn(r, len(nets)):
+            net = nets[k]
             took = [_clock(lambda h=h, c=c, k=k, net=net: net.run(blocks[k], net.n_blocks // 2, h, c))
                     for h, c in starts[k]]
             if r:  # the first round warms the caches
                 passes[k].append(took)
-    del blocks
+    blocks.clear()
     heads: list[list[float]] = [[] for _ in nets]
     for r in range(repeats + 1):
-        for k, net in enumerate(nets):
-            h, c = starts[k][-1]
+        for k in _turn(r, len(nets)):
+            net, (h, c) = nets[k], starts[k][-1]
             took = _clock(lambda h=h, c=c, net=net: net.finish(h, c, _inputs(net, lengths[-1], batch)))
             if r:
                 heads[k].append(took)
@@ -139,10 +141,10 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure(before: Path, after: Path | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
+def measure(before: Path | Network, after: Path | Network | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
             threads: int | None = None, repeats: int = 5, max_memory: int | None = None, seconds: float | None = None,
             trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Time both checkpoints with plain transformers, in turns A B A B; medians over `repeats`.
+    """Time both checkpoints with plain transformers, in turns A B, B A, A B; medians over `repeats`.
 
     Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
     generate), prefill_tok_s, first_token_s and `spread` {key: [min, max]}, and `ratio` {key: {median, min, max}} of
@@ -152,19 +154,19 @@ def measure(before: Path, after: Path | None, *, prompt: int = 64, new: int = 64
     """
     if threads:
         torch.set_num_threads(threads)
-    paths = [before] if after is None else [before, after]
-    nets = [Network.open(p, trust_remote_code=trust_remote_code) for p in paths]
+    nets = [x if isinstance(x, Network) else Network.open(x, trust_remote_code=trust_remote_code)
+            for x in (before, after) if x is not None]
     kind, config = nets[0].kind, nets[0].config.get_text_config()
     if places := getattr(config, "max_position_embeddings", None):
         prompt = min(prompt, places if kind != "lm" else max(1, places // 2))
         new = min(new, max(1, places - prompt))
-    room = (_free() + resident() if max_memory is None else max_memory) - SLACK
+    room = (_free() + rss() if max_memory is None else max_memory) - SLACK
     files = [sum(n.checkpoint.weight_bytes for n in nets), max(n.checkpoint.weight_bytes for n in nets)]
     entries = sum(parameters(n.checkpoint.files) for n in nets)
     # While a model loads its file is mapped, and mapped pages count.
-    if resident() + 4 * entries + files[1] < room:
+    if rss() + 4 * entries + files[1] < room:
         dtype: torch.dtype | None = torch.float32
-    elif resident() + sum(files) < room and nets[0].config.dtype is not None:
+    elif rss() + sum(files) < room and nets[0].config.dtype is not None:
         dtype = nets[0].config.dtype
     else:
         dtype = None
@@ -175,14 +177,16 @@ def measure(before: Path, after: Path | None, *, prompt: int = 64, new: int = 64
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         models = [_load(n, dtype, trust_remote_code) for n in nets]
         for model in models:  # warm up, and see how long a token takes
-            warm = _generate(model, inputs, min(new, 4)) if kind == "lm" else _forward(model, inputs)
+            warm = _generate(model, inputs, min(new, 8)) if kind == "lm" else _forward(model, inputs, 2)
         if seconds is not None and kind == "lm":
             left = seconds / repeats / len(models) - warm["first_token_s"]
             new = max(min(new, 8), min(new, int(left * warm["decode_tok_s"] / batch)))
+        times = min(new, 16)
         rows = [[] for _ in models]
         for r in range(repeats):
-            for k, model in enumerate(models):
-                rows[k].append(_generate(model, inputs, new) if kind == "lm" else _forward(model, inputs))
+            for k in _turn(r, len(models)):
+                model = models[k]
+                rows[k].append(_generate(model, inputs, new) if kind == "lm" else _forward(model, inputs, times))
             if progress is not None:
                 progress("speed", r + 1, repeats)
         del models, model
@@ -194,8 +198,9 @@ def measure(before: Path, after: Path | None, *, prompt: int = 64, new: int = 64
             if key in rows[0][0]:
                 each = [b[key] / a[key] for a, b in zip(*rows, strict=True)]
                 ratio[key] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
-    return {"speed": "estimated" if dtype is None else "measured", "before": figures[0],
+    last = {key: figures[-1][key] for key in KEYS}  # what `bench --json` shows of the model itself
+    return {**last, "speed": "estimated" if dtype is None else "measured", "before": figures[0],
             "after": figures[1] if after is not None else None, "ratio": ratio, "repeats": repeats,
             "prompt": prompt, "new": new if kind == "lm" else None, "batch": batch,
             "threads": torch.get_num_threads(), "dtype": str(dtype or torch.float32).removeprefix("torch."),
-            "runner": "torch", "rss_bytes": resident()}
+            "runner": "torch", "rss_bytes": rss()}

@@ -9,11 +9,11 @@ recipe("magnitude", "row | magnitude | uniform | mask", source="arXiv:1506.02626
 recipe("random", "row | random | uniform | mask", source="common practice", note="The floor every score must beat.")
 recipe("wanda", "row | wanda | uniform | mask", source="arXiv:2306.11695 (Sun et al. 2023)", claims=[
     Claim("better than magnitude at 50 %", "wanda", "magnitude", "50%", "LLaMA-2-7B WikiText-2 6.42 against 14.89"),
-    Claim("better than magnitude at 2:4", "wanda(unit=2:4)", "magnitude(unit=2:4)", "2:4 mlp", "LLaMA-2-7B 11.02 against 54.59"),
+    Claim("better than magnitude at 2:4", "wanda(unit=2:4)", "magnitude(unit=2:4)", "2:4-mlp", "LLaMA-2-7B 11.02 against 54.59"),
 ])
 recipe("dass", "*.gate,*.up: column | dass | uniform | mask ; *.down: row | wanda | uniform | mask ; attn: row | wanda | uniform | mask",
        source="arXiv:2405.01943 (DaSS)", claims=[
-    Claim("better than Wanda at 2:4 on the MLPs", "dass(unit=2:4)", "wanda(unit=2:4)", "2:4 mlp", "figures not read"),
+    Claim("better than Wanda at 2:4 on the MLPs", "dass(unit=2:4)", "wanda(unit=2:4)", "2:4-mlp", "figures not read"),
 ], note="The paper prunes the MLPs only; with scope `all` the attention takes Wanda. 2:4 of gate and up runs along the output.")
 recipe("gblm", "row | gblm(order=dense) | uniform | mask", source="arXiv:2311.04902 (GBLM-Pruner)", claims=[
     Claim("better than Wanda at 50 %", "gblm", "wanda", "50%", "LLaMA-2-7B 6.86; baselines recalled, not asserted"),
@@ -23,7 +23,7 @@ recipe("obs", "row | obs | uniform | mask | least_squares", source="Hassibi and 
        note="Saliency of the optimal brain surgeon, all weights dropped at once, then the exact refit.")
 recipe("sparsegpt", "site | sparsegpt | uniform", source="arXiv:2301.00774 (Frantar and Alistarh 2023)", claims=[
     Claim("better than magnitude at 50 %", "sparsegpt", "magnitude", "50%", "LLaMA-2-7B WikiText-2 6.51 against 14.89"),
-    Claim("better than Wanda at 2:4", "sparsegpt(unit=2:4)", "wanda(unit=2:4)", "2:4 mlp", "LLaMA-2-7B 10.17 against 11.02"),
+    Claim("better than Wanda at 2:4", "sparsegpt(unit=2:4)", "wanda(unit=2:4)", "2:4-mlp", "LLaMA-2-7B 10.17 against 11.02"),
 ])
 recipe("admm", "site | edit/admm | uniform", source="arXiv:2401.02938 (Boza 2024)", claims=[
     Claim("better than SparseGPT at 50 %", "admm", "sparsegpt", "50%", "figures recalled, not asserted"),

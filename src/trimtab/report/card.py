@@ -15,7 +15,7 @@ def _code(text: str) -> str:
 def card(run: Run, base: str, commands: list[str]) -> str:
     """Markdown for one trim. `base` names the model it came from; `commands` reproduce and use it, one a line."""
     state = run.get("proof", "pending")
-    words = {"passed": "passed", "failed": "**failed: do not serve this model**", "pending": "pending: not yet measured"}
+    words = {"passed": "passed", "failed": "**failed: do not serve this model**", "pending": "not yet measured"}
     out = ["---", "library_name: transformers", "tags: [trimtab, pruned]", "---", "", f"# {base}, trimmed", "",
            f"Recipe: {_code(str(run['recipe']))}  ", f"Zeros in the trimmed layers: {percent(zeros(run))}  ",
            f"Proof: {words.get(state, state)}", ""]
@@ -27,7 +27,7 @@ def card(run: Run, base: str, commands: list[str]) -> str:
     fence = "```"
     out += ["", "## Commands", "", fence + "sh", *commands, fence, "", "## Limits", "",
             "- The figures hold for the held-out text and the machine they were measured on, and for no other.",
-            "- Perplexity and agreement do not see everything a model may have lost: rare facts, long contexts, other languages.",
+            "- Perplexity and agreement do not see all a model may lose: rare facts, long contexts, other languages.",
             "- The zeros are stored as ordinary numbers here, so that plain transformers opens the files; "
             "the lines above say what that does to bytes and seconds.",
             "- License and intended use are those of the model it came from.", ""]

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from trimtab.report import plots
-from trimtab.report.table import Run, mb, met, name, number, percent, ranked, ratio, stored, times, zeros
+from trimtab.report.table import Run, mb, met, name, number, percent, ranked, ratio, stored, times, took, zeros
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#16202a;--soft:#5a6875;--line:#dfe5ea;--panel:#f5f8fa;--accent:#0b6e8a;
@@ -15,44 +15,48 @@ STYLE = """
 --c0:#5aa9e6;--c1:#f2813d;--c2:#3cc79a;--c3:#e08bbd;--c4:#e3b341;--c5:#86cdf2}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1000px;margin:0 auto;padding:40px 24px 64px}
+main{max-width:1120px;margin:0 auto;padding:40px 24px 64px}
 .brand{display:flex;gap:10px;align-items:center;color:var(--accent);font-weight:650;letter-spacing:.01em}
 h1{font-size:clamp(1.6rem,4.5vw,2.4rem);line-height:1.15;margin:.5em 0 .4em;letter-spacing:-.02em;text-wrap:balance}
 h2{font-size:1.2rem;margin:3rem 0 .3rem;letter-spacing:-.01em}
 p{max-width:72ch;margin:.3em 0 1em}.note{color:var(--soft);font-size:.92rem}
 .lead{font-size:1.14rem;max-width:66ch}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px;margin:1.6rem 0 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(190px,46%),1fr));gap:12px;margin:1.6rem 0 0}
 .tile{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .tile b{display:block;font-size:1.65rem;line-height:1.2;font-weight:650;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.88rem}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:10px;-webkit-overflow-scrolling:touch}
 .plot{padding:14px 10px;min-width:0}.plot svg{display:block;max-width:none}
-@media (min-width:940px){.plot svg{max-width:100%;height:auto}}
+@media (min-width:990px){.plot svg{width:100%;height:auto}}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{padding:8px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th,td{padding:8px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 tr:last-child td{border-bottom:0}
 th{color:var(--soft);font-weight:550;font-size:.84rem;background:var(--panel)}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--bg);white-space:normal;min-width:150px}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--bg);white-space:normal;
+min-width:130px;overflow-wrap:anywhere}
 th:first-child{background:var(--panel)}
 .base td{background:var(--panel)!important;font-weight:600}
 .bar{display:inline-block;height:7px;border-radius:4px;background:var(--accent);opacity:.75;vertical-align:middle;margin-left:8px}
-.rail{display:inline-block;width:68px;text-align:left}
+.rail{display:inline-block;width:52px;text-align:left}
 .dot::before{content:"";display:inline-block;width:8px;height:8px;border-radius:50%;margin-right:7px;background:currentColor}
 .passed{color:var(--good)}.warning{color:var(--warn)}.failed{color:var(--bad)}
 .heats{display:flex;flex-wrap:wrap;gap:18px 28px}.heats figure{margin:0;max-width:100%}
 .heats figcaption{font-size:.9rem;margin-bottom:4px;max-width:52ch}.heats .in{overflow-x:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:14px}
 .pair figure{margin:0;min-width:0}figcaption{font-weight:600;font-size:.92rem}
-pre{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 14px;margin:.4em 0;overflow-x:auto;
-font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;tab-size:4}
+pre{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 14px;
+margin:.4em 0;overflow-x:auto;tab-size:4;
+font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 pre i{font-style:normal;color:var(--soft)}
 dl{display:grid;grid-template-columns:minmax(110px,max-content) 1fr;gap:4px 20px;font-size:.92rem;margin:.6em 0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 details summary{cursor:pointer;color:var(--accent);font-size:.95rem;margin:.6em 0}
-@media (max-width:560px){main{padding:24px 16px 48px}th,td{padding:7px 9px}.wide{margin:0 -16px;border-radius:0;border-left:0;border-right:0}}
+@media (max-width:560px){.rail{display:none}main{padding:24px 16px 48px}th,td{padding:7px 9px}
+.wide{margin:0 -16px;border-radius:0;border-left:0;border-right:0}}
 @media print{.wide{overflow:visible}details{display:block}}
 """
-LOGO = ('<svg width="26" height="26" viewBox="0 0 26 26" aria-hidden="true"><path d="M3 3h11v20H8q-5-9-5-20z" fill="currentColor"/>'
+LOGO = ('<svg width="26" height="26" viewBox="0 0 26 26" aria-hidden="true">'
+        '<path d="M3 3h11v20H8q-5-9-5-20z" fill="currentColor"/>'
         '<path d="M16 9l7 3v8l-7 3z" fill="currentColor" opacity=".55"/></svg>')
 
 
@@ -92,7 +96,8 @@ def _tiles(runs: list[Run]) -> str:
              (number(best["score"], 4), f"best {best['metric']} to the dense model"),
              (mb(stored(small)), f"smallest stored: {name(small)} (dense: {mb(a['bytes'])})")]
     if ratio(fast) is not None:
-        items.append((times(ratio(fast)), f"most speed with torch: {name(fast)}"))
+        clear = "" if str(fast.get("faster", "")).startswith("yes") else "; no clear gain"
+        items.append((times(ratio(fast)), f"best speed with torch: {name(fast)}{clear}"))
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><b>{escape(x)}</b><span>{escape(w)}</span></div>' for x, w in items) + "</div>"
 
@@ -112,7 +117,7 @@ def _table(runs: list[Run]) -> str:
         cells += [number(run.get("kl"), 3), percent(run.get("top1_agreement"))] if lm else []
         packed = run.get("packed")
         cells += [mb(run["after"]["bytes"]), f"{mb(packed['bytes'])} {escape(packed['format'])}" if packed else "—",
-                  times(ratio(run)), number(run.get("seconds"), 3), f'<span class="dot {state}">{state}</span>']
+                  times(ratio(run)), number(took(run), 3), f'<span class="dot {state}">{state}</span>']
         tip = escape("; ".join([f"smaller {run.get('smaller', '')}", f"faster {run.get('faster', '')}",
                                 *run.get("warnings", [])]))
         body.append(f'<tr title="{tip}">' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
@@ -121,18 +126,19 @@ def _table(runs: list[Run]) -> str:
 
 
 def _bar(share: float | None) -> str:
-    wide = 60 * min(1.0, max(0.0, share or 0.0))
+    wide = 44 * min(1.0, max(0.0, share or 0.0))
     return f'<span class="rail"><span class="bar" style="width:{wide:.0f}px"></span></span>'
 
 
 def _plots(runs: list[Run]) -> str:
     out = ["<h2>Quality against size</h2>",
-           '<p class="note">Each recipe at the bytes it takes in its own storage format. Point at a mark for its figures.</p>',
+           '<p class="note">Each recipe at the bytes it takes in its own storage format.</p>',
            f'<div class="wide plot">{plots.quality_size(runs)}</div>']
     if lines := plots.block_error(runs):
         out += ["<h2>Where the error arises</h2>",
-                '<p class="note">How far the hidden state behind each block has moved from the dense model’s, each model on '
-                "its own inputs: the error a recipe makes and carries on.</p>", f'<div class="wide plot">{lines}</div>']
+                '<p class="note">How far the hidden state behind each block has moved from that of the dense model, '
+                "each model on its own inputs: the error a recipe makes and carries on.</p>",
+                f'<div class="wide plot">{lines}</div>']
     if heats := plots.heat_maps(runs):
         out += ["<h2>Where the zeros are</h2>",
                 '<p class="note">Per cent of zeros in each site of each block, read from the files written.</p>',
@@ -142,9 +148,10 @@ def _plots(runs: list[Run]) -> str:
     return "\n".join(out)
 
 
-def _samples(samples: dict[str, str]) -> str:
-    """`prompt` is what all continue; every other key names who wrote the text."""
-    texts = [(who, text) for who, text in samples.items() if who != "prompt"]
+def _samples(samples: dict[str, str], runs: list[Run]) -> str:
+    """`prompt` is what all continue; every other key names who wrote the text. The dense one first, then by rank."""
+    rank = {name(r): k for k, r in enumerate(ranked(runs))}
+    texts = sorted(((who, text) for who, text in samples.items() if who != "prompt"), key=lambda t: rank.get(t[0], -1))
     if not texts:
         return ""
     prompt = samples.get("prompt", "")
@@ -166,10 +173,11 @@ def _provenance(runs: list[Run], machine: dict[str, Any]) -> str:
             facts.append((key, str(value)))
     timing = runs[0].get("timing") or {}
     if timing:
-        facts.append(("speed", f"{timing['speed']} with {timing['runner']} in {timing['dtype']}, {timing['threads']} threads, "
-                               f"median of {timing['repeats']} alternating pairs"))
+        facts.append(("speed", f"{timing['speed']} with {timing['runner']} in {timing['dtype']}, "
+                               f"{timing['threads']} threads, median of {timing['repeats']} alternating pairs"))
     if runs[0].get("tokens"):
-        facts.append(("proof", f"{runs[0]['tokens']:,} held-out {'tokens' if runs[0]['metric'] == 'perplexity' else 'inputs'}"))
+        unit = "tokens" if runs[0]["metric"] == "perplexity" else "inputs"
+        facts.append(("proof", f"{runs[0]['tokens']:,} held-out {unit}"))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)
     lines = "".join(f"<dt>{escape(name(r))}</dt><dd>smaller {escape(r.get('smaller', '—'))}<br>faster "
                     f"{escape(r.get('faster', '—'))}{''.join('<br>' + escape(w) for w in r.get('warnings', []))}</dd>"
@@ -196,7 +204,7 @@ def page(title: str, runs: list[Run], samples: dict[str, str], machine: dict[str
 'the cosine to the dense model'}; speed is relative to the dense model, measured in turns with it.</p>
 {_table(runs)}
 {_plots(runs)}
-{_samples(samples)}
+{_samples(samples, runs)}
 {_provenance(runs, machine)}
 </main></body></html>
 """

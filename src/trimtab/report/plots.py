@@ -1,6 +1,6 @@
 """Three plots as SVG text, drawn here so that a report needs no plotting library and no script.
 
-Colours come from CSS variables with a fallback, so that one drawing fits a light page, a dark page and a file of its own.
+Colours come from CSS variables with a fallback: one drawing fits a light page, a dark page and a file of its own.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from trimtab.report.table import Run, mb, name, number, percent, ranked, stored
 
 # Hues after Okabe and Ito, told apart with any colour vision; the page overrides them on a dark ground.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5588f", "#b07d00", "#3a8fc4")
+HALO = "paint-order:stroke;stroke:var(--bg,#fff);stroke-width:4px"  # lines pass behind a label, not through it
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
@@ -40,7 +41,8 @@ def _svg(width: float, height: float, label: str, body: list[str]) -> str:
 def _marker(i: int, x: float, y: float, tip: str) -> str:
     """A shape per run of six colours, so that colour is never the only difference."""
     r = 5.5
-    shape = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"', f'<rect x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r}" height="{2 * r}"',
+    shape = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"',
+             f'<rect x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r}" height="{2 * r}"',
              f'<path d="M{x:.1f} {y - r - 1:.1f}l{r + 1} {2 * r}h{-2 * r - 2}z"')[i // len(COLOURS) % 3]
     return f'{shape} style="fill:{_ink(i)}"><title>{escape(tip)}</title></{shape[1:].split(" ")[0]}>'
 
@@ -66,7 +68,7 @@ class Axis:
             marks = [m * 10.0 ** e for e in range(math.floor(self.low), math.ceil(self.high) + 1) for m in (1, 2, 5)]
             inside = [v for v in marks if self.low <= math.log10(v) <= self.high]
             return inside if len(inside) <= 7 else [v for v in inside if f"{v:e}"[0] == "1"]
-        raw = (self.high - self.low) / 5
+        raw = (self.high - self.low) / 6
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
         first = math.ceil(self.low / step)
@@ -78,46 +80,66 @@ def _grid(x: Axis, y: Axis, xs: list[tuple[float, str]], ys: list[tuple[float, s
     out = [_line(x.begin, y.at(v), x.end, y.at(v), faint) for v, _ in ys]
     out += [_text(x.begin - 8, y.at(v) + 4, s, 'text-anchor="end" opacity=".7"') for v, s in ys]
     out += [_text(x.at(v), y.begin + 18, s, 'text-anchor="middle" opacity=".7"') for v, s in xs]
-    return out + [_line(x.begin, y.begin, x.end, y.begin, "stroke:currentColor;stroke-opacity:.5")]
+    return [*out, _line(x.begin, y.begin, x.end, y.begin, "stroke:currentColor;stroke-opacity:.5")]
+
+
+def _spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights as near to the sorted ones wanted as `gap` between neighbours and the limits allow."""
+    out = list(wanted)
+    for k in range(1, len(out)):
+        out[k] = max(out[k], out[k - 1] + gap)
+    shift = sum(w - o for w, o in zip(wanted, out, strict=True)) / max(1, len(out))
+    out = [max(o + shift, low + gap * k) for k, o in enumerate(out)]
+    for k in range(len(out) - 1, -1, -1):
+        out[k] = min(out[k], high - gap * (len(out) - 1 - k))
+    return out
 
 
 def quality_size(runs: list[Run]) -> str:
-    """Quality against bytes in the recipe's own format, one labelled point a recipe; the dense network as a line."""
+    """Quality against bytes in the recipe's own format, one labelled point a recipe; the dense network as a line.
+
+    Perplexities above twice the dense one stand at the upper edge with their value, or one failure hides the rest.
+    """
     good = [(i, r) for i, r in enumerate(runs) if r.get("score") is not None]
-    metric, width, height = runs[0]["metric"], 860.0, 430.0
-    dense = runs[0]["before"]["perplexity"] if metric == "perplexity" else 1.0
+    lm, width, height = runs[0]["metric"] == "perplexity", 900.0, max(430.0, 15.0 * len(runs) + 90)
+    dense = runs[0]["before"]["perplexity"] if lm else 1.0
     size = runs[0]["before"]["bytes"]
-    x = Axis([size / 1e6] + [stored(r) / 1e6 for _, r in good], 70, width - 40)
-    y = Axis([dense] + [r["score"] for _, r in good], height - 50, 20, log=6)
-    out = _grid(x, y, [(v, number(v, 3).rstrip("0").rstrip(".")) for v in x.ticks()], [(v, f"{v:g}") for v in y.ticks()])
-    better = "lower is better" if metric == "perplexity" else "higher is better"
-    out += [_text(70, 12, f"{metric} ({better})", 'opacity=".7"'),
-            _text(width - 40, height - 10, "MB in the recipe's own storage format (left is better)",
-                  'text-anchor="end" opacity=".7"'),
-            _line(70, y.at(dense), width - 40, y.at(dense), "stroke:currentColor;stroke-dasharray:4 4;stroke-opacity:.6")]
-    spots = [(x.at(stored(r) / 1e6), y.at(r["score"])) for _, r in good]
+    most = 2 * dense if lm else math.inf
+    x = Axis([0.0, size / 1e6, *(stored(r) / 1e6 for _, r in good)], 60, width - 20)
+    y = Axis([dense, *(min(most, r["score"]) for _, r in good)], height - 50, 24)
+    out = _grid(x, y, [(v, f"{v:g}") for v in x.ticks()], [(v, f"{v:g}") for v in y.ticks()])
+    faint = 'opacity=".7"'
+    out += [_text(60, 12, f"{runs[0]['metric']} ({'lower' if lm else 'higher'} is better)", faint),
+            _text(width - 20, height - 10, "MB stored in the recipe's own format (left is better)",
+                  f'text-anchor="end" {faint}'),
+            _line(60, y.at(dense), width - 20, y.at(dense),
+                  "stroke:currentColor;stroke-dasharray:4 4;stroke-opacity:.5")]
     px, py = x.at(size / 1e6), y.at(dense)
-    taken = [(a - 7, b - 7, a + 7, b + 7) for a, b in [*spots, (px, py)]] + [(px - 50, py - 22, px + 30, py)]
-    out += [f'<path d="M{px} {py - 8}l8 8l-8 8l-8 -8z" style="fill:none;stroke:currentColor;stroke-width:2"/>',
-            _text(px + 8, py - 12, "dense", 'text-anchor="end" font-weight="600"')]
-    for (i, run), (px, py) in sorted(zip(good, spots, strict=True), key=lambda z: z[1][1]):
-        label = _short(name(run))
-        long = 6.6 * len(label)
-        for turn in range(60):  # nearest free place: right or left, then ever further up and down
-            side, k = turn % 2, turn // 2
-            lift = 13.0 * ((k + 1) // 2) * (-1) ** k
-            left = px + 14 if side == 0 else px - 14 - long
-            box = (left, py + lift - 7, left + long, py + lift + 7)
-            clear = all(box[2] < t[0] or t[2] < box[0] or box[3] < t[1] or t[3] < box[1] for t in taken)
-            if clear and left > 72 and box[2] < width - 4 and box[1] > 14 and box[3] < height - 52:
-                break
-        taken.append(box)
-        if abs(lift) > 7:
-            out.append(_line(px, py, left - 2 if side == 0 else box[2] + 2, py + lift,
-                             f"stroke:{_ink(i)};stroke-opacity:.55"))
-        tip = f"{name(run)}: {metric} {number(run['score'])}, {mb(stored(run))}"
-        out += [_marker(i, px, py, tip), _text(left, py + lift + 4, label, f'style="fill:{_ink(i)}"')]
-    return _svg(width, height, f"{metric} against size, one point a recipe", out)
+    out += [f'<path d="M{px:.1f} {py - 8:.1f}l8 8l-8 8l-8 -8z" style="fill:none;stroke:currentColor;stroke-width:2">'
+            f"<title>dense: {number(dense)}, {mb(size)}</title></path>",
+            _text(px, py - 13, "dense", 'text-anchor="middle" font-weight="600"')]
+    spots = sorted(((x.at(stored(r) / 1e6), y.at(min(most, r["score"])), i, r) for i, r in good), key=lambda s: s[:3])
+    # Points of nearly one size share a column of labels at either side of them, joined by thin lines.
+    columns: list[list[tuple[float, float, int, Run]]] = []
+    for spot in spots:
+        if columns and spot[0] - columns[-1][-1][0] < 170:
+            columns[-1].append(spot)
+        else:
+            columns.append([spot])
+    for column in columns:
+        first, last = column[0][0], column[-1][0]
+        cuts = [k for k in range(len(column)) if k == 0 or column[k][0] - column[k - 1][0] > 1]
+        cut = min(cuts, key=lambda k: abs(2 * k - len(column)))  # as many labels left as right, one size one side
+        for left, part in ((True, column[:cut]), (False, column[cut:])):
+            mine = sorted(part, key=lambda s: s[1])
+            for (px, py, i, run), at in zip(mine, _spread([s[1] for s in mine], 15, 30, height - 58), strict=True):
+                label = _short(name(run)) + (f" ({number(run['score'], 3)})" if run["score"] > most else "")
+                edge, anchor = (first - 22, "end") if left else (last + 22, "start")
+                tip = f"{name(run)}: {runs[0]['metric']} {number(run['score'])}, {mb(stored(run))}"
+                out += [_line(px, py, edge + (3 if left else -3), at, f"stroke:{_ink(i)};stroke-opacity:.4"),
+                        _text(edge, at + 4, label, f'text-anchor="{anchor}" style="fill:{_ink(i)};{HALO}"'),
+                        _marker(i, px, py, tip)]
+    return _svg(width, height, f"{runs[0]['metric']} against size, one point a recipe", out)
 
 
 def block_error(runs: list[Run]) -> str:
@@ -127,23 +149,25 @@ def block_error(runs: list[Run]) -> str:
         return ""
     lines = [(i, r, v) for i, r, v in lines if v]
     lines.sort(key=lambda z: -z[2][-1])
-    width, height, wide = 860.0, max(360.0, 20.0 * len(lines) + 70), 220.0
+    width, height, wide = 900.0, max(360.0, 20.0 * len(lines) + 70), 290.0
     depth = max(len(v) for _, _, v in lines)
     x = Axis([0, depth - 1], 60, width - wide)
     y = Axis([e for _, _, v in lines for e in v if e > 0], height - 50, 20, log=20)
     every = max(1, math.ceil(depth / 12))
-    out = _grid(x, y, [(b, str(b)) for b in range(0, depth, every)], [(v, percent(v, 0 if v >= 0.01 else 2)) for v in y.ticks()])
+    out = _grid(x, y, [(b, str(b)) for b in range(0, depth, every)],
+                [(v, percent(v, 0 if v >= 0.01 else 2)) for v in y.ticks()])
     out += [_text(60, 12, "error relative to the dense hidden state", 'opacity=".7"'),
             _text(x.end, height - 10, "block", 'text-anchor="end" opacity=".7"')]
     for k, (i, run, v) in enumerate(lines):
         points = [(x.at(b), y.at(e)) for b, e in enumerate(v) if e > 0 or not y.log]
         dash = DASHES[i // len(COLOURS) % len(DASHES)]
-        style = f"fill:none;stroke:{_ink(i)};stroke-width:2;stroke-linejoin:round" + (f";stroke-dasharray:{dash}" if dash else "")
+        style = f"fill:none;stroke:{_ink(i)};stroke-width:2;stroke-linejoin:round"
+        style += f";stroke-dasharray:{dash}" if dash else ""
         out.append(f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}" style="{style}">'
                    f'<title>{escape(name(run))}</title></polyline>')
         at = 30 + 20 * k
         out += [_line(width - wide + 18, at, width - wide + 42, at, style),
-                _text(width - wide + 50, at + 4, f"{_short(name(run), 22)} {percent(v[-1], 0)}")]
+                _text(width - wide + 50, at + 4, f"{_short(name(run), 27)}  {percent(v[-1], 0)}")]
     return _svg(width, height, "error behind each block, one line a recipe", out)
 
 
@@ -174,11 +198,11 @@ def sparsity(run: Run) -> str:
     for k, (role, row) in enumerate(cells.items()):
         out.append(_text(left - 8, 20 + (k + 0.68) * h, role, 'text-anchor="end"'))
         for b, share in row.items():
-            out.append(f'<rect x="{left + b * w:.1f}" y="{20 + k * h:.1f}" width="{w - 1:.1f}" height="{h - 1:.1f}" rx="2" '
-                       f'style="fill:{_ink(0)};fill-opacity:{0.06 + 0.94 * share:.2f}">'
+            out.append(f'<rect x="{left + b * w:.1f}" y="{20 + k * h:.1f}" width="{w - 1:.1f}" '
+                       f'height="{h - 1:.1f}" rx="2" style="fill:{_ink(0)};fill-opacity:{0.06 + 0.94 * share:.2f}">'
                        f'<title>block {b} {escape(role)}: {percent(share)}</title></rect>')
             if depth <= 16:
-                fill = "style=\"fill:var(--on,#fff)\" " if share > 0.5 else ""
+                fill = 'style="fill:var(--on,#fff)" ' if share > 0.7 else ""
                 out.append(_text(left + (b + 0.5) * w - 0.5, 20 + (k + 0.68) * h, f"{100 * share:.0f}",
                                  f'{fill}text-anchor="middle" font-size="10.5" pointer-events="none"'))
     return _svg(left + depth * w + 4, 24 + h * len(cells), f"share of zeros per site and block: {name(run)}", out)

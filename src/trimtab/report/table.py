@@ -4,6 +4,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Run = dict[str, Any]  # the JSON of one trim: its recipe and its proof
@@ -20,6 +22,10 @@ def number(x: float | None, digits: int = 4) -> str:
 
 def mb(size: float | None) -> str:
     return "—" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def count(n: int | None) -> str:
+    return "—" if n is None else f"{n / 1e6:,.2f} M" if n >= 1e5 else f"{n:,}"
 
 
 def percent(x: float | None, places: int = 1) -> str:
@@ -56,32 +62,89 @@ def met(run: Run) -> str:
     return "failed" if run.get("proof") == "failed" else "warning" if run.get("warnings") else "passed"
 
 
+def took(run: Run) -> float | None:
+    """Seconds of calibration and edit, or of everything where they were not timed apart."""
+    return run.get("edit_seconds") or run.get("seconds")
+
+
 def rows(run: Run) -> list[tuple[str, str, str]]:
     """(what, dense, trimmed) of one proof; the terminal and the model card show the same."""
-    a, b = run["before"], run["after"]
+    a, b = run["before"], run["after"] or {}
     out = [(what, f(a.get(key)), f(b.get(key))) for what, key, f in (
-        ("perplexity", "perplexity", number), ("bits per byte", "bits_per_byte", number), ("bytes on disk", "bytes", mb),
-        ("parameters", "params", lambda n: number(n, 4)), ("nonzero", "nonzero", lambda n: number(n, 4)),
+        ("perplexity", "perplexity", number), ("bits per byte", "bits_per_byte", number),
+        ("bytes on disk", "bytes", mb), ("parameters", "params", count), ("nonzero", "nonzero", count),
         ("decode tokens/s", "decode_tok_s", number), ("prefill tokens/s", "prefill_tok_s", number))]
     out = [r for r in out if r[1:] != ("—", "—")]
     if run.get("packed"):
         out.append((f"bytes as {run['packed']['format']}", "", mb(run["packed"]["bytes"])))
-    out.append(("recovery", "", percent(run.get("recovery"))))
-    out += [(what, "", f) for what, f in (("KL, nats per token", number(run.get("kl"), 3)),
-                                          ("top-1 agreement", percent(run.get("top1_agreement")))) if f != "—"]
+    out += [(what, "", f) for what, f in (
+        ("recovery", percent(run.get("recovery"))), ("KL, nats per token", number(run.get("kl"), 3)),
+        ("top-1 agreement", percent(run.get("top1_agreement")))) if f != "—"]
     return out
 
 
 def proof_table(run: Run) -> Table:
-    """One trim against the network it came from."""
-    table = Table("", "dense", name(run), title="proof", title_justify="left")
+    """One trim against the network it came from, or one network by itself."""
+    pair = run.get("after") is not None
+    table = Table("", "dense" if pair else "", *([escape(name(run))] if pair else []))
     for row in rows(run):
-        table.add_row(*row)
-    colour = {"failed": "red", "warning": "yellow", "passed": "green"}[met(run)]
-    for line in (f"smaller {run['smaller']}", f"faster {run['faster']}", *run.get("warnings", [])):
-        table.caption = f"{table.caption}\n{line}" if table.caption else line
-    table.caption_style, table.caption_justify = colour, "left"
+        table.add_row(*row[:3 if pair else 2])
     return table
+
+
+def print_proof(run: Run) -> None:
+    """The proof on the terminal, and under it in words whether it is smaller, faster, good enough."""
+    out = Console(highlight=False)
+    out.print(proof_table(run))
+    for what in ("smaller", "faster"):
+        if what in run:
+            out.print(f"{what}: {escape(run[what])}", soft_wrap=True)
+    for line in run.get("warnings", []):
+        out.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True)
+    if "proof" in run:
+        colour = {"failed": "red", "warning": "yellow", "passed": "green"}[met(run)]
+        out.print(f"proof: [{colour}]{run['proof']}[/]")
+    if run.get("out"):
+        out.print(f"written: {escape(str(run['out']))}", soft_wrap=True)
+
+
+def print_runs(runs: list[Run]) -> None:
+    Console(highlight=False).print(comparison(runs))
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """Speed of one checkpoint or two, medians with their range."""
+    pair = result.get("after") is not None
+    table = Table("", "against" if pair else "median", *(["model", "ratio"] if pair else []))
+    for key, what in (("decode_tok_s", "decode tokens/s"), ("prefill_tok_s", "prefill tokens/s"),
+                      ("first_token_s", "first token, s")):
+        cells = []
+        for side in ("before", "after")[:1 + pair]:
+            low, high = result[side]["spread"].get(key, (None, None))
+            cells.append(f"{number(result[side][key])} ({number(low, 3)} to {number(high, 3)})")
+        if result["before"][key] is not None:
+            table.add_row(what, *cells, *([times(result["ratio"].get(key, {}).get("median"))] if pair else []))
+    out = Console(highlight=False)
+    out.print(table)
+    out.print(f"{result['speed']} with {result['runner']} in {result['dtype']}, {result['threads']} threads, "
+              f"{result['repeats']} repeats", soft_wrap=True)
+
+
+def print_inspect(result: dict[str, Any]) -> None:
+    """What a network is made of, and where it looks redundant."""
+    out = Console(highlight=False)
+    out.print(f"{escape(result['model'])}: {result['family']}, {result['blocks']} blocks, {count(result['params'])} "
+              f"parameters ({count(result['params_in_sites'])} in the layers a trim may touch), {mb(result['bytes'])}",
+              soft_wrap=True)
+    table = Table("layer", "sites", "out x in", "parameters", "near zero", "outliers")
+    for role, r in result["roles"].items():
+        table.add_row(role, str(r["sites"]), " x ".join(map(str, r["shape"])), count(r["params"]),
+                      percent(r["near_zero"]), percent(r["outliers"], 2))
+    out.print(table)
+    if result.get("most_redundant"):
+        out.print(f"changes its input least: {escape(', '.join(result['most_redundant']))}", soft_wrap=True)
+    if result.get("recipe"):
+        out.print(f"already trimmed: {escape(str(result['recipe']))}", soft_wrap=True)
 
 
 def comparison(runs: list[Run]) -> Table:
@@ -91,12 +154,13 @@ def comparison(runs: list[Run]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     a = runs[0]["before"]
-    table.add_row("dense", percent(0.0, 0), number(a["perplexity"]) if lm else "1.000", "100.0%", "", "", mb(a["bytes"]),
-                  "1.00x", "", style="bold", end_section=True)
+    base = number(a["perplexity"]) if lm else "1.000"
+    table.add_row("dense", "0%", base, "100.0%", "", "", mb(a["bytes"]), "1.00x", "",
+                  style="bold", end_section=True)
     for run in ranked(runs):
-        table.add_row(name(run), percent(zeros(run), 0), number(run["score"]), percent(run["recovery"]),
+        table.add_row(escape(name(run)), percent(zeros(run), 0), number(run["score"]), percent(run["recovery"]),
                       number(run.get("kl"), 3), percent(run.get("top1_agreement")), mb(stored(run)), times(ratio(run)),
-                      number(run.get("seconds"), 3), style={"failed": "red", "warning": "yellow"}.get(met(run)))
+                      number(took(run), 3), style={"failed": "red", "warning": "yellow"}.get(met(run)))
     return table
 
 

@@ -11,7 +11,7 @@ from trimtab.core.types import Change
 
 
 @method("edit", joint=("score", "repair"))
-def nettrim(w: Tensor, keep: float, mask: Tensor, unit: Any, gram: Tensor, *, damp: float = 0.01, iters: int = 100,
+def nettrim(w: Tensor, keep: float, mask: Tensor, unit: Any, gram: Tensor, *, damp: float = 0.01, iters: int = 200,
             rho: float = 0.1) -> Change:
     """The weights of smallest l1 norm whose responses stay within a radius of the dense ones.
 
@@ -22,8 +22,9 @@ def nettrim(w: Tensor, keep: float, mask: Tensor, unit: Any, gram: Tensor, *, da
     Source: Aghasi, Abdi, Nguyen and Romberg 2017, arXiv:1611.05162 (the convex program); ADMM as in arXiv:1806.06457
     Deviations: the program for a linear layer, without the inequalities of a ReLU, and parallel, not cascade; eps is not
         given but follows from the share kept: one for the site, or one an output where the unit keeps equally many in
-        every row; mu is found inside the iterations, then held; damp makes the solution unique; weights are the
-        program's own, shrunk by the l1 norm and not refitted; what a pattern (n:m, blocks) excludes is cut afterwards
+        every row; mu is found while iterating, then held, and the last shrinkage is set to leave the exact count; damp
+        makes the solution unique; the weights are the program's own, shrunk by the l1 norm and not refitted; what a
+        pattern (n:m, blocks) excludes is cut afterwards; rho is relative to the mean diagonal of G
     """
     n = gram.diagonal().float().mean().clamp_min(1e-30).sqrt().expand(w.shape[1])
     mu: Tensor | None = None
@@ -43,10 +44,11 @@ def nettrim(w: Tensor, keep: float, mask: Tensor, unit: Any, gram: Tensor, *, da
         nonlocal mu
         if mu is None or t < iters // 2:
             _, high, low = cut(x)
-            mu = (high + low) / 2
+            middle = (high + low) / 2
+            mu = middle if mu is None else mu + (middle - mu) * (1 - 2 * t / iters)
         return (x.abs() - mu).clamp_min(0) * x.sign() * mask
 
-    x = splitting(w.float() * n, kernel(gram, n, damp, rho), shrink, iters)
+    x = splitting(w.float() * n, kernel(gram, n, damp, rho), shrink, max(iters, 1))
     m, high, low = cut(x)
     assert mu is not None
     level = torch.where((mu >= low) & (mu < high), mu, low)

@@ -1,0 +1,296 @@
+"""Hugging Face checkpoint directories on disk: read by pread, written like they were, never mapped into memory."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import BadInput
+
+CHUNK = 8 << 20
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+# Other copies of the weights: an edited checkpoint that carried them along would contradict itself.
+COPIES = PICKLES | {".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: bytes `begin` to `end` of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafeFile:
+    """One safetensors file. `names` in the order of the data, `metadata`, `entries`; BadInput when it is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                self.head = length + 8
+                if size < 8 or self.head > size:
+                    raise self._bad(f"truncated: its header needs {self.head} bytes, the file has {size}")
+                header = json.loads(f.read(length))
+        except FileNotFoundError:
+            raise BadInput(f"{path} is missing") from None
+        except OSError as e:
+            raise BadInput(f"{path} cannot be read ({e.strerror or e}); give a readable safetensors file") from None
+        except ValueError:  # JSON and UTF-8 errors
+            raise self._bad("corrupt: its header is not JSON") from None
+        if not isinstance(header, dict):
+            raise self._bad("corrupt: its header is not a JSON object")
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        entries = {name: self._entry(name, e, size) for name, e in header.items()}
+        # An empty tensor may begin where another does; it comes first.
+        self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+        at = self.head
+        for name, e in self.entries.items():
+            if e.begin != at:
+                raise self._bad(f"corrupt: tensor {name} {'overlaps another' if e.begin < at else 'has a gap before it'}")
+            at = e.end
+        if at != size:
+            raise self._bad(f"corrupt: {size - at} bytes follow its last tensor")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own."""
+        return read(self.entries[name])
+
+    def _bad(self, what: str) -> BadInput:
+        return BadInput(f"{self.path} is {what}; fetch or save it again")
+
+    def _entry(self, name: str, e: Any, size: int) -> Entry:
+        try:
+            kind, shape, (begin, end) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
+            sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise self._bad(f"corrupt: the header entry of tensor {name} is malformed")
+        if kind not in DTYPES:
+            raise BadInput(f"{self.path}: tensor {name} has dtype {kind}; trimtab reads {', '.join(DTYPES)}")
+        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+            raise self._bad(f"corrupt: tensor {name} takes {end - begin} bytes, {kind} {list(shape)} would take "
+                            f"{math.prod(shape) * DTYPES[kind].itemsize}")
+        if self.head + end > size:
+            raise self._bad(f"truncated: tensor {name} ends at byte {self.head + end}, the file at {size}")
+        return Entry(self.path, DTYPES[kind], shape, self.head + begin, self.head + end)
+
+
+class Checkpoint:
+    """A directory of `config.json`, safetensors weights and whatever else belongs to the model.
+
+    path, config; `tensors`: {name: Entry} in file order; `files`: the weight files; `other_files`: what to carry over
+    (tokenizer and the like, no pickles, no second copies of the weights).
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], files: list[Path]):
+        self.path, self.config, self.files = path, config, files
+        self.tensors: dict[str, Entry] = {}
+        for f in files:
+            for name, e in SafeFile(f).entries.items():
+                if name in self.tensors:
+                    raise BadInput(f"tensor {name} is in both {self.tensors[name].file.name} and {f.name} of {path}; keep one of them")
+                self.tensors[name] = e
+        self.weight_bytes = sum(os.stat(f).st_size for f in files)
+        self.sharded = files != [path / SINGLE]
+
+    @staticmethod
+    def open(path: Path) -> Checkpoint:
+        """Validate the directory without reading the data. BadInput says in one line what is wrong."""
+        path = Path(path)
+        if not path.is_dir():
+            raise BadInput(f"{path} is {'not a directory' if path.exists() else 'missing'}; give a directory with config.json "
+                           "and safetensors weights")
+        config = _json(path / "config.json", "give a Hugging Face model directory")
+        if (path / SINGLE).exists():
+            return Checkpoint(path, config, [path / SINGLE])
+        if not (path / INDEX).exists():
+            pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+            if pickles:
+                raise BadInput(f"{path} holds only pickles ({pickles[0]}); trimtab reads safetensors: re-save with "
+                               "save_pretrained(safe_serialization=True)")
+            raise BadInput(f"{path} has no weights; {SINGLE}, or {INDEX} and its shards, would be right")
+        where = _json(path / INDEX, "save the model again").get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(s, str) and Path(s).name == s for s in where.values()):
+            raise BadInput(f"{path / INDEX} has no weight_map of tensor names to files beside it; save the model again")
+        shards = sorted(set(where.values()))
+        for s in shards:
+            if not (path / s).is_file():
+                raise BadInput(f"shard {s}, named in {path / INDEX}, is missing; fetch it again")
+        c = Checkpoint(path, config, [path / s for s in shards])
+        for name, s in where.items():
+            if name not in c.tensors or c.tensors[name].file.name != s:
+                raise BadInput(f"tensor {name} is missing from {path / s}, where {INDEX} puts it; fetch the shard again")
+        return c
+
+    @property
+    def other_files(self) -> list[Path]:
+        """Relative paths, sorted; subfolders too, nothing hidden."""
+        found = []
+        for folder, folders, names in os.walk(self.path):
+            folders[:] = sorted(d for d in folders if not d.startswith("."))
+            for name in sorted(names):
+                p = (Path(folder) / name).relative_to(self.path)
+                weights = p.suffix in COPIES or name.endswith(".index.json") or (p.suffix == ".safetensors" and len(p.parts) == 1)
+                if not (weights or name.startswith(".")) and (self.path / p).is_file():
+                    found.append(p)
+        return found
+
+    def digest(self) -> str:
+        """sha256 over config.json and the weight files, read in chunks."""
+        h = hashlib.sha256()
+        for f in (self.path / "config.json", *self.files):
+            h.update(f"{f.name}\0{os.stat(f).st_size}\0".encode())
+            for part in _chunks(f, 0, os.stat(f).st_size):
+                h.update(part)
+        return h.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, in memory of its own. KeyError for an unknown name."""
+        return read(self.tensors[name])
+
+    def check_finite(self, name: str) -> None:
+        """BadInput if the tensor holds NaN or inf; reads it in chunks."""
+        e = self.tensors[name]
+        if e.dtype.is_floating_point:
+            for part in _chunks(e.file, e.begin, e.end):
+                if not finite(torch.frombuffer(part, dtype=e.dtype)):
+                    raise not_finite(name, e.file)
+
+
+def not_finite(name: str, where: Path) -> BadInput:
+    return BadInput(f"tensor {name} of {where} holds NaN or inf; only finite weights can be trimmed")
+
+
+def finite(t: Tensor) -> bool:
+    """Whether all entries are; the sum decides at once unless it overflows, and needs no second tensor."""
+    t = t.to(torch.float32) if t.dtype.itemsize == 1 else t
+    total = t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(t).all())
+
+
+def read(e: Entry) -> Tensor:
+    raw = torch.empty(e.end - e.begin, dtype=torch.uint8)
+    view, at = memoryview(raw.numpy()), e.begin
+    fd = os.open(e.file, os.O_RDONLY)
+    try:
+        while view:
+            if not (n := os.preadv(fd, [view], at)):
+                raise OSError(f"{e.file} ended early at byte {at}; it changed while it was read")
+            view, at = view[n:], at + n
+    finally:
+        os.close(fd)
+    return raw.view(e.dtype).view(e.shape)
+
+
+def write_like(src: Checkpoint, out: Path, replace: Callable[[str], Tensor | None]) -> None:
+    """Write `src` into directory `out`: same files, order, metadata and dtypes, with the tensors that `replace` gives.
+
+    One tensor in memory at a time, untouched ones are copied in chunks. ValueError when a shape differs.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for file in src.files:
+        entries = {n: e for n, e in src.tensors.items() if e.file == file}
+        fd = os.open(out / file.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            _copy(file, fd, 0, SafeFile(file).head)
+            for name, e in entries.items():
+                t = replace(name)
+                if t is None:
+                    _copy(file, fd, e.begin, e.end)
+                elif tuple(t.shape) != e.shape:
+                    raise ValueError(f"{name}: got {tuple(t.shape)}, the file holds {e.shape}")
+                elif t.numel():
+                    flat = t.detach().to("cpu", e.dtype).contiguous().view(-1).view(torch.uint8)
+                    _write(fd, memoryview(flat.numpy()), e.begin)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    for p in [*([Path(INDEX)] if src.sharded else []), *src.other_files]:
+        (out / p).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(src.path / p, out / p)
+        _sync(out / p)
+    _sync(out)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _chunks(file: Path, begin: int, end: int) -> Iterator[bytearray]:
+    """Bytes begin to end, at most CHUNK at a time (a multiple of every item size)."""
+    with open(file, "rb", buffering=0) as f:
+        f.seek(begin)
+        while begin < end:
+            part, got = bytearray(min(CHUNK, end - begin)), 0
+            while got < len(part):
+                if not (n := f.readinto(memoryview(part)[got:])):
+                    raise OSError(f"{file} ended early at byte {begin + got}; it changed while it was read")
+                got += n
+            yield part
+            begin += got
+
+
+def _copy(file: Path, fd: int, begin: int, end: int) -> None:
+    for part in _chunks(file, begin, end):
+        _write(fd, memoryview(part), begin)
+        begin += len(part)
+
+
+def _write(fd: int, view: memoryview, at: int) -> None:
+    while view:
+        n = os.pwrite(fd, view, at)
+        view, at = view[n:], at + n
+
+
+def _json(path: Path, right: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path.parent} has no {path.name}; {right}") from None
+    except OSError as e:
+        raise BadInput(f"{path} cannot be read ({e.strerror or e}); {right}") from None
+    except ValueError:
+        raise BadInput(f"{path} is not JSON; {right}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} is not a JSON object; {right}")
+    return value
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor] | Iterable[tuple[str, Tensor]],
+                      metadata: dict[str, str] | None = None) -> None:
+    """A small safetensors file of tensors in memory."""
+    from safetensors.torch import save_file
+
+    save_file({n: t.detach().contiguous() for n, t in dict(tensors).items()}, path, metadata=metadata)

@@ -1,0 +1,247 @@
+"""What is where in each family of networks: a table of declarations, and the few functions that read it.
+
+The only module that knows layer types. A family says where its blocks are, which parameter serves which role, what
+the stored names are called, where the residual stream passes between attention and MLP.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from trimtab.core.types import BadInput, Site
+
+Roles = dict[str, str]  # role -> module (or parameter) of a block; roles that share one are stacked in it, in this order
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. Paths in `attn`, `mlp`, `norms` and `between` are relative to a block, the others to the base model."""
+
+    name: str                                   # model_type in config.json
+    attn: Roles
+    mlp: dict[str, Roles]                       # "", "experts" (3-D, one slice an expert) or "shared" -> roles; what a block has counts
+    norms: tuple[str, ...]                      # modules of a block whose vectors run along the residual channels
+    between: Callable[[Any], tuple[str, str]]   # of the config: ("in" | "out" | "parallel", module); see `Network.taps`
+    blocks: str = "layers"
+    front: tuple[str, ...] = ("embed_tokens",)  # what runs before the first block
+    auto: str = "AutoModelForCausalLM"          # the class when config.json names none
+    transposed: bool = False                    # weights are stored [in, out]
+    by_head: bool = False                       # q, k, v are stacked within each head
+    routers: tuple[str, ...] = ()               # linear maps that choose experts: not sites
+    renames: tuple[tuple[str, str], ...] = ()   # (name in the module, name in files): regular expressions, all or none
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # expert parameter -> its files, stacked in this order
+
+
+QKVO = {r: f"self_attn.{r}_proj" for r in "qkvo"}
+GATED = {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
+EXPERTS = {"gate": "mlp.experts.gate_up_proj", "up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+SHARED = {r: f"mlp.shared_expert.{r}_proj" for r in ("gate", "up", "down")}
+TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+FOUR_NORMS = (*TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+QWEN_SPLIT = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+    "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
+}
+MIXTRAL_SPLIT = {
+    "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
+    "mlp.experts.down_proj": ("block_sparse_moe.experts.{e}.w2.weight",),
+}
+
+
+def _before(norm: str) -> Callable[[Any], tuple[str, str]]:
+    """Pre-norm: the stream between the sublayers is what this norm reads."""
+    return lambda config: ("in", norm)
+
+
+def _llama_like(name: str, **other: Any) -> Family:
+    return Family(name, **{"attn": QKVO, "mlp": {"": GATED}, "norms": TWO_NORMS, "between": _before(TWO_NORMS[1])} | other)
+
+
+FAMILIES = {f.name: f for f in (
+    *(_llama_like(n) for n in ("llama", "mistral", "qwen2", "qwen3")),
+    *(_llama_like(n, norms=FOUR_NORMS, between=_before(FOUR_NORMS[2])) for n in ("gemma2", "gemma3_text")),
+    _llama_like("phi3", attn={**dict.fromkeys("qkv", "self_attn.qkv_proj"), "o": "self_attn.o_proj"},
+                mlp={"": {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj", "down": "mlp.down_proj"}}),
+    _llama_like("mixtral", mlp={"experts": EXPERTS}, routers=("mlp.gate",), split=MIXTRAL_SPLIT,
+                renames=((r"\.mlp\.", ".block_sparse_moe."),)),
+    _llama_like("qwen2_moe", mlp={"": GATED, "experts": EXPERTS, "shared": SHARED}, split=QWEN_SPLIT,
+                routers=("mlp.gate", "mlp.shared_expert_gate")),
+    _llama_like("qwen3_moe", mlp={"": GATED, "experts": EXPERTS}, split=QWEN_SPLIT, routers=("mlp.gate",)),
+    Family("opt", attn={**QKVO, "o": "self_attn.out_proj"}, mlp={"": {"up": "fc1", "down": "fc2"}},
+           norms=("self_attn_layer_norm", "final_layer_norm"), blocks="decoder.layers",
+           front=("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
+           between=lambda c: ("in", "final_layer_norm") if c.do_layer_norm_before else ("out", "self_attn_layer_norm")),
+    Family("gpt2", attn={**dict.fromkeys("qkv", "attn.c_attn"), "o": "attn.c_proj"},
+           mlp={"": {"up": "mlp.c_fc", "down": "mlp.c_proj"}}, norms=("ln_1", "ln_2"), between=_before("ln_2"), blocks="h",
+           front=("wte", "wpe"), transposed=True),
+    Family("gpt_neox", attn={**dict.fromkeys("qkv", "attention.query_key_value"), "o": "attention.dense"},
+           mlp={"": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}}, norms=TWO_NORMS, by_head=True,
+           between=lambda c: ("parallel", "attention") if c.use_parallel_residual else ("in", TWO_NORMS[1]),
+           front=("embed_in",), renames=((r"^lm_head\.", "embed_out."),)),
+    Family("bert", attn={"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+                         "o": "attention.output.dense"},
+           mlp={"": {"up": "intermediate.dense", "down": "output.dense"}},
+           norms=("attention.output.LayerNorm", "output.LayerNorm"), blocks="encoder.layer", front=("embeddings",),
+           between=lambda c: ("out", "attention.output.LayerNorm"), auto="AutoModel",
+           renames=((r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta"))),
+    Family("vit", attn={r: f"attention.{r}_proj" for r in "qkvo"}, mlp={"": {"up": "mlp.fc1", "down": "mlp.fc2"}},
+           norms=("layernorm_before", "layernorm_after"), between=_before("layernorm_after"), front=("embeddings",),
+           auto="AutoModel",
+           renames=((r"(^|\.)layers\.", r"\1encoder.layer."), (r"attention\.q_proj", "attention.attention.query"),
+                    (r"attention\.k_proj", "attention.attention.key"), (r"attention\.v_proj", "attention.attention.value"),
+                    (r"attention\.o_proj", "attention.output.dense"), (r"mlp\.fc1", "intermediate.dense"),
+                    (r"mlp\.fc2", "output.dense"))),
+)}
+
+
+def family_of(config: dict[str, Any], where: Any = "config.json") -> Family:
+    """The declaration for a config.json; BadInput lists what was found and what is supported."""
+    if (found := config.get("model_type")) not in FAMILIES:
+        raise BadInput(f"{where}: model_type {found!r} (architectures {config.get('architectures')}) is not supported; "
+                       f"trimtab knows {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[found]
+
+
+# ---- sites ------------------------------------------------------------------------------------
+def heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, key/value heads, width of a head."""
+    h = config.num_attention_heads
+    return h, getattr(config, "num_key_value_heads", None) or h, getattr(config, "head_dim", None) or config.hidden_size // h
+
+
+def _slices(family: Family, roles: list[str], total: int, config: Any) -> dict[str, tuple[int, ...] | None]:
+    """Rows of a stacked parameter that belong to each role."""
+    if len(roles) == 1:
+        return {roles[0]: None}
+    h, kv, d = heads(config)
+    if family.by_head and "q" in roles:
+        return {r: tuple(n * 3 * d + j * d + k for n in range(h) for k in range(d)) for j, r in enumerate(roles)}
+    sizes = [h * d, kv * d, kv * d] if roles == ["q", "k", "v"] else [total // len(roles)] * len(roles)
+    ends = [sum(sizes[:j + 1]) for j in range(len(roles))]
+    return {r: (end - size, end) for r, size, end in zip(roles, sizes, ends, strict=True)}
+
+
+def sites(family: Family, config: Any, block: nn.Module, i: int) -> list[Site]:
+    """The linear maps of block `i`, whose parameters (on any device, meta too) tell the shapes."""
+    params = dict(block.named_parameters())
+    found: list[Site] = []
+
+    def add(group: str, stem: str, roles: Roles, feed: str, expert: int | None = None) -> None:
+        for at in dict.fromkeys(roles.values()):
+            mine = [r for r in roles if roles[r] == at]
+            param = at if at in params else f"{at}.weight"
+            if param not in params:
+                return
+            shape = tuple(params[param].shape[-2:])
+            rows, width = shape[::-1] if family.transposed else shape
+            for role, part in _slices(family, mine, rows, config).items():
+                size = rows if part is None else part[1] - part[0] if len(part) == 2 else len(part)
+                found.append(Site(
+                    name=f"{stem}.{role}", block=i, group=group, role=role, param=param, shape=(size, width), expert=expert,
+                    input=f"{feed}{group}.{'mid' if role in ('o', 'down') else 'in'}", transposed=family.transposed, rows=part,
+                    consumer=f"{stem}.down" if role in ("gate", "up") else None))
+
+    add("attn", f"{i}.attn", family.attn, "")
+    for kind, roles in family.mlp.items():
+        if kind == "experts":
+            stack = params.get(roles["down"])
+            for e in range(0 if stack is None else len(stack)):
+                add("mlp", f"{i}.mlp.experts.{e}", roles, f"experts.{e}.", e)
+        else:
+            add("mlp", f"{i}.mlp.{kind}" if kind else f"{i}.mlp", roles, "")
+    return found
+
+
+def bias_of(site: Site) -> str | None:
+    """Name of the bias that belongs to a site, if its module has one; it has the site's rows."""
+    return site.param.removesuffix("weight") + "bias" if site.param.endswith(".weight") else None
+
+
+# ---- stored names -----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor that makes up a parameter: all of it, or `param[expert]`, or `rows` (begin, end) of that."""
+
+    file: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def of(self, param: Any) -> Any:
+        """The view of the parameter that is stored under this name."""
+        view = param if self.expert is None else param[self.expert]
+        return view if self.rows is None else view[slice(*self.rows)]
+
+
+def param_to_files(family: Family, name: str, shape: tuple[int, ...], stored: Iterable[str], base: str) -> list[Piece]:
+    """Which of the `stored` names hold parameter `name` of the model; empty when they do not.
+
+    With or without the base model's prefix `base`, under the module's names or the family's older ones, experts stacked
+    or one by one: whatever the checkpoint really holds.
+    """
+    stored = stored if isinstance(stored, Mapping | set | frozenset) else set(stored)
+
+    def find(n: str) -> str | None:
+        return next((c for c in (n, n.removeprefix(base + "."), f"{base}.{n}") if c in stored), None)
+
+    old = name
+    for pattern, to in family.renames:
+        old = re.sub(pattern, to, old)
+    for n in dict.fromkeys((name, old)):
+        if file := find(n):
+            return [Piece(file, shape)]
+    for suffix, templates in family.split.items():
+        if name.endswith("." + suffix):
+            step = shape[1] // len(templates)
+            cut = [None] if len(templates) == 1 else [(j * step, (j + 1) * step) for j in range(len(templates))]
+            pieces = [(find(name.removesuffix(suffix) + t.format(e=e)), e, rows)
+                      for e in range(shape[0]) for t, rows in zip(templates, cut, strict=True)]
+            if all(file for file, _, _ in pieces):
+                return [Piece(str(file), (step, shape[2]), e, rows) for file, e, rows in pieces]
+    return []
+
+
+# ---- coupled dimensions -----------------------------------------------------------------------
+@dataclass(frozen=True)
+class Member:
+    """Unit u of a group takes indices u * size to (u + 1) * size of a site's rows ("out", its bias too) or columns ("in"),
+    or of a norm's vectors ("norm")."""
+
+    name: str
+    side: str
+    size: int
+
+    def at(self, unit: int) -> slice:
+        return slice(unit * self.size, (unit + 1) * self.size)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Dimensions that stand or fall together: `count` units of one kind: neuron, head, kvgroup or residual."""
+
+    kind: str
+    name: str
+    count: int
+    members: tuple[Member, ...]
+
+
+def coupled(family: Family, config: Any, block: list[Site]) -> list[Group]:
+    """The groups of one block, given its sites. Residual channels go on through every block, the embeddings and the head."""
+    groups = []
+    for down in (s for s in block if s.role == "down"):
+        feeders = tuple(Member(s.name, "out", 1) for s in block if s.consumer == down.name)
+        groups.append(Group("neuron", down.name.removesuffix(".down"), down.shape[1], (*feeders, Member(down.name, "in", 1))))
+    h, kv, d = heads(config)
+    q, k, v, o = (next(s.name for s in block if s.group == "attn" and s.role == r) for r in "qkvo")
+    if h != kv:
+        groups.append(Group("head", f"{block[0].block}.attn", h, (Member(q, "out", d), Member(o, "in", d))))
+    groups.append(Group("kvgroup" if h != kv else "head", f"{block[0].block}.attn", kv, (
+        Member(q, "out", h // kv * d), Member(k, "out", d), Member(v, "out", d), Member(o, "in", h // kv * d))))
+    channels = tuple(Member(s.name, "out" if s.role in ("o", "down") else "in", 1) for s in block)
+    groups.append(Group("residual", str(block[0].block), config.hidden_size,
+                        channels + tuple(Member(n, "norm", 1) for n in family.norms)))
+    return groups

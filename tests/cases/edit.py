@@ -1,0 +1,45 @@
+"""Two or four weights an output, and a second moment whose inverse is done in the head."""
+from __future__ import annotations
+
+import torch
+
+from tests.cases import Case
+from trimtab.methods.unit.element import row
+
+
+class Row:
+    """The unit as a joint edit is given it."""
+
+    free, period = True, None
+
+    def __call__(self, s: torch.Tensor, keep: float) -> torch.Tensor:
+        return row(s, keep)
+
+
+def site(w: list[list[float]], gram: list[list[float]], **more: torch.Tensor) -> dict:
+    t = torch.tensor(w)
+    return {"w": t, "keep": 0.5, "mask": torch.ones_like(t, dtype=torch.bool), "unit": Row(),
+            "gram": torch.tensor(gram), **more}
+
+
+PAIR = site([[1.0, 2.0], [2.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]])
+EVEN = site([[1.0, 2.0]], [[4.0, 2.0], [2.0, 4.0]])
+
+CASES = {
+    "edit/mask": Case({**PAIR, "mask": torch.tensor([[True, False], [False, True]])}, [[1, 0], [0, 1]],
+                      differs="edit/sparsegpt"),
+    # H^-1 = [[1, -1], [-1, 2]], so U = [[1, -1], [0, 1]] and the scores are the squares of the weights. First row: drop 1,
+    # e = 1 / 1, and 2 - 1 * -1 = 3. Second row: drop the last, and nothing stands to its right (least squares would make 2
+    # into 2.5).
+    "edit/sparsegpt": Case(PAIR, [[0, 3], [2, 0]], {"damp": 0.0}, differs="edit/admm"),
+    # n = (2, 2), A = [[1, 1/2], [1/2, 1]], V_0 = (2, 4): M = (0, 1), Z = (0, 4), U = (2, 0), Z - U - V_0 = (-4, 0);
+    # (A + I)^-1 = [[8, -2], [-2, 8]] / 15, V = (2 - 32/15, 4 + 8/15), and (V + U) M / n = (0, 34/15), on its way to 5/2.
+    "edit/admm": Case(EVEN, [[0, 34 / 15]], {"damp": 0.0, "iters": 1, "ramp": 1, "rho": 1.0}, differs="edit/sparsegpt"),
+    # One gradient (1, 2); mean square 5/2, so ridge = 2/5 makes n lambda 1. Keep the second: what is lost is 1 * 2, and
+    # 3/2 + 2 * 2 / (4 + 1) = 2.3; 1/2 * 0.4^2 + 1/2 * (2^2 + 0.8^2) = 2.4. The larger weight would cost 3.375.
+    "edit/chita": Case(site([[2.0, 1.5]], [[1.0, 0.0], [0.0, 1.0]], grads=torch.tensor([[[1.0, 2.0]]])), [[0, 2.3]],
+                       {"ridge": 0.4}, differs="edit/nettrim"),
+    # Inputs that do not correlate: the l1 norm takes the same off every weight, 1.5 if the 2 is to stay and the 1 to go.
+    "edit/nettrim": Case(site([[3.0, 1.0, -2.0, 0.5]], torch.eye(4).tolist()), [[1.5, 0, -0.5, 0]],
+                         {"damp": 0.0, "rho": 1.0}, differs="edit/admm"),
+}

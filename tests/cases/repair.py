@@ -1,0 +1,25 @@
+"""One weight of two is gone; the other makes up for it as far as the inputs correlate."""
+from __future__ import annotations
+
+import torch
+
+from tests.cases import Case
+from trimtab.core.types import Change
+
+
+def halved(w: list[list[float]], mask: list[list[int]], gram: list[list[float]]) -> dict:
+    t, m = torch.tensor(w), torch.tensor(mask, dtype=torch.bool)
+    return {"w": t, "new": Change(t * m, mask=m), "gram": torch.tensor(gram)}
+
+
+PAIR = halved([[1.0, 2.0], [2.0, 1.0]], [[0, 1], [1, 0]], [[2.0, 1.0], [1.0, 1.0]])
+EVEN = halved([[1.0, 2.0]], [[0, 1]], [[4.0, 2.0], [2.0, 4.0]])
+
+CASES = {
+    # 2 + 1 * G_12 / G_22 = 3 and 2 + 1 * G_12 / G_11 = 2.5.
+    "repair/least_squares": Case(PAIR, [[0, 3], [2.5, 0]], {"damp": 0.0}, differs="repair/obs"),
+    # The same to the right of what is gone, nothing to its left.
+    "repair/obs": Case(PAIR, [[0, 3], [2, 0]], {"damp": 0.0}, differs="repair/least_squares"),
+    # One step towards 2 + 1/2, worked out in edit/admm.
+    "repair/admm": Case(EVEN, [[0, 34 / 15]], {"damp": 0.0, "iters": 1, "rho": 1.0}, differs="repair/least_squares"),
+}
