@@ -24,7 +24,7 @@ test: setup
 check: setup
 	$(BIN)/python tools/generate.py check
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/mypy
 
 docs: setup
 	$(BIN)/python tools/generate.py write

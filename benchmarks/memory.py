@@ -79,7 +79,8 @@ if __name__ == "__main__":
     from trimtab.demo import machine
 
     for name in a.runs:
-        row = {"run": name, "model": a.model.name, **measure(a.model, *RUNS[name], a.samples), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        row = {"run": name, "model": a.model.name, **measure(a.model, *RUNS[name], a.samples), "machine": machine(),
+               "date": time.strftime("%Y-%m-%d")}
         print(f"{name:<20}{row['peak_tree_rss_bytes'] / 1e9:.2f} GB peak, {row['seconds']:.0f} s", flush=True)
         with a.out.open("a") as f:
             f.write(json.dumps(row, sort_keys=True) + "\n")

@@ -17,7 +17,8 @@ MOE = {**TEXT, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_t
 # name -> (class, config class, options)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", TEXT),
-    "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {
+        **TEXT, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama_base": ("LlamaModel", "LlamaConfig", TEXT),
     "llama_classifier": ("LlamaForSequenceClassification", "LlamaConfig", {**TEXT, "num_labels": 3}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {**TEXT, "sliding_window": 4, "head_dim": 8}),
@@ -41,7 +42,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
         "patch_size": 4}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {
+        **MOE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**MOE, "head_dim": 8}),
 }
 
@@ -59,7 +61,8 @@ def build(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def save(name: str, path: Path, *, dtype: torch.dtype = torch.float32, shard: str = "50GB", seed: int = 0, **changes: Any) -> Path:
+def save(name: str, path: Path, *, dtype: torch.dtype = torch.float32, shard: str = "50GB", seed: int = 0,
+         **changes: Any) -> Path:
     """Build and save; returns `path`."""
     build(name, seed, **changes).to(dtype).save_pretrained(path, max_shard_size=shard)
     return path

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.registry import AXES, FACTS, KNOBS, Method, load_all
 from trimtab.core.spec import Recipe, rows
-from trimtab.core.types import Claim
+from trimtab.evidence import BETTER, Figure, is_stale, judged
 
 ROOT = Path(__file__).resolve().parents[1]
-BETTER = {"perplexity": "lower", "cosine": "higher"}  # metrics that settle a claim
 KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
 QUESTION = {
     "stat": "What must we know about the data?", "unit": "What stands or falls together, compared with whom?",
@@ -47,53 +44,6 @@ def measured(root: Path) -> list[Row]:
             except (ValueError, KeyError, TypeError) as e:
                 raise SystemExit(f"{path.relative_to(root)}:{number}: want a row of {', '.join(KEYS)}: {e!r}") from None
     return list(last.values())
-
-
-def is_stale(row: Row, versions: dict[str, str]) -> bool:
-    """Whether a method has changed since, or is gone."""
-    return any(versions.get(key) != version for key, version in row["methods"].items())
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Mean over the seeds, and their standard deviation (0 for a single one)."""
-
-    mean: float
-    spread: float
-    seeds: int
-
-    @staticmethod
-    def of(some: Iterable[Row]) -> Figure:
-        values = [float(r["value"]) for r in some]
-        return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
-
-    def __str__(self) -> str:
-        more = f" ± {self.spread:.2g}" if self.seeds > 1 else ""
-        return f"{self.mean:.4g}{more}"
-
-
-def judged(claim: Claim, every: list[Row], versions: dict[str, str]) -> tuple[str, str]:
-    """Status of a claim and our figures, model by model. Computed from rows, never typed."""
-    status, figures = [], []
-    here = [r for r in every if r["setting"] == claim.setting and r["metric"] in BETTER]
-    for model, metric in sorted({(r["model"], r["metric"]) for r in here}):
-        sides = [[r for r in here if (r["recipe"], r["model"], r["metric"]) == (name, model, metric)]
-                 for name in (claim.better, claim.than)]
-        if not all(sides):
-            continue
-        fresh = [[r for r in side if not is_stale(r, versions)] for side in sides]
-        if not all(fresh):
-            status.append(f"stale on {model}")
-            continue
-        ours, other = map(Figure.of, fresh)
-        gain = ours.mean - other.mean if BETTER[metric] == "higher" else other.mean - ours.mean
-        pooled = ((ours.spread ** 2 + other.spread ** 2) / 2) ** 0.5
-        if abs(gain) <= pooled:
-            status.append(f"partly on {model}")
-        else:
-            status.append(f"direction {'holds' if gain > 0 else 'fails'} on {model}")
-        figures.append(f"{metric} {ours} against {other} ({model}, seeds: {min(ours.seeds, other.seeds)})")
-    return "; ".join(status) or "untested", "; ".join(figures)
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def publish(work: Path, out: Path) -> None:
     model.save_pretrained(staging)
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=EOT, eos_token=EOT, pad_token=EOT, model_max_length=LONG)
     fast.save_pretrained(staging)
-    shutil.copy(work / "curve.jsonl", staging / "curve.jsonl")
+    shutil.copy(work / "curve.jsonl", Path(__file__).resolve().parents[1] / "docs" / "builtin-curve.jsonl")
     bpb = bits_per_byte(model.float().eval(), tok, corpus.text("validation"))
     print(f"validation: {bpb:.4f} bits per byte, window {LONG}, stride 512, {s['done']:,} tokens in {s['seconds'] / 60:.0f} minutes")
     shutil.rmtree(out, ignore_errors=True)

@@ -113,6 +113,6 @@ def calibrate(model: str | Path, stats: set[str], *, samples: int = 128, seq_len
 def prove(before: str | Path, after: str | Path, *, text: tuple[str, ...] = (), tokens: int = 8192, seq_len: int = 256,
           speed: bool = True) -> dict[str, Any]:
     """Compare two models in a fresh process: quality on held-out text, bytes, speed."""
-    from trimtab.core.evaluate import compare
+    from trimtab.evaluate import compare
 
     return compare(resolve(after), resolve(before), text, tokens, seq_len, speed=speed)

@@ -62,7 +62,8 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise BadInput(f"{name!r} is no directory here, and the hub did not give it ({reason[:120]}); give a directory or {BUILTIN}") from None
+        raise BadInput(f"{name!r} is no directory here, and the hub did not give it ({reason[:120]}); "
+                       f"give a directory or {BUILTIN}") from None
 
 
 # ---- progress ---------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def run_trim(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
     progress = Progress(a.quiet)
     try:
         if a.dry_run:
-            from trimtab.core.estimate import dry_run
+            from trimtab.estimate import dry_run
 
             result = dry_run(model, recipe, a.out, options(a), progress)
         else:
@@ -241,7 +242,7 @@ def run_trim(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def run_eval(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    from trimtab.core.evaluate import evaluate
+    from trimtab.evaluate import evaluate
 
     model, against = find_model(a.model), find_model(a.against) if a.against else None
     progress = Progress(a.quiet)
@@ -257,7 +258,7 @@ def run_eval(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def run_bench(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    from trimtab.core.evaluate import bench
+    from trimtab.evaluate import bench
 
     result = bench(find_model(a.model), find_model(a.against) if a.against else None, a)
     if not a.json:
@@ -290,7 +291,7 @@ def run_demo(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def run_inspect(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    from trimtab.core.evaluate import inspect
+    from trimtab.evaluate import inspect
 
     result = inspect(find_model(a.model), a, Progress(a.quiet))
     if not a.json:

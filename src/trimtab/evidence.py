@@ -5,13 +5,14 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.core import line, spec
 from trimtab.core.calibrate import StatCache
+from trimtab.core.registry import load_all, near
 from trimtab.core.types import BadInput, Claim
 
 
@@ -25,6 +26,8 @@ class Setting:
     title: str
 
 
+Row = dict[str, Any]
+BETTER = {"perplexity": "lower", "cosine": "higher"}  # metrics that settle a claim
 SETTINGS = {
     "50%": Setting(0.5, None, ("magnitude", "magnitude(unit=site)", "random", "wanda", "gblm", "taylor", "obs", "sparsegpt", "admm",
                                "obert", "chita", "nettrim", "row | wanda | mask | least_squares", "row | wanda | mask | admm"),
@@ -77,8 +80,6 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
 
     recipes = spec.rows()
     if unknown := [n for n in names if n not in recipes]:
-        from trimtab.core.registry import near
-
         raise BadInput(f"no recipe {unknown[0]!r}{near(unknown[0], list(recipes))}")
     claims: list[tuple[str, Claim]] = [(n, c) for n in names or recipes for c in recipes[n].claims]
     wanted: dict[str, tuple[str, ...]] = {}
@@ -95,38 +96,62 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
             sink.flush()
     if sink:
         sink.close()
-    verdicts = [{"recipe": n, "claim": c.text, "setting": c.setting, "said": c.said,
-                 "better": summary(measured, c.better, c.setting), "than": summary(measured, c.than, c.setting),
-                 "status": status(measured, c)} for n, c in claims]
+    versions = {k: m.version for k, m in load_all().items()}
+    verdicts = []
+    for n, c in claims:
+        status, figures = judged(c, measured, versions)
+        verdicts.append({"recipe": n, "claim": c.text, "setting": c.setting, "said": c.said, "status": status, "here": figures})
     if words:
-        for row in sorted({(r["setting"], r["recipe"]) for r in measured}):
-            print(f"{row[0]:<12}{row[1]:<44}{summary(measured, row[1], row[0])}")
+        for at in dict.fromkeys((r["setting"], r["recipe"]) for r in measured):
+            print(f"{at[0]:<12}{at[1]:<46}{Figure.of(r for r in measured if (r['setting'], r['recipe']) == at)}")
         for v in verdicts:
-            print(f"{v['recipe']}: {v['claim']}: {v['status']} ({v['better']} against {v['than']})")
+            print(f"{v['recipe']}: {v['claim']}: {v['status']} ({v['here']})")
     return {"rows": measured, "claims": verdicts}
 
 
-def values(rows: list[dict[str, Any]], recipe: str, setting: str) -> list[float]:
-    return [r["value"] for r in rows if r["recipe"] == recipe and r["setting"] == setting]
+# ---- what rows say ----------------------------------------------------------------------------
+def is_stale(row: Row, versions: dict[str, str]) -> bool:
+    """Whether a method has changed since, or is gone."""
+    return any(versions.get(key) != version for key, version in row["methods"].items())
 
 
-def summary(rows: list[dict[str, Any]], recipe: str, setting: str) -> str:
-    """Mean and half the range over seeds."""
-    v = values(rows, recipe, setting)
-    return f"{statistics.fmean(v):.4g} ± {(max(v) - min(v)) / 2:.2g}" if v else "not measured"
+@dataclass(frozen=True)
+class Figure:
+    """Mean over the seeds, and their standard deviation (0 for a single one)."""
+
+    mean: float
+    spread: float
+    seeds: int
+
+    @staticmethod
+    def of(some: Iterable[Row]) -> Figure:
+        values = [float(r["value"]) for r in some]
+        return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+    def __str__(self) -> str:
+        more = f" ± {self.spread:.2g}" if self.seeds > 1 else ""
+        return f"{self.mean:.4g}{more}"
 
 
-def status(rows: list[dict[str, Any]], claim: Claim, model: str | None = None) -> str:
-    """Computed from the rows: holds or fails when the means differ by more than the spread of both, else partly."""
-    mine = [r for r in rows if r["setting"] == claim.setting and (model is None or r["model"] == model)]
-    a, b = values(mine, claim.better, claim.setting), values(mine, claim.than, claim.setting)
-    if not a or not b:
-        return "untested"
-    where = next(r["model"] for r in mine)
-    gain = statistics.fmean(b) - statistics.fmean(a)
-    if next(r["metric"] for r in mine) != "perplexity":
-        gain = -gain
-    spread = (max(a) - min(a) + max(b) - min(b)) / 2
-    if abs(gain) <= spread:
-        return f"partly on {where} (within the spread of seeds)"
-    return f"direction {'holds' if gain > 0 else 'fails'} on {where}"
+def judged(claim: Claim, every: list[Row], versions: dict[str, str]) -> tuple[str, str]:
+    """Status of a claim and our figures, model by model. Computed from rows, never typed."""
+    status, figures = [], []
+    here = [r for r in every if r["setting"] == claim.setting and r["metric"] in BETTER]
+    for model, metric in sorted({(r["model"], r["metric"]) for r in here}):
+        sides = [[r for r in here if (r["recipe"], r["model"], r["metric"]) == (name, model, metric)]
+                 for name in (claim.better, claim.than)]
+        if not all(sides):
+            continue
+        fresh = [[r for r in side if not is_stale(r, versions)] for side in sides]
+        if not all(fresh):
+            status.append(f"stale on {model}")
+            continue
+        ours, other = map(Figure.of, fresh)
+        gain = ours.mean - other.mean if BETTER[metric] == "higher" else other.mean - ours.mean
+        pooled = ((ours.spread ** 2 + other.spread ** 2) / 2) ** 0.5
+        if abs(gain) <= pooled:
+            status.append(f"partly on {model}")
+        else:
+            status.append(f"direction {'holds' if gain > 0 else 'fails'} on {model}")
+        figures.append(f"{metric} {ours} against {other} ({model}, seeds: {min(ours.seeds, other.seeds)})")
+    return "; ".join(status) or "untested", "; ".join(figures)

@@ -17,10 +17,18 @@ import torch
 
 from trimtab import cli
 from trimtab.core import line
-from trimtab.core.line import pack_bits, unpack_bits
+from trimtab.methods.format.bitmask import unpack_mask
 from trimtab.network.checkpoint import Checkpoint, SafeFile
+from trimtab.prove.proof import answer
 
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
+
+
+@pytest.fixture(autouse=True)
+def proof_in_this_process(monkeypatch, request):
+    """A fresh process for every proof takes seconds; the tests marked `fresh` pay for it, the others do not."""
+    if "fresh" not in request.keywords:
+        monkeypatch.setattr("trimtab.prove.proof.run_fresh", lambda request, progress=None: answer(request, progress))
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -44,6 +52,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {n: c.read(n) for n in c.tensors}
 
 
+@pytest.mark.fresh
 def test_trim_writes_what_it_says(capsys, tiny_lm, tmp_path, calib):
     before = hashes(tiny_lm)
     code, out, _ = trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, "--json", "--keep", "0.3")
@@ -246,18 +255,11 @@ def test_dry_run_writes_nothing(capsys, tiny_lm, tmp_path, calib):
     assert result["estimate"]["memory"] > 0 and result["measured"]["block_seconds"] > 0 and "memory" in result["off_by"]
 
 
-def test_mask_bits_round_trip():
-    mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
-    assert torch.equal(unpack_bits(pack_bits(mask), (5, 7)), mask)
-    f = pack_bits(torch.tensor([[True, False, False, False, False, False, False, False, True]]))
-    assert f.tolist() == [1, 1]
-
-
 def test_parts_hold_the_mask_that_was_written(capsys, tiny_lm, tmp_path, calib):
     assert trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib)[0] == 0
     f = SafeFile(tmp_path / "o" / "trimtab.safetensors")
     w = weights(tmp_path / "o")["model.layers.2.mlp.down_proj.weight"]
-    assert torch.equal(unpack_bits(f.read("2.mlp.down:mask"), tuple(w.shape)), w != 0)
+    assert torch.equal(unpack_mask(f.read("2.mlp.down:mask"), tuple(w.shape)), w != 0)
 
 
 # ---- bad input: one clear line, exit 2, nothing written ---------------------------------------

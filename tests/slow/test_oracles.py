@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from trimtab.core.math import errors, factor
 from trimtab.core.registry import get
 from trimtab.core.types import Change
+from trimtab.methods.solvers import errors, factor
 from trimtab.methods.unit.element import column, row, site, top
 
 
@@ -314,6 +314,19 @@ def test_chita_against_every_support():
     assert found > len(seeds) / 2
 
 
+def test_chita_descends():
+    """Each iteration lowers the objective or is the last, and they find supports that neither start has."""
+    better = 0
+    for seed in range(12):
+        w, grads = world(4, 10, seed=seed)[0], gradients(12, 4, 10, seed)
+        flat, h = w.double().numpy().ravel(), quadratic(grads.double().numpy().reshape(12, -1), 0.3)
+        costs = [objective(h, flat, edit("chita", w, UNITS["row"], 0.4, grads=grads, ridge=0.3, iters=k, tol=0.0).w
+                           .double().numpy().ravel()) for k in (0, 1, 2, 20)]
+        assert all(b <= a * (1 + 1e-6) for a, b in pairwise(costs))
+        better += costs[-1] < 0.99 * costs[0]
+    assert better > 6
+
+
 @pytest.mark.parametrize("name", list(UNITS))
 def test_chita_never_loses_to_magnitude(name):
     for seed in range(8):
@@ -397,3 +410,21 @@ def test_patterns_and_counts(name, unit):
     assert not bool(new.w[~new.mask].any())
     if name in ("sparsegpt", "admm") and unit != "block":  # blocks of 2 x 2 leave too little to mend them with
         assert errors(w, new.w, gram).sum() < errors(w, w * u(w.abs(), 0.3), gram).sum()
+
+
+@pytest.mark.parametrize("unit", ["row", "site", "2:4"])
+@pytest.mark.parametrize("name", ["sparsegpt", "admm", "nettrim", "chita"])
+def test_what_an_earlier_pass_dropped_stays_out(name, unit):
+    """It is zero, it is not in the mask, and it plays no part: its row is solved as if it were not there."""
+    w, _, gram = world(8, 16)
+    earlier = torch.rand(w.shape, generator=torch.Generator().manual_seed(5)) > 0.25
+    w, grads = w * earlier, gradients(9, 8, 16, 0)
+    new = edit(name, w, UNITS[unit], 0.4, mask=earlier, gram=gram, grads=grads)
+    assert not bool((new.mask & ~earlier).any())
+    assert not bool(new.w[~new.mask].any())
+    if unit != "2:4":
+        assert torch.equal(new.w != 0, new.mask)
+        assert int(new.mask.sum()) == int(UNITS[unit](w.abs(), 0.4).sum())
+    if name == "nettrim" and unit == "site":
+        pull = -(new.w - w).double().numpy() @ ridged(gram, 0.01) * np.sign(new.w.numpy())
+        assert pull[new.mask.numpy()].std() < 0.05 * pull[new.mask.numpy()].mean()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.data import Batch, group
 from trimtab.core.memory import Store
-from trimtab.core.registry import Method, get
+from trimtab.core.registry import get
 from trimtab.core.types import BadInput, Site
 
 Tick = Callable[[], None]
@@ -44,7 +44,7 @@ class Collector:
 
     wanted: dict[str, set[str]]
     sites: dict[str, Site]
-    sums: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    sums: dict[tuple[str, str], Any] = field(default_factory=dict)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
     inputs: dict[str, set[str]] = field(init=False)     # key of an activation -> statistics wanted of it
     gradients: dict[str, set[str]] = field(init=False)  # site -> statistics wanted of its gradient
@@ -96,7 +96,7 @@ class Collector:
         value = m.fn(*tensors)
         self.counts[at] = self.counts.get(at, 0) + count
         if m.facts["merge"] == "stack":
-            self.sums.setdefault(at, []).append(value)  # type: ignore[arg-type,union-attr]
+            self.sums.setdefault(at, []).append(value)
         elif at not in self.sums:
             self.sums[at] = value.clone()
         elif m.facts["merge"] == "max":
@@ -114,7 +114,7 @@ class Collector:
             width = site.shape[0] if _of(stat) == "mid" and site.consumer in self.sites else site.shape[1]
             zero = m.fn(torch.zeros(site.shape if _of(stat) == "grad" else (1, width)))
             return zero[None] if m.facts["merge"] == "stack" else zero
-        value = torch.stack(self.sums[at]) if m.facts["merge"] == "stack" else self.sums[at]  # type: ignore[arg-type]
+        value = torch.stack(self.sums[at]) if m.facts["merge"] == "stack" else self.sums[at]
         value = value / self.counts[at] if m.facts["mean"] else value
         return m.facts["done"](value) if m.facts["done"] else value
 

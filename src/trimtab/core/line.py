@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -29,6 +30,7 @@ from trimtab.core.journal import Journal, sync_dir, write_json
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Failed, Site, Summary
+from trimtab.methods.format.bitmask import pack_bits, unpack_mask
 from trimtab.network.checkpoint import SafeFile, write_like
 from trimtab.network.stream import Network
 
@@ -166,7 +168,7 @@ def plan_hash(header: dict[str, Any], shares: dict[str, float]) -> str:
     return hashlib.sha256(json.dumps([header, shares], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn, journal: Journal,
+def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn,
            opts: Options, tick: Report) -> dict[str, float]:
     """The share of every site of a sweep. Budgets see summaries; scores live for one block at a time."""
     shares: dict[str, float] = {}
@@ -175,11 +177,11 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
         target = p.keep if p.keep is not None else opts.keep
         b = p.budget
         if b.key == "budget/uniform" or not p.free:
-            shares |= dict.fromkeys((s.name for s in sites), target if p.free else float("nan"))
+            shares |= dict.fromkeys((s.name for s in sites if p.free), target)  # n:m fixes its own
         else:
             asking.append((p, sites, target))
     if not asking:
-        return shares
+        return dict(sorted(shares.items()))
     summaries: dict[str, Summary] = {}
     extra: dict[str, dict[str, Tensor]] = {}
     owner = {s.name: p for p, sites, _ in asking for s in sites}
@@ -293,17 +295,6 @@ def read_block(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[s
     return weights, parts, json.loads(f.metadata["notes"])
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """A mask as bits, row-major, lowest bit first, uint8."""
-    flat = mask.flatten().to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:shape[0] * shape[1]].view(shape).bool()
-
-
 # ---- the line ---------------------------------------------------------------------------------
 def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) -> dict[str, Any]:
     """Write `out`, a trimmed copy of the checkpoint directory `model`, and prove it. Returns the result as JSON data.
@@ -404,7 +395,7 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
     all_shares: dict[str, dict[str, float]] = plan.get("shares", {})
     for k, sweep in enumerate(plan_sweeps):
         if str(k) not in all_shares:
-            all_shares[str(k)] = {n: v for n, v in sorted(decide(net, sweep, k, walk_on, journal, opts, tick).items()) if v == v}
+            all_shares[str(k)] = decide(net, sweep, k, walk_on, opts, tick)
             write_json(journal.dir / "plan.json", {"header": header, "shares": all_shares})
         shares, owner = all_shares[str(k)], {s.name: p for p, sites in sweep for s in sites}
         needs = {name: p.needs - set(p.budget.method.needs) for name, p in owner.items()}
@@ -422,9 +413,9 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
                     continue
                 p = owner[s.name]
                 bits = priors.get(f"{s.name}:mask")
-                prior = unpack_bits(bits, s.shape) if bits is not None else None
+                prior = unpack_mask(bits, s.shape) if bits is not None else None
                 w = net.weight(module, s).float()
-                change = edit_site(p, s, w, shares.get(s.name, float("nan")), stats.of(s) if stats else {}, prior)
+                change = edit_site(p, s, w, shares.get(s.name, math.nan), stats.of(s) if stats else {}, prior)
                 change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
                 net.set_weight(module, s, change.w)
                 fmt = format_of(p)

@@ -70,7 +70,7 @@ class Store:
 
     def _write(self, at: int, x: Tensor) -> None:
         assert self._fd is not None
-        view = memoryview(x.detach().contiguous().view(torch.uint8).flatten().numpy())
+        view = x.detach().contiguous().view(torch.uint8).flatten().numpy().data
         while view:
             n = os.pwrite(self._fd, view, at)
             view, at = view[n:], at + n
@@ -80,7 +80,7 @@ class Store:
             return self._held[i]
         at, shape, dtype = self._meta[i]
         x = torch.empty(shape, dtype=dtype)
-        view = memoryview(x.view(torch.uint8).flatten().numpy())
+        view = x.view(torch.uint8).flatten().numpy().data
         while view:
             n = os.preadv(self._fd, [view], at)
             if not n:

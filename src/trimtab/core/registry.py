@@ -32,7 +32,8 @@ KNOBS = {
     "n": "kept entries of a group of m", "m": "length of a group along the input",
     "dim": "which dimension a pattern runs along: in or out",
     "b": "side of a square block", "rows": "rows of a block", "cols": "columns of a block",
-    "damp": "ridge, as a share of the mean diagonal unless the method says otherwise", "block": "entries handled together by a blocked solver",
+    "damp": "ridge, as a share of the mean diagonal unless the method says otherwise",
+    "block": "entries handled together by a blocked solver",
     "alpha": "exponent of an activation norm", "scale": "weight of a second term",
     "outlier": "multiple of the mean above which a score is an outlier", "spread": "half-width of a window of shares",
     "iters": "iterations", "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
@@ -79,7 +80,7 @@ def _draws_on(module: str, seen: set[str]) -> set[str]:
         seen.add(module)
         for value in vars(sys.modules[module]).values():
             other = getattr(value, "__module__", None)
-            if isinstance(other, str) and other.startswith(("trimtab.methods.", "trimtab.core.math")):
+            if isinstance(other, str) and other.startswith("trimtab.methods."):
                 _draws_on(other, seen)
     return seen
 

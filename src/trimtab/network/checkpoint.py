@@ -63,14 +63,14 @@ class SafeFile:
         if not isinstance(header, dict):
             raise self._bad("corrupt: its header is not a JSON object")
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        entries = {name: self._entry(name, e, size) for name, e in header.items()}
+        entries = {name: self._entry(name, given, size) for name, given in header.items()}
         # An empty tensor may begin where another does; it comes first.
         self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         at = self.head
-        for name, e in self.entries.items():
-            if e.begin != at:
-                raise self._bad(f"corrupt: tensor {name} {'overlaps another' if e.begin < at else 'has a gap before it'}")
-            at = e.end
+        for name, entry in self.entries.items():
+            if entry.begin != at:
+                raise self._bad(f"corrupt: tensor {name} {'overlaps another' if entry.begin < at else 'has a gap before it'}")
+            at = entry.end
         if at != size:
             raise self._bad(f"corrupt: {size - at} bytes follow its last tensor")
 
@@ -88,11 +88,10 @@ class SafeFile:
     def _entry(self, name: str, e: Any, size: int) -> Entry:
         try:
             kind, shape, (begin, end) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
-            sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise self._bad(f"corrupt: the header entry of tensor {name} is malformed")
+            raise self._bad(f"corrupt: the header entry of tensor {name} is malformed") from None
         if kind not in DTYPES:
             raise BadInput(f"{self.path}: tensor {name} has dtype {kind}; trimtab reads {', '.join(DTYPES)}")
         if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
@@ -116,7 +115,7 @@ class Checkpoint:
         for f in files:
             for name, e in SafeFile(f).entries.items():
                 if name in self.tensors:
-                    raise BadInput(f"tensor {name} is in both {self.tensors[name].file.name} and {f.name} of {path}; keep one of them")
+                    raise BadInput(f"tensor {name} is in both {self.tensors[name].file.name} and {f.name} of {path}; keep one")
                 self.tensors[name] = e
         self.weight_bytes = sum(os.stat(f).st_size for f in files)
         self.sharded = files != [path / SINGLE]
@@ -198,7 +197,7 @@ def finite(t: Tensor) -> bool:
 
 def read(e: Entry) -> Tensor:
     raw = torch.empty(e.end - e.begin, dtype=torch.uint8)
-    view, at = memoryview(raw.numpy()), e.begin
+    view, at = raw.numpy().data, e.begin
     fd = os.open(e.file, os.O_RDONLY)
     try:
         while view:
@@ -229,7 +228,7 @@ def write_like(src: Checkpoint, out: Path, replace: Callable[[str], Tensor | Non
                     raise ValueError(f"{name}: got {tuple(t.shape)}, the file holds {e.shape}")
                 elif t.numel():
                     flat = t.detach().to("cpu", e.dtype).contiguous().view(-1).view(torch.uint8)
-                    _write(fd, memoryview(flat.numpy()), e.begin)
+                    _write(fd, flat.numpy().data, e.begin)
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -23,7 +23,7 @@ class Family:
 
     name: str                                   # model_type in config.json
     attn: Roles
-    mlp: dict[str, Roles]                       # "", "experts" (3-D, one slice an expert) or "shared" -> roles; what a block has counts
+    mlp: dict[str, Roles]                       # "", "experts" (3-D, a slice an expert), "shared": those a block really has
     norms: tuple[str, ...]                      # modules of a block whose vectors run along the residual channels
     between: Callable[[Any], tuple[str, str]]   # of the config: ("in" | "out" | "parallel", module); see `Network.taps`
     blocks: str = "layers"
@@ -58,7 +58,8 @@ def _before(norm: str) -> Callable[[Any], tuple[str, str]]:
 
 
 def _llama_like(name: str, **other: Any) -> Family:
-    return Family(name, **{"attn": QKVO, "mlp": {"": GATED}, "norms": TWO_NORMS, "between": _before(TWO_NORMS[1])} | other)
+    common: dict[str, Any] = {"attn": QKVO, "mlp": {"": GATED}, "norms": TWO_NORMS, "between": _before(TWO_NORMS[1])}
+    return Family(name, **common | other)
 
 
 FAMILIES = {f.name: f for f in (

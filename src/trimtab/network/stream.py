@@ -20,7 +20,7 @@ Sink = Callable[..., None]  # kind, key, *tensors
 
 @dataclass
 class Context:
-    """What the model hands its blocks beside the hidden states, and which tokens [batch * length] are no padding (None: all)."""
+    """What the model hands its blocks beside hidden states, and which tokens [batch * length] are no padding (None: all)."""
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     mask: Tensor | None = None
@@ -44,7 +44,7 @@ class _Place(nn.Module):
 
 
 class Network:
-    """checkpoint, config, family, n_blocks, sites (all blocks, in order), kind ("lm", "masked", "encoder", "vision"), n_params."""
+    """checkpoint, config, family, n_blocks, sites (all, in order), kind ("lm", "masked", "encoder", "vision"), n_params."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
         self.checkpoint, self.dtype, self._trust = checkpoint, dtype, trust_remote_code

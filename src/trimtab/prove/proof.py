@@ -179,24 +179,29 @@ def _die_with_parent() -> None:
         sys.exit(1)
 
 
-def main(path: str) -> int:
+def answer(request: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+    """`prove` on a request as `run_fresh` takes it, in this process."""
     from safetensors.torch import load_file
 
-    request = json.loads(Path(path).read_text())
+    request = dict(request)
+    inputs = load_file(request.pop("batches"))
+    rows = len(next(iter(inputs.values())))
+    length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 256
+    step = max(1, ROWS_OF // length)
+    batches = [{k: v[r:r + step] for k, v in inputs.items()} for r in range(0, rows, step)]
+    for key in ("before", "after", "scratch"):
+        request[key] = Path(request[key]) if request.get(key) else None
+    return prove(batches=batches, progress=progress, **request)
+
+
+def main(path: str) -> int:
     strict()
+
+    def tell(stage: str, done: int, total: int) -> None:
+        print(f"@{stage} {done} {total}", file=sys.stderr, flush=True)
+
     try:
-        inputs = load_file(request.pop("batches"))
-        rows = len(next(iter(inputs.values())))
-        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 256
-        step = max(1, ROWS_OF // length)
-        batches = [{k: v[r:r + step] for k, v in inputs.items()} for r in range(0, rows, step)]
-        for key in ("before", "after", "scratch"):
-            request[key] = Path(request[key]) if request.get(key) else None
-
-        def tell(stage: str, done: int, total: int) -> None:
-            print(f"@{stage} {done} {total}", file=sys.stderr, flush=True)
-
-        result = prove(batches=batches, progress=tell, **request)
+        result = answer(json.loads(Path(path).read_text()), tell)
     except BadInput as e:
         print(e, file=sys.stderr)
         return 2

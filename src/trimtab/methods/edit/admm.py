@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.math import best, kernel, lengths, splitting
 from trimtab.core.registry import method
 from trimtab.core.types import Change
+from trimtab.methods.solvers import best, kernel, lengths, splitting
 
 
 @method("edit", joint=("score", "repair"))

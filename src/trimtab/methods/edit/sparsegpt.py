@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.math import sweep
 from trimtab.core.registry import method
 from trimtab.core.types import Change
+from trimtab.methods.solvers import sweep
 
 
 @method("edit", joint=("score", "repair"))

@@ -1,6 +1,8 @@
 """One bit an entry says what is kept. The bit packing here serves the other formats too."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,19 +10,27 @@ from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
 
 
-def pack_bits(codes: Tensor, width: int) -> Tensor:
-    """Codes below 2^width one after the other, lowest bit first, eight bits a byte: uint8 [ceil(count * width / 8)]."""
-    codes = codes.flatten().to(torch.int32)
-    bits = (codes[:, None] >> torch.arange(width, device=codes.device, dtype=torch.int32)) & 1
+def pack_bits(codes: Tensor, width: int = 1) -> Tensor:
+    """Codes below 2^width one after the other, lowest bit first, eight bits a byte: uint8 [ceil(count * width / 8)].
+
+    `width` is at most 8, so that bytes are all it takes: a large mask must not be blown up on the way.
+    """
+    codes = codes.flatten().to(torch.uint8)
+    bits = (codes[:, None] >> torch.arange(width, device=codes.device, dtype=torch.uint8)) & 1
     bits = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).reshape(-1, 8)
-    return (bits << torch.arange(8, device=codes.device, dtype=torch.int32)).sum(1).to(torch.uint8)
+    return (bits << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` codes of `pack_bits`, int64 [count]."""
-    bits = (packed[:, None].to(torch.int64) >> torch.arange(8, device=packed.device)) & 1
+    """The first `count` codes of `pack_bits`, uint8 [count]."""
+    bits = (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
     bits = bits.flatten()[: count * width].reshape(count, width)
-    return (bits << torch.arange(width, device=packed.device)).sum(1)
+    return (bits << torch.arange(width, device=packed.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask that was packed with one bit an entry, bool `shape`."""
+    return unpack_bits(packed, 1, math.prod(shape)).bool().reshape(shape)
 
 
 def pattern(new: Change) -> Tensor:
@@ -37,9 +47,8 @@ def pattern(new: Change) -> Tensor:
 
 def restore(buffers: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     values = buffers["values"]
-    kept = unpack_bits(buffers["bits"], 1, shape[0] * shape[1]).bool()
-    out = torch.zeros(kept.numel(), dtype=values.dtype, device=values.device)
-    return out.masked_scatter_(kept, values).reshape(shape)
+    kept = unpack_mask(buffers["bits"], shape)
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
 
 
 @method("format", inverse=restore, holds="mask",
@@ -55,4 +64,4 @@ def bitmask(new: Change) -> dict[str, Tensor]:
     Deviations: none
     """
     kept = pattern(new)
-    return {"bits": pack_bits(kept, 1), "values": new.w[kept]}
+    return {"bits": pack_bits(kept), "values": new.w[kept]}

@@ -24,7 +24,7 @@ def restore(buffers: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     values = buffers["values"]
     along_in = values.shape[0] == shape[0]  # along the output the first dimension is out / m, which is less
     m = shape[1] // values.shape[1] if along_in else shape[0] // values.shape[0]
-    at = unpack_bits(buffers["index"], width(m), values.numel()).reshape(values.shape)
+    at = unpack_bits(buffers["index"], width(m), values.numel()).long().reshape(values.shape)
     groups = torch.zeros(*values.shape[:2], m, dtype=values.dtype, device=values.device).scatter_(-1, at, values)
     return (groups if along_in else groups.transpose(1, 2)).reshape(shape)
 
@@ -42,8 +42,8 @@ def nm(new: Change, *, n: int = 2, m: int = 4, dim: str = "in") -> dict[str, Ten
     Source: Mishra et al. 2021, arXiv:2104.08378, section 3 (2:4)
     Deviations: any n and m, either dimension; indices are one stream of bits, without the hardware's reordering
     """
-    if dim not in ("in", "out") or not 0 < n <= m or m < 2:
-        raise BadInput(f"nm(n={n},m={m},dim={dim}): want 0 < n <= m, m of at least 2, and dim in or out")
+    if dim not in ("in", "out") or not 0 < n <= m or not 2 <= m <= 256:
+        raise BadInput(f"nm(n={n},m={m},dim={dim}): want 0 < n <= m, m of 2 to 256, and dim in or out")
     kept, (rows, cols) = pattern(new), new.w.shape
     length = cols if dim == "in" else rows
     if length % m:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.core.math import improved, kernel, lengths, splitting
 from trimtab.core.registry import method
 from trimtab.core.types import Change
+from trimtab.methods.solvers import improved, kernel, lengths, splitting
 
 
 @method("repair")

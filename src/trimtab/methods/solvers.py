@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -153,13 +154,16 @@ def refit(w: Tensor, mask: Tensor, gram: Tensor, damp: float) -> Tensor:
     for pattern, rows in zip(patterns, groups, strict=True):
         at = pattern.nonzero().squeeze(1)
         if len(at):
-            low = factor(lambda extra, at=at: _ridge(h.index_select(0, at).index_select(1, at), extra))
+            part = h.index_select(0, at).index_select(1, at)
+            low = factor(partial(_ridge, part))
             cell = (rows[:, None], at)
             out[cell] = torch.cholesky_solve(rhs[cell].T, low).T
     return out.float()
 
 
 def _ridge(h: Tensor, share: float) -> Tensor:
+    """A copy with `share` of the mean diagonal added to it."""
+    h = h.clone()
     d = h.diagonal()
     d += share * d.mean()
     return h
