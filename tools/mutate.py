@@ -49,7 +49,99 @@ class Bug:
         return [*METHOD_TESTS, "-k", " or ".join(f"{axis}/{n} or test_{n}" for n in names)]
 
 
-BUGS: list[Bug] = []
+SOLVERS = ("tests/test_laws.py", "tests/slow", "-k", "repair or sparsegpt or admm or nettrim or oracles")
+BUDGETS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "budget")
+STATS = ("tests/test_laws.py", "-k", "stat")
+SPEC = ("tests/line/test_spec.py",)
+QUALITY = ("tests/line/test_proof.py", "-k", "quality or masked or cosine")
+WORDS = ("tests/line/test_proof.py", "-k", "verdict or words or sizes")
+FAMILIES = ("tests/line/test_families.py", "-k", "(llama or phi3 or gpt2 or gpt_neox or mixtral) and not sharded")
+TRIM = ("tests/line/test_trim.py", "-k", "two_passes or scopes or global or nm_holds or parts or killed")
+
+BUGS = [
+    # --- statistics
+    Bug("methods/stat/moments.py", "x.float().square().sum(0)", "x.float().abs().sum(0)", "in_sq without the square"),
+    Bug("methods/stat/moments.py", "return x.T @ x", "return x.T @ x.roll(1, 0)", "gram of neighbouring tokens"),
+    Bug("methods/stat/moments.py", "x = x.float()", "x = x * 1", "dtype lost: gram summed in half precision"),
+    Bug("methods/stat/moments.py", "amax(0)", "amin(0)", "the smallest for the largest"),
+    Bug("methods/stat/activations.py", "mean=True, done=torch.sqrt", "mean=True", "act_norm without the root"),
+    Bug("methods/stat/activations.py", 'of="mid"', 'of="input"', "act_norm of the site's own input"),
+    Bug("methods/stat/activations.py", ".sum().reshape(1)", ".mean().reshape(1)", "mean of means: batch size counts"),
+    Bug("methods/stat/gradients.py", "g.float().square()", "g.float().abs()", "grad_sq without the square"),
+    Bug("methods/stat/gradients.py", 'of="grad", merge="stack"', 'of="grad", merge="sum"', "gradients summed, not kept"),
+    Bug("core/calibrate.py", "value / self.counts[at]", "value / max(self.counts.values())", "the last count for all",
+        ("tests/test_laws.py", "tests/line", "-k", "stat or gradients or experts or gradient_recipes")),
+    Bug("core/calibrate.py", "self.sums[at] += value", "self.sums[at] = value", "last batch only", STATS),
+    Bug("core/calibrate.py", "self.sites[site.consumer].input if site.consumer in self.sites else site.input",
+        "site.input", "nobody looks at the consumer's input", STATS),
+    # --- units
+    Bug("methods/unit/element.py", "descending=True", "descending=False", "keeps the worst"),
+    Bug("methods/unit/element.py", "stable=True", "stable=False)[..., torch.arange(s.shape[-1] - 1, -1, -1)].flip(-1).flip("
+        "-1", "ties go to the higher index"),
+    Bug("methods/unit/element.py", "round(keep * s.shape[1])", "round((1 - keep) * s.shape[1])", "kept read as dropped"),
+    Bug("methods/unit/element.py", "round(keep * s.shape[1])", "int(keep * s.shape[1])", "off by one: rounded down"),
+    Bug("methods/unit/element.py", "top(s.T, round(keep * s.shape[0])).T", "top(s, round(keep * s.shape[1]))",
+        "column along the wrong axis"),
+    Bug("methods/unit/nm.py", 'lines = s if dim == "in" else s.T', "lines = s", "n:m along the wrong dimension"),
+    Bug("methods/unit/nm.py", "-1, m), n)", "-1, m), m - n)", "n dropped instead of n kept"),
+    Bug("methods/unit/nm.py", "if lines.shape[1] % m:", "if False:", "a remainder is not refused"),
+    Bug("methods/unit/block.py", "square().reshape", "reshape", "block sums instead of norms"),
+    Bug("methods/unit/block.py", "rows, cols = rows or b, cols or b", "cols, rows = rows or b, cols or b",
+        "rows and columns of a block swapped"),
+    # --- scores
+    Bug("methods/score/wanda.py", "in_sq.sqrt()", "in_sq", "Wanda without the root"),
+    Bug("methods/score/wanda.py", "* in_sq.sqrt()", "", "Wanda forgets the input"),
+    Bug("methods/score/magnitude.py", "w.float().abs()", "w.float()", "sign kept"),
+    Bug("methods/score/dass.py", "act_norm[:, None] ** alpha", "act_norm[:, None]", "DaSS without its exponent"),
+    Bug("methods/score/gblm.py", "+ scale", "- scale", "sign of the gradient term"),
+    Bug("methods/score/obs.py", "/ torch.cholesky_inverse(lower).diagonal().float()", "* h.diagonal().float()",
+        "diagonal of H for that of its inverse"),
+    Bug("methods/score/obs.py", "h.diagonal().add_(damp * torch.where(mean > 0, mean, 1.0))", "pass", "damping left out"),
+    Bug("methods/score/obs.py", "h = gram.double()", "h = gram", "the caller's statistic is overwritten"),
+    Bug("methods/score/obert.py", "if whole < w.numel():", "if False:", "remainder of the last block lost"),
+    Bug("methods/score/obert.py", "part.mT @ part / len(g)", "part.mT @ part", "sum over sequences for the mean"),
+    Bug("methods/score/taylor.py", "(w.float() * grad).abs()", "w.float().abs() * grad.abs().mean()", "mean gradient"),
+    Bug("methods/score/random.py", "torch.rand(w.shape, generator=g, ", "torch.rand(w.shape, ", "the global generator"),
+    # --- budgets
+    Bug("methods/budget/uniform.py", "dict.fromkeys(scores, target)", "dict.fromkeys(scores, 1 - target)", "inverted"),
+    Bug("methods/budget/owl.py", "target + raised[k] - mean + by, 0.0", "target + raised[k] + by, 0.0", "not centred"),
+    Bug("methods/budget/owl.py", "2 * spread * (v - low)", "2 * spread * (high - v)", "more outliers, fewer kept"),
+    Bug("methods/budget/owl.py", "outlier * mean", "outlier", "threshold not relative to the mean"),
+    Bug("methods/budget/lamp.py", "sq.flip(0).cumsum(0).flip(0)", "sq.cumsum(0)", "sums what is smaller"),
+    Bug("methods/budget/global_.py", "(from_top < kept)", "(from_top <= kept)", "one bin too far"),
+    Bug("methods/budget/global_.py", "counts[i] += 1", "counts[i] += 0", "the remainder is lost"),
+    Bug("methods/budget/redundancy.py", "at: 1 - sum(c) / len(c)", "at: sum(c) / len(c)", "redundant sublayers keep more"),
+    Bug("core/types.py", "(log2(s.clamp_min", "(log2(s.clamp_min", "", BUDGETS),
+    # --- edits and solvers
+    Bug("methods/edit/mask.py", "w * mask", "w * ~mask", "kept and dropped swapped"),
+    Bug("methods/edit/sparsegpt.py", "goal * end / w.shape[1] - have", "goal * (end - begin) / w.shape[1]",
+        "rounding of one block not made good in the next"),
+    Bug("methods/edit/sparsegpt.py", "unit(s * mask[:, a:b], keep) & mask[:, a:b]", "unit(s, keep)",
+        "n:m brings back what an earlier pass dropped"),
+    Bug("methods/edit/admm.py", "v0 = w.float() * n", "v0 = w.float()", "weights not normalised"),
+    Bug("methods/edit/admm.py", "(1 - (t + 1) / (last + 1)) ** 3", "(1 - (t + 1) / (last + 1))", "linear ramp for cubic"),
+    Bug("methods/edit/nettrim.py", "* x.sign()", "* 1", "signs lost in the shrinkage"),
+    Bug("methods/edit/chita.py", "curve += lam", "pass", "ridge left out of the curvature"),
+    Bug("methods/edit/chita.py", "(ai @ (wi * ~oi))", "(ai @ (wi * oi))", "kept for dropped in the refit"),
+    Bug("methods/solvers.py", "d += damp * d.mean()", "d += 0 * d.mean()", "damping left out", SOLVERS),
+    Bug("methods/solvers.py", "cur[j:].addr_(u[j, j:], error, alpha=-1)", "cur[j:].addr_(u[j, j:], error, alpha=1)",
+        "sign of the OBS update", SOLVERS),
+    Bug("methods/solvers.py", "        if a:\n", "        if False:\n", "no block sees the one before", SOLVERS),
+    Bug("methods/solvers.py", "wins = errors(w, cand, gram) < errors(w, new.w, gram)",
+        "wins = errors(w, cand, gram) > -1", "a repair that makes it worse is taken", SOLVERS),
+    Bug("methods/solvers.py", "rhs = w.double() @ h", "rhs = w.double() @ gram.double()", "damping biases the refit", SOLVERS),
+    Bug("methods/solvers.py", "u = x.sub_(z)", "u = x.sub_(z).mul_(0.5)", "dual step halved", SOLVERS),
+    # --- formats
+    Bug("methods/format/bitmask.py", "new.w[kept]", "new.w.T[kept.T]", "values in order of columns"),
+    Bug("methods/format/bitmask.py", "return new.w != 0", "return new.w > 0", "negative weights lost without a mask"),
+    Bug("methods/format/bitmask.py", '"values": new.w[kept]', '"values": new.w[kept].half()', "dtype lost"),
+    Bug("methods/format/nm.py", "return (m - 1).bit_length()", "return m.bit_length()", "one index bit too many"),
+    Bug("methods/format/nm.py", "if most > n:", "if most > m:", "a group that keeps too many loses the rest"),
+    Bug("methods/format/bsr.py", "flatten(2).any(-1)", "flatten(2).all(-1)", "a block with one zero is lost"),
+    Bug("methods/format/bsr.py", "stored.sum(1)", "stored.sum(0)", "row pointers count columns"),
+    # --- the line
+    Bug("core/spec.py", "p.keep if p.keep is not None else keep", "keep", "", SPEC),
+]
 
 
 def copied(where: Path) -> Path:
