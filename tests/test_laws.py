@@ -333,18 +333,23 @@ def law_stat_size_of_batches(m: Method) -> None:
 
 
 def law_stat_same_in_the_engine(m: Method) -> None:
-    for name, site in SITES.items():
-        collect = Collector({name: {m.name}}, SITES)
-        seen = batches(name, m.facts["of"])
-        for x in seen:
-            if m.facts["of"] == "grad":
+    """Taken together with all others, from one pass over a block."""
+    every = {k.name for k in REG.values() if k.axis == "stat"}
+    for block in (0, 1):
+        inside = {n: s for n, s in SITES.items() if s.block == block}
+        collect = Collector({n: every for n in inside}, SITES)
+        for name, site in inside.items():
+            for kind, key in (("input", site.input), ("sublayer", site.group)):
+                if kind == "input" or name == min(n for n in inside if SITES[n].group == site.group):  # once a group
+                    for x in batches(name, kind):
+                        collect.see(kind, key, *x)
+            for x in batches(name, "grad"):
                 collect.see_gradient(site, *x)
-            elif m.facts["of"] == "sublayer":
-                collect.see("sublayer", site.group, *x)
-            else:
-                feeds = SITES[site.consumer] if m.facts["of"] == "mid" and site.consumer else site
-                collect.see("input", feeds.input, *x)
-        close(collect.of(site)[m.name], accumulate(m, seen))
+        for name, site in inside.items():
+            what = m.facts["of"]
+            seen = {"mid": site.consumer or name, "sublayer": min(n for n in inside if SITES[n].group == site.group)}
+            close(collect.of(site)[m.name],
+                  accumulate(m, batches(seen.get(what, name), "input" if what == "mid" else what)))
 
 
 def law_stat_half_precision_input(m: Method) -> None:

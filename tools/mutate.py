@@ -55,8 +55,10 @@ STATS = ("tests/test_laws.py", "-k", "stat")
 SPEC = ("tests/line/test_spec.py",)
 QUALITY = ("tests/line/test_proof.py", "-k", "quality or masked or cosine")
 WORDS = ("tests/line/test_proof.py", "-k", "verdict or words or sizes")
-FAMILIES = ("tests/line/test_families.py", "-k", "(llama or phi3 or gpt2 or gpt_neox or mixtral) and not sharded")
-TRIM = ("tests/line/test_trim.py", "-k", "two_passes or scopes or global or nm_holds or parts or killed")
+FAMILIES = ("tests/line/test_families.py", "-k",
+            "(phi3 or gpt2 or gpt_neox or mixtral) and (cover or fused or streamed or unmodified or gradients)")
+TRIM = ("tests/line/test_trim.py", "-k", "two_passes or global_budget or parts_hold")
+RESUME = ("tests/line/test_trim.py", "-k", "killed_at_random and sparsegpt or earlier_output")
 
 BUGS = [
     # --- statistics
@@ -69,15 +71,14 @@ BUGS = [
     Bug("methods/stat/activations.py", ".sum().reshape(1)", ".mean().reshape(1)", "mean of means: batch size counts"),
     Bug("methods/stat/gradients.py", "g.float().square()", "g.float().abs()", "grad_sq without the square"),
     Bug("methods/stat/gradients.py", 'of="grad", merge="stack"', 'of="grad", merge="sum"', "gradients summed, not kept"),
-    Bug("core/calibrate.py", "value / self.counts[at]", "value / max(self.counts.values())", "the last count for all",
-        ("tests/test_laws.py", "tests/line", "-k", "stat or gradients or experts or gradient_recipes")),
+    Bug("core/calibrate.py", "value / self.counts[at]", "value / max(self.counts.values())", "one count for all", STATS),
     Bug("core/calibrate.py", "self.sums[at] += value", "self.sums[at] = value", "last batch only", STATS),
     Bug("core/calibrate.py", "self.sites[site.consumer].input if site.consumer in self.sites else site.input",
         "site.input", "nobody looks at the consumer's input", STATS),
     # --- units
     Bug("methods/unit/element.py", "descending=True", "descending=False", "keeps the worst"),
-    Bug("methods/unit/element.py", "stable=True", "stable=False)[..., torch.arange(s.shape[-1] - 1, -1, -1)].flip(-1).flip("
-        "-1", "ties go to the higher index"),
+    Bug("methods/unit/element.py", "torch.argsort(s, dim=-1, descending=True, stable=True)",
+        "s.shape[-1] - 1 - torch.argsort(s.flip(-1), dim=-1, descending=True, stable=True)", "ties to the higher index"),
     Bug("methods/unit/element.py", "round(keep * s.shape[1])", "round((1 - keep) * s.shape[1])", "kept read as dropped"),
     Bug("methods/unit/element.py", "round(keep * s.shape[1])", "int(keep * s.shape[1])", "off by one: rounded down"),
     Bug("methods/unit/element.py", "top(s.T, round(keep * s.shape[0])).T", "top(s, round(keep * s.shape[1]))",
@@ -93,11 +94,11 @@ BUGS = [
     Bug("methods/score/wanda.py", "* in_sq.sqrt()", "", "Wanda forgets the input"),
     Bug("methods/score/magnitude.py", "w.float().abs()", "w.float()", "sign kept"),
     Bug("methods/score/dass.py", "act_norm[:, None] ** alpha", "act_norm[:, None]", "DaSS without its exponent"),
-    Bug("methods/score/gblm.py", "+ scale", "- scale", "sign of the gradient term"),
+    Bug("methods/score/gblm.py", "+ scale * (SEQ", "- scale * (SEQ", "sign of the gradient term"),
     Bug("methods/score/obs.py", "/ torch.cholesky_inverse(lower).diagonal().float()", "* h.diagonal().float()",
         "diagonal of H for that of its inverse"),
     Bug("methods/score/obs.py", "h.diagonal().add_(damp * torch.where(mean > 0, mean, 1.0))", "pass", "damping left out"),
-    Bug("methods/score/obs.py", "h = gram.double()", "h = gram", "the caller's statistic is overwritten"),
+    Bug("methods/score/obs.py", "h = gram.to(torch.float64, copy=True)", "h = gram", "the caller's statistic is overwritten"),
     Bug("methods/score/obert.py", "if whole < w.numel():", "if False:", "remainder of the last block lost"),
     Bug("methods/score/obert.py", "part.mT @ part / len(g)", "part.mT @ part", "sum over sequences for the mean"),
     Bug("methods/score/taylor.py", "(w.float() * grad).abs()", "w.float().abs() * grad.abs().mean()", "mean gradient"),
@@ -106,12 +107,13 @@ BUGS = [
     Bug("methods/budget/uniform.py", "dict.fromkeys(scores, target)", "dict.fromkeys(scores, 1 - target)", "inverted"),
     Bug("methods/budget/owl.py", "target + raised[k] - mean + by, 0.0", "target + raised[k] + by, 0.0", "not centred"),
     Bug("methods/budget/owl.py", "2 * spread * (v - low)", "2 * spread * (high - v)", "more outliers, fewer kept"),
-    Bug("methods/budget/owl.py", "outlier * mean", "outlier", "threshold not relative to the mean"),
+    Bug("methods/budget/owl.py", "above(outlier * mean)", "above(outlier)", "threshold not relative to the mean"),
     Bug("methods/budget/lamp.py", "sq.flip(0).cumsum(0).flip(0)", "sq.cumsum(0)", "sums what is smaller"),
     Bug("methods/budget/global_.py", "(from_top < kept)", "(from_top <= kept)", "one bin too far"),
     Bug("methods/budget/global_.py", "counts[i] += 1", "counts[i] += 0", "the remainder is lost"),
     Bug("methods/budget/redundancy.py", "at: 1 - sum(c) / len(c)", "at: sum(c) / len(c)", "redundant sublayers keep more"),
-    Bug("core/types.py", "(log2(s.clamp_min", "(log2(s.clamp_min", "", BUDGETS),
+    Bug("core/types.py", ".floor().long() + 1", ".floor().long()", "histogram edge off by one", BUDGETS),
+    Bug("core/types.py", "self.hist[max(b, 0) + 1:]", "self.hist[max(b, 0):]", "the threshold's own bin counted", BUDGETS),
     # --- edits and solvers
     Bug("methods/edit/mask.py", "w * mask", "w * ~mask", "kept and dropped swapped"),
     Bug("methods/edit/sparsegpt.py", "goal * end / w.shape[1] - have", "goal * (end - begin) / w.shape[1]",
@@ -120,7 +122,7 @@ BUGS = [
         "n:m brings back what an earlier pass dropped"),
     Bug("methods/edit/admm.py", "v0 = w.float() * n", "v0 = w.float()", "weights not normalised"),
     Bug("methods/edit/admm.py", "(1 - (t + 1) / (last + 1)) ** 3", "(1 - (t + 1) / (last + 1))", "linear ramp for cubic"),
-    Bug("methods/edit/nettrim.py", "* x.sign()", "* 1", "signs lost in the shrinkage"),
+    Bug("methods/edit/nettrim.py", "* x.sign() * mask", "* mask", "signs lost in the shrinkage"),
     Bug("methods/edit/chita.py", "curve += lam", "pass", "ridge left out of the curvature"),
     Bug("methods/edit/chita.py", "(ai @ (wi * ~oi))", "(ai @ (wi * oi))", "kept for dropped in the refit"),
     Bug("methods/solvers.py", "d += damp * d.mean()", "d += 0 * d.mean()", "damping left out", SOLVERS),
@@ -140,7 +142,34 @@ BUGS = [
     Bug("methods/format/bsr.py", "flatten(2).any(-1)", "flatten(2).all(-1)", "a block with one zero is lost"),
     Bug("methods/format/bsr.py", "stored.sum(1)", "stored.sum(0)", "row pointers count columns"),
     # --- the line
-    Bug("core/spec.py", "p.keep if p.keep is not None else keep", "keep", "", SPEC),
+    Bug("core/spec.py", "/ (100 if text.endswith", "/ (1 if text.endswith", "per cent read as a share", SPEC),
+    Bug("core/spec.py", 'scope == "all" or scope == site.group', 'scope == "all"', "a scope that covers nothing", SPEC),
+    Bug("core/spec.py", "decided |= dict.fromkeys((m.axis, *m.joint), name)", "decided |= {m.axis: name}",
+        "what a joint method decides is decided twice", SPEC),
+    Bug("core/line.py", "unit(s if prior is None else s * prior, share)", "unit(s, share)",
+        "an earlier pass's zeros take up places", TRIM),
+    Bug("core/line.py", "net.set_weight(module, s, change.w)", "net.set_weight(module, s, w)", "nothing is edited", TRIM),
+    Bug("core/line.py", "Summary.of(s, of(scores) if of else scores)", "Summary.of(net.sites[0], of(scores) if of else scores)",
+        "every site has the first one's size and block", TRIM),
+    Bug("core/journal.py", "os.rename(self.out, old)", "shutil.rmtree(self.out)", "an earlier output is gone too soon", RESUME),
+    Bug("core/line.py", "here = sweep + 1", "here = sweep", "a resumed run sees blocks as they were", RESUME),
+    # --- network
+    Bug("core/types.py", "w = w.T if self.transposed else w", "w = w", "a transposed site is read as it lies", FAMILIES),
+    Bug("core/types.py", "else param.detach()[self.expert]\n        w = w.T", "else param.detach()[0]\n        w = w.T",
+        "every expert is the first one", FAMILIES),
+    Bug("network/graph.py", "n * 3 * d + j * d + k", "j * h * d + n * d + k", "fused rows by role, not by head", FAMILIES),
+    Bug("network/graph.py", "[h * d, kv * d, kv * d]", "[total // 3] * 3", "grouped queries as wide as keys", FAMILIES),
+    Bug("network/graph.py", 'if role in ("gate", "up") else None', 'if role == "gate" else None', "up feeds nothing", FAMILIES),
+    # --- proof
+    Bug("prove/quality.py", "ids[row, begin + 1:end + 1]", "ids[row, begin:end]", "a token predicts itself", QUALITY),
+    Bug("prove/quality.py", "counted[row, begin + 1:end + 1]", "counted[row, begin:end]", "padding counted", QUALITY),
+    Bug("prove/quality.py", "logs[0].exp() * (logs[0] - logs[1])", "logs[1].exp() * (logs[1] - logs[0])",
+        "KL the other way round", QUALITY),
+    Bug("prove/quality.py", "same / max(count, 1) if pair", "same / len(batches) if pair", "agreement over batches", QUALITY),
+    Bug("prove/size.py", "torch.frombuffer(part, dtype=dtype) & magnitude", "torch.frombuffer(part, dtype=dtype)",
+        "minus zero counted", WORDS),
+    Bug("prove/proof.py", "recovery < min_recovery", "recovery > min_recovery", "the proof fails what is good", WORDS),
+    Bug("prove/proof.py", 'r["min"] > 1', 'r["max"] > 1', "one lucky pair makes it faster", WORDS),
 ]
 
 

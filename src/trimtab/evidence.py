@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds: int, *, calib: tuple[str, ...] = (),
-            text: tuple[str, ...] = (), proof_tokens: int = 32768, progress: Any = None) -> Iterator[dict[str, Any]]:
+            text: tuple[str, ...] = (), proof_tokens: int = 16384, progress: Any = None) -> Iterator[dict[str, Any]]:
     """One row a setting, recipe and seed; the statistics of one seed are shared."""
     from trimtab.demo import machine
 
@@ -57,7 +57,8 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                     progress(f"{setting}, seed {seed}: {text_of_recipe}", 0, 0)
                 with tempfile.TemporaryDirectory() as tmp:
                     r = line.trim(model, recipe, Path(tmp) / "out", line.Options(
-                        seed=seed, calib=calib, text=text, proof_tokens=proof_tokens, speed=False, cache=cache), _quiet)
+                        seed=seed, calib=calib, text=text, proof_tokens=proof_tokens, speed=False, fresh=False,
+                        cache=cache), _quiet)
                 yield {
                     "model": name, "setting": setting, "recipe": text_of_recipe, "pipeline": recipe.text, "seed": seed,
                     "metric": r["metric"], "value": r["after"]["perplexity"] if r["metric"] == "perplexity" else r["score"],

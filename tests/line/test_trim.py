@@ -28,7 +28,7 @@ FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed
 def proof_in_this_process(monkeypatch, request):
     """A fresh process for every proof takes seconds; the tests marked `fresh` pay for it, the others do not."""
     if "fresh" not in request.keywords:
-        monkeypatch.setattr("trimtab.prove.proof.run_fresh", lambda request, progress=None: answer(request, progress))
+        monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:

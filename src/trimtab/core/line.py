@@ -56,6 +56,7 @@ class Options:
     force: bool = False
     speed: bool = True
     trust_remote_code: bool = False
+    fresh: bool = True  # the proof in a process of its own; False only where many runs are compared in one
     cache: StatCache | None = field(default=None, compare=False)  # shared by the recipes of one run
 
 
@@ -542,7 +543,7 @@ def proof_request(before: Path, after: Path | None, net: Network, samples: list[
 def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: list[data_.Batch], opts: Options,
           tick: Report, began: float) -> dict[str, Any]:
     """Reload both models in a fresh process and compare; the outcome is written into the output directory."""
-    from trimtab.prove.proof import run_fresh
+    from trimtab.prove.proof import answer, run_fresh
     from trimtab.report.card import card
 
     formats = sorted(set(notes["formats"].values()))
@@ -550,7 +551,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
         request = proof_request(model, out, net, samples, opts, Path(tmp))
         memory.release()
         own = memory.rss()
-        result = run_fresh(request | {
+        result = (run_fresh if opts.fresh else answer)(request | {
             "packed_bytes": sum(notes["packed_bytes"].values()) + notes["rest_bytes"] if notes["packed_bytes"] else None,
             "packed_format": " + ".join(formats), "min_recovery": opts.min_recovery,
             "seconds": max(10.0, notes.get("edit_seconds") or 0.0),  # timing takes no longer than the work it judges
