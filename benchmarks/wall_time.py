@@ -35,7 +35,7 @@ def once(recipe: str) -> float:
         journal = Journal(Path(tmp) / "out")
         began = time.perf_counter()
         journal.open(header, resume=False, force=False)
-        sweeps = line.sweeps(r)(net.sites)
+        sweeps = line.sweeps(r, net.sites)
         shares = line.run_sweeps(net, sweeps, samples, journal, header, opts, lambda s, d, n: None)
         line.assemble(net, r, sweeps, journal, header, shares, opts, lambda s, d, n: None)
         seconds = time.perf_counter() - began

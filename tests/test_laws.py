@@ -297,19 +297,21 @@ def differs(m: Method, at: dict[str, Any], knobs: dict[str, Any]) -> bool:
 
 # --- stat -----------------------------------------------------------------------------------------------------------
 def numpy_stat(m: Method, seen: list[tuple[Tensor, ...]]) -> np.ndarray:
-    """Each statistic in one go, in float64, from its definition."""
+    """Each statistic in one go, in float64, from its definition: what it is of, and what it makes of that."""
     x, *rest = (np.concatenate([b[i].double().numpy() for b in seen]) for i in range(len(seen[0])))
     if m.facts["of"] == "grad":
         x = np.stack([b[0].double().numpy() for b in seen])
-    definition: dict[str, Callable[[], np.ndarray]] = {
-        "in_sq": lambda: (x ** 2).mean(0), "gram": lambda: x.T @ x / len(x), "absmax": lambda: abs(x).max(0),
-        "act_norm": lambda: np.sqrt((x ** 2).mean(0)), "grad_sq": lambda: (x ** 2).mean(0), "grad": lambda: x.mean(0),
-        "grads": lambda: x,
-        "cosine": lambda: np.array([np.mean(
-            (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))]),
+    definition: dict[str, tuple[str, Callable[[], np.ndarray]]] = {
+        "in_sq": ("input", lambda: (x ** 2).mean(0)), "gram": ("input", lambda: x.T @ x / len(x)),
+        "absmax": ("input", lambda: abs(x).max(0)), "act_norm": ("mid", lambda: np.sqrt((x ** 2).mean(0))),
+        "grad_sq": ("grad", lambda: (x ** 2).mean(0)), "grad": ("grad", lambda: x.mean(0)), "grads": ("grad", lambda: x),
+        "cosine": ("sublayer", lambda: np.array([np.mean(
+            (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
     }
     assert m.name in definition, f"write the definition of {m.name} here"
-    return definition[m.name]()
+    what, make = definition[m.name]
+    assert m.facts["of"] == what
+    return make()
 
 
 def law_stat_is_its_definition(m: Method) -> None:

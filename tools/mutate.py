@@ -13,17 +13,20 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("src", "tests", "tools", "pyproject.toml")  # what the tests need of the repository
 TIMEOUT = 600  # seconds; a bug that makes the tests hang is noticed, too
+FORKS = get_context("forkserver")  # importing torch takes longer than most hunts: it is done once
 METHOD_TESTS = ("tests/test_laws.py", "tests/test_cases.py", "tests/slow")
 
 
@@ -190,17 +193,51 @@ def copied(where: Path) -> Path:
     return where
 
 
+class First:
+    """pytest plugin: the first thing that failed."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.name:
+            self.name = report.nodeid.split("::", 1)[-1]
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def child(where: Path, arguments: list[str], answer: Connection) -> None:
+    """pytest on the copy, in a process forked from one that holds the libraries but nothing of ours."""
+    os.chdir(where)
+    os.environ |= {"PYTHONPATH": f"{where / 'src'}{os.pathsep}{where}", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    with open(where / "output", "w", encoding="utf-8") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        import pytest
+
+        first = First()
+        code = int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments], plugins=[first]))
+    ours = sys.modules.get("trimtab")
+    if ours is not None and not Path(ours.__file__).is_relative_to(where):
+        code, first.name = 3, f"the tests imported {ours.__file__}, not the copy"
+    answer.send((code, first.name))
+
+
 def run(where: Path, arguments: list[str]) -> tuple[int, str]:
-    """pytest's exit code (1 for a timeout) and the first failure."""
-    env = {**os.environ, "PYTHONPATH": f"{where / 'src'}{os.pathsep}{where}", "PYTHONDONTWRITEBYTECODE": "1",
-           "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments]
+    """pytest's exit code (1 for a timeout or a crash) and the first failure."""
+    ours, theirs = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=child, args=(where, arguments, theirs))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return 1, "the tests hang"
-    first = re.search(r"^(?:FAILED|ERROR) (?:\S*::)?(.*?)(?: - .*)?$", done.stdout, re.M)
-    return done.returncode, first[1] if first else done.stdout.strip()[-300:] + done.stderr.strip()[-300:]
+        if not ours.poll(TIMEOUT):
+            return 1, "the tests hang"
+        return ours.recv()
+    except EOFError:
+        return 1, "the tests crash"
+    finally:
+        process.kill()
+        process.join()
 
 
 def baseline(bugs: list[Bug]) -> str:
@@ -210,24 +247,18 @@ def baseline(bugs: list[Bug]) -> str:
         if found != 1:
             return f"{b.path}: {b.old!r} is there {found} times, not once ({b.why})"
     with tempfile.TemporaryDirectory(prefix="mutate-") as tmp:
-        where = copied(Path(tmp))
-        script = "import trimtab; print(trimtab.__file__)"
-        env = {**os.environ, "PYTHONPATH": str(where / "src")}
-        at = subprocess.run([sys.executable, "-c", script], cwd=where, env=env, capture_output=True, text=True, check=True)
-        if not Path(at.stdout.strip()).is_relative_to(where):
-            return f"the tests would import {at.stdout.strip()}, not the copy"
-        wanted = {tuple(b.arguments((ROOT / b.path).read_text(encoding="utf-8"))) for b in bugs}
-        for arguments in sorted(wanted):
+        where = copied(Path(tmp).resolve())
+        for arguments in sorted({tuple(b.arguments((ROOT / b.path).read_text(encoding="utf-8"))) for b in bugs}):
             code, first = run(where, list(arguments))
             if code:
-                return f"pytest {' '.join(arguments)} is red before any bug: {first}"
+                return f"pytest {' '.join(arguments)} gives {code} before any bug: {first}"
     return ""
 
 
 def hunt(bug: Bug) -> tuple[Bug, int, str, float]:
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="mutate-") as tmp:
-        where = copied(Path(tmp))
+        where = copied(Path(tmp).resolve())
         source = (where / bug.path).read_text(encoding="utf-8")
         (where / bug.path).write_text(source.replace(bug.old, bug.new, 1), encoding="utf-8")
         code, first = run(where, bug.arguments(source))
@@ -243,6 +274,8 @@ def main() -> int:
     if not bugs:
         print(f"no bug matches {args.only!r}")
         return 2
+    FORKS.set_forkserver_preload(["torch", "numpy", "pytest", "scipy.optimize", "transformers"])
+    os.environ["OMP_NUM_THREADS"] = "1"  # a process that has started threads is not one to fork
     if why := baseline(bugs):
         print(why)
         return 2

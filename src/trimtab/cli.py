@@ -200,6 +200,7 @@ def parser() -> Parser:
     p = command("verify", "re-measure the claims of recipes on the built-in model")
     p.add_argument("recipe", nargs="*")
     p.add_argument("--seeds", type=count, default=1)
+    p.add_argument("--first-seed", type=int, default=0)
     p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
     p.add_argument("--model", default=BUILTIN)
     p.add_argument("--name", help="what the rows call the model; default: as given")
@@ -314,7 +315,8 @@ def run_verify(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from trimtab.evidence import verify
 
     return verify(a.recipe, seeds=a.seeds, progress=Progress(a.quiet), words=not a.json, out=a.out,
-                  model=find_model(a.model), model_name=a.name or a.model, calib=tuple(a.calib), text=tuple(a.text)), 0
+                  model=find_model(a.model), model_name=a.name or a.model, calib=tuple(a.calib), text=tuple(a.text),
+                  first_seed=a.first_seed), 0
 
 
 def version() -> dict[str, Any]:

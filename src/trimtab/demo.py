@@ -78,7 +78,7 @@ def demo(out: Path, *, force: bool, threads: int, quiet: bool, words: bool) -> d
         target = staging / "models" / name.replace(" ", "-").replace(":", "of").replace("%", "")
         try:
             result = line.trim(model, spec.load(text).limited(None, keep), target,
-                               line.Options(threads=threads, cache=cache), progress)
+                               line.Options(threads=threads, cache=cache, speed_seconds=3.0), progress)
         finally:
             progress.close()
         result["name"] = name

@@ -42,11 +42,11 @@ SETTINGS = {
 
 
 def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds: int, *, calib: tuple[str, ...] = (),
-            text: tuple[str, ...] = (), proof_tokens: int = 16384, progress: Any = None) -> Iterator[dict[str, Any]]:
+            text: tuple[str, ...] = (), first_seed: int = 0, proof_tokens: int = 16384, progress: Any = None) -> Iterator[dict[str, Any]]:
     """One row a setting, recipe and seed; the statistics of one seed are shared."""
     from trimtab.demo import machine
 
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         cache = StatCache()
         for setting, recipes in settings.items():
             s = SETTINGS[setting]
@@ -75,7 +75,7 @@ def _quiet(stage: str, done: int, of: int) -> None:
 
 def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], None], words: bool,
            out: Path | None = None, model: Path | None = None, model_name: str = "builtin:lm",
-           calib: tuple[str, ...] = (), text: tuple[str, ...] = ()) -> dict[str, Any]:
+           calib: tuple[str, ...] = (), text: tuple[str, ...] = (), first_seed: int = 0) -> dict[str, Any]:
     """Measure the recipes named (or every setting) and say of each claim whether its direction holds here."""
     from trimtab.builtin import model_path
 
@@ -90,7 +90,8 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
         wanted = {k: s.recipes for k, s in SETTINGS.items()}
     measured = []
     sink = out.open("a", encoding="utf-8") if out else None
-    for row in rows_of(model or model_path(), model_name, wanted, seeds, calib=calib, text=text, progress=progress):
+    for row in rows_of(model or model_path(), model_name, wanted, seeds, calib=calib, text=text, first_seed=first_seed,
+                       progress=progress):
         measured.append(row)
         if sink:
             sink.write(json.dumps(row, sort_keys=True) + "\n")

@@ -135,6 +135,11 @@ def test_nm_holds_in_every_group_of_the_file(capsys, tiny_lm, tmp_path, calib, r
             assert float((groups != 0).float().mean()) == pytest.approx(n / 4, abs=0.01)
 
 
+def test_gradients_after_another_pass_are_refused_before_anything_is_written(capsys, tiny_lm, tmp_path, calib):
+    code, _, err = trim(capsys, tiny_lm, "row | magnitude(keep=0.7) ; row | gblm(keep=0.5)", tmp_path / "o", calib)
+    assert code == 2 and "put that pass first" in err and list(tmp_path.iterdir()) == []
+
+
 def test_gradient_recipes_run(capsys, tiny_lm, tmp_path, calib):
     code, out, _ = trim(capsys, tiny_lm, "gblm", tmp_path / "o", calib, "--json")
     assert code == 0 and json.loads(out)["recovery"] > 0
@@ -204,6 +209,18 @@ def test_resume_with_another_plan_or_without_the_flag(capsys, tiny_lm, tmp_path,
     code, _, err = trim(capsys, tiny_lm, "magnitude", tmp_path / "o", calib, "--resume")
     assert code == 2 and "another plan" in err
     assert trim(capsys, tiny_lm, "magnitude", tmp_path / "o", calib, "--force")[0] == 0
+
+
+def test_resume_of_a_finished_output(capsys, tiny_lm, tmp_path, calib):
+    assert trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib)[0] == 0
+    first, notes = hashes(tmp_path / "o"), json.loads((tmp_path / "o" / "trimtab.json").read_text())
+    code, out, _ = trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, "--resume", "--json")
+    assert code == 0 and json.loads(out)["plan_hash"] == notes["plan_hash"]
+    (tmp_path / "o" / "trimtab.json").write_text(json.dumps({**notes, "proof": "pending"}))
+    assert trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, "--resume")[0] == 0
+    assert json.loads((tmp_path / "o" / "trimtab.json").read_text())["proof"] == "passed"
+    code, _, err = trim(capsys, tiny_lm, "magnitude", tmp_path / "o", calib, "--resume")
+    assert code == 2 and "not of this plan" in err and hashes(tmp_path / "o") == first
 
 
 def test_an_earlier_output_survives_a_failed_replacement(capsys, tiny_lm, tmp_path, calib, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trimtab.core.data import Batch, group
 from trimtab.core.memory import Store
 from trimtab.core.registry import get
-from trimtab.core.types import BadInput, Site
+from trimtab.core.types import Site
 
 Tick = Callable[[], None]
 
@@ -201,8 +201,6 @@ class BackwardWalk(Walk):
     """
 
     def __init__(self, net: Any, samples: list[Batch], scratch: Path, spill: int | None):
-        if net.kind != "lm":
-            raise BadInput("gradient statistics need a language model's loss; this model has none, use wanda, sparsegpt or admm")
         super().__init__(net, samples, scratch, spill, width=1)
         self.inputs: list[Store] = []
         self.upstream: Store | None = None

@@ -55,6 +55,7 @@ class Options:
     resume: bool = False
     force: bool = False
     speed: bool = True
+    speed_seconds: float | None = None  # about how long timing may take; as long as the edit, if not said
     trust_remote_code: bool = False
     fresh: bool = True  # the proof in a process of its own; False only where many runs are compared in one
     cache: StatCache | None = field(default=None, compare=False)  # shared by the recipes of one run
@@ -122,37 +123,40 @@ def format_of(p: Pass) -> Step:
 
 
 # ---- the plan ---------------------------------------------------------------------------------
-def sweeps(recipe: Recipe) -> Callable[[list[Site]], list[list[tuple[Pass, list[Site]]]]]:
-    """Passes in order; neighbours that touch different sites and share an order walk the network together."""
-
-    def split(sites: list[Site]) -> list[list[tuple[Pass, list[Site]]]]:
-        out: list[list[tuple[Pass, list[Site]]]] = []
-        for p in recipe.passes:
-            mine = [s for s in sites if p.covers(s)]
-            if not mine:
-                raise BadInput(f"scope {p.scope!r} matches no site; sites are named like {', '.join(s.name for s in sites[:3])}")
-            names = {s.name for s in mine}
-            last = out[-1] if out else None
-            if last and last[0][0].order == p.order and not any(s.name in names for _, ss in last for s in ss):
-                last.append((p, mine))
-            else:
-                out.append([(p, mine)])
-        return out
-
-    return split
-
-
-def check_shapes(recipe: Recipe, sites: list[Site]) -> None:
-    """A pattern that does not divide a site is refused before anything is written."""
+def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site]]]]:
+    """Passes in order with their sites; neighbours that touch different sites and share an order walk the network together."""
+    out: list[list[tuple[Pass, list[Site]]]] = []
     for p in recipe.passes:
-        unit, seen = Unit(p.steps["unit"]), set()
-        for s in sites:
-            if p.covers(s) and s.shape not in seen:
-                seen.add(s.shape)
-                try:
-                    unit(torch.empty(s.shape, device="meta"), 0.5)
-                except BadInput as e:
-                    raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
+        mine = [s for s in sites if p.covers(s)]
+        if not mine:
+            raise BadInput(f"scope {p.scope!r} matches no site; sites are named like {', '.join(s.name for s in sites[:3])}")
+        names = {s.name for s in mine}
+        last = out[-1] if out else None
+        if last and last[0][0].order == p.order and not any(s.name in names for _, ss in last for s in ss):
+            last.append((p, mine))
+        else:
+            out.append([(p, mine)])
+    return out
+
+
+def check_recipe(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]]) -> None:
+    """What can be known to fail is refused before anything is written."""
+    for k, sweep in enumerate(plan_sweeps):
+        for p, sites in sweep:
+            if any(get(f"stat/{n}").facts["of"] == "grad" for n in p.needs):
+                if k:
+                    raise BadInput("gradient statistics are taken of the dense model: put that pass first")
+                if net.kind != "lm":
+                    raise BadInput(f"{p} needs the gradient of a language model's loss, and this model has none; "
+                                   f"use wanda, sparsegpt or admm")
+            unit, seen = Unit(p.steps["unit"]), set()
+            for s in sites:
+                if s.shape not in seen:
+                    seen.add(s.shape)
+                    try:
+                        unit(torch.empty(s.shape, device="meta"), 0.5)
+                    except BadInput as e:
+                        raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
 
 
 def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: Options) -> dict[str, Any]:
@@ -241,8 +245,6 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
             return Collector(wanted, sites) if wanted else None
 
         if gradients:
-            if sweep:
-                raise BadInput("gradient statistics are taken of the dense model: put that pass first")
             back = BackwardWalk(net, samples, scratch, spill)
             total, done = (len(back.batches) + 1) * 2 * len(blocks), [0]
 
@@ -306,15 +308,15 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     set_up(opts)
     check_out(model, out, opts)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
-    check_shapes(recipe, net.sites)
-    plan_sweeps = sweeps(recipe)(net.sites)
+    plan_sweeps = sweeps(recipe, net.sites)
+    check_recipe(net, plan_sweeps)
     samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
     proof = proof_samples(net, opts)
     check_disk(net, recipe, samples, out)
     header = make_header(net, recipe, samples, opts)
-    if opts.resume and (finished := already_finished(out, header)):
-        return prove(model, out, finished, net, proof, opts, tick, began)
-    journal = Journal(out)
+    journal, loaded = Journal(out), time.time()
+    if out.exists() and not opts.force:
+        return finish(journal, model, out, header, net, proof, opts, tick, began)
     with writing(journal, out):
         resumed = journal.open(header, resume=opts.resume, force=opts.force)
         if opts.resume and not resumed:
@@ -323,9 +325,27 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
         notes = assemble(net, recipe, plan_sweeps, journal, header, shares, opts, tick)
         journal.publish(journal.dir / "finished")
         journal.close(remove=True)
-    notes["edit_seconds"] = round(time.time() - began, 3)
+    notes["edit_seconds"] = round(time.time() - loaded, 3)  # calibrate, plan, edit, repair, pack, write
     notes["edit_peak_rss_bytes"] = memory.peak_rss()
     net.release()
+    return prove(model, out, notes, net, proof, opts, tick, began)
+
+
+def finish(journal: Journal, model: Path, out: Path, header: dict[str, Any], net: Network, proof: list[data_.Batch],
+           opts: Options, tick: Report, began: float) -> dict[str, Any]:
+    """--resume where the output is already there: its proof if that is pending, its result if not."""
+    try:
+        notes = json.loads((out / "trimtab.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        notes = {}
+    if notes.get("header") != header:
+        raise BadInput(f"{out} exists and is not of this plan; choose another -o, or replace it with --force")
+    if journal.dir.exists():  # stopped between publishing and tidying up
+        journal.open(header, resume=True, force=False)
+        journal.close(remove=True)
+    if notes["proof"] != "pending":
+        tick(f"resume: {out} is finished, its proof {notes['proof']}", 0, 0)
+        return notes
     return prove(model, out, notes, net, proof, opts, tick, began)
 
 
@@ -502,17 +522,6 @@ def recipe_yaml(recipe: Recipe, opts: Options) -> str:
     return yaml.safe_dump(body | ({"keep": opts.keep} if free else {}), sort_keys=False)
 
 
-def already_finished(out: Path, header: dict[str, Any]) -> dict[str, Any] | None:
-    """An output whose proof is still pending, of this very plan."""
-    try:
-        notes = json.loads((out / "trimtab.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    if notes.get("header") == header and notes.get("proof") == "pending":
-        return notes
-    return None
-
-
 # ---- proof ------------------------------------------------------------------------------------
 def proof_samples(net: Network, opts: Options) -> list[data_.Batch]:
     count = opts.proof_tokens or (2048 if net.n_params > 5e8 else 8192)
@@ -554,7 +563,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
         result = (run_fresh if opts.fresh else answer)(request | {
             "packed_bytes": sum(notes["packed_bytes"].values()) + notes["rest_bytes"] if notes["packed_bytes"] else None,
             "packed_format": " + ".join(formats), "min_recovery": opts.min_recovery,
-            "seconds": max(10.0, notes.get("edit_seconds") or 0.0),  # timing takes no longer than the work it judges
+            "seconds": opts.speed_seconds or max(10.0, notes.get("edit_seconds") or 0.0),  # no longer than the work it judges
         }, tick)
     result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash")}
     result["warnings"] = [*notes["warnings"], *result["warnings"]]
