@@ -216,7 +216,8 @@ def child(where: Path, arguments: list[str], answer: Connection) -> None:
         import pytest
 
         first = First()
-        code = int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments], plugins=[first]))
+        options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = int(pytest.main([*options, *arguments], plugins=[first]))
     ours = sys.modules.get("trimtab")
     if ours is not None and not Path(ours.__file__).is_relative_to(where):
         code, first.name = 3, f"the tests imported {ours.__file__}, not the copy"

@@ -29,12 +29,12 @@ class Setting:
 Row = dict[str, Any]
 BETTER = {"perplexity": "lower", "cosine": "higher"}  # metrics that settle a claim
 SETTINGS = {
-    "50%": Setting(0.5, None, ("magnitude", "magnitude(unit=site)", "random", "wanda", "gblm", "taylor", "obs", "sparsegpt", "admm",
+    "50%": Setting(0.5, None, ("magnitude", "magnitude(unit=row)", "random", "wanda", "gblm", "taylor", "obs", "sparsegpt", "admm",
                                "obert", "chita", "nettrim", "row | wanda | mask | least_squares", "row | wanda | mask | admm"),
                    "half of all linear weights gone"),
     "2:4-mlp": Setting(None, "mlp", ("magnitude(unit=2:4)", "wanda(unit=2:4)", "dass(unit=2:4)", "sparsegpt(unit=2:4)",
                                      "admm(unit=2:4)"), "2:4 on the MLPs alone"),
-    "70%": Setting(0.3, None, ("magnitude(unit=site)", "lamp", "magnitude(unit=model)", "wanda", "wanda_owl",
+    "70%": Setting(0.3, None, ("magnitude", "lamp", "magnitude(unit=model)", "wanda", "wanda_owl",
                                "wanda_redundancy", "wanda(unit=model)", "sparsegpt"), "70 % of all linear weights gone"),
     "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
@@ -42,8 +42,9 @@ SETTINGS = {
 
 
 def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds: int, *, calib: tuple[str, ...] = (),
-            text: tuple[str, ...] = (), first_seed: int = 0, proof_tokens: int = 16384, progress: Any = None) -> Iterator[dict[str, Any]]:
-    """One row a setting, recipe and seed; the statistics of one seed are shared."""
+            text: tuple[str, ...] = (), first_seed: int = 0, done: frozenset[tuple[str, str, int]] = frozenset(),
+            proof_tokens: int = 16384, progress: Any = None) -> Iterator[dict[str, Any]]:
+    """One row a setting, recipe and seed that is not `done`; the statistics of one seed are shared."""
     from trimtab.demo import machine
 
     for seed in range(first_seed, first_seed + seeds):
@@ -53,6 +54,8 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
             for text_of_recipe in recipes:
                 recipe = spec.load(text_of_recipe)
                 recipe = recipe.limited(s.scope, s.keep if any(p.free for p in recipe.passes) else None)
+                if (setting, text_of_recipe, seed) in done:
+                    continue
                 if progress is not None:
                     progress(f"{setting}, seed {seed}: {text_of_recipe}", 0, 0)
                 with tempfile.TemporaryDirectory() as tmp:
@@ -76,7 +79,10 @@ def _quiet(stage: str, done: int, of: int) -> None:
 def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], None], words: bool,
            out: Path | None = None, model: Path | None = None, model_name: str = "builtin:lm",
            calib: tuple[str, ...] = (), text: tuple[str, ...] = (), first_seed: int = 0) -> dict[str, Any]:
-    """Measure the recipes named (or every setting) and say of each claim whether its direction holds here."""
+    """Measure the recipes named (or every setting) and say of each claim whether its direction holds here.
+
+    Rows that `out` already has, of methods that have not changed since, are not measured again.
+    """
     from trimtab.builtin import model_path
 
     recipes = spec.rows()
@@ -88,17 +94,18 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
         wanted[c.setting] = tuple(dict.fromkeys((*wanted.get(c.setting, ()), c.better, c.than)))
     if not names:
         wanted = {k: s.recipes for k, s in SETTINGS.items()}
-    measured = []
+    versions = {k: m.version for k, m in load_all().items()}
+    measured = fresh_rows(out, model_name, versions) if out else []
+    done = frozenset((r["setting"], r["recipe"], r["seed"]) for r in measured)
     sink = out.open("a", encoding="utf-8") if out else None
     for row in rows_of(model or model_path(), model_name, wanted, seeds, calib=calib, text=text, first_seed=first_seed,
-                       progress=progress):
+                       done=done, progress=progress):
         measured.append(row)
         if sink:
             sink.write(json.dumps(row, sort_keys=True) + "\n")
             sink.flush()
     if sink:
         sink.close()
-    versions = {k: m.version for k, m in load_all().items()}
     verdicts = []
     for n, c in claims:
         status, figures = judged(c, measured, versions)
@@ -109,6 +116,13 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
         for v in verdicts:
             print(f"{v['recipe']}: {v['claim']}: {v['status']} ({v['here']})")
     return {"rows": measured, "claims": verdicts}
+
+
+def fresh_rows(path: Path, model: str, versions: dict[str, str]) -> list[Row]:
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [r for r in rows if r["model"] == model and not is_stale(r, versions)]
 
 
 # ---- what rows say ----------------------------------------------------------------------------

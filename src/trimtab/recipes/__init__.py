@@ -4,8 +4,8 @@ from __future__ import annotations
 from trimtab.core.spec import recipe
 from trimtab.core.types import Claim
 
-recipe("magnitude", "row | magnitude | uniform | mask", source="arXiv:1506.02626 (Han et al. 2015)",
-       note="Compared within each output row, like the rows beside it; `magnitude(unit=site)` ranks a whole matrix.")
+recipe("magnitude", "site | magnitude | uniform | mask", source="arXiv:1506.02626 (Han et al. 2015)",
+       note="Ranks a whole matrix, as baselines do; `magnitude(unit=row)` compares within rows and is weaker here.")
 recipe("random", "row | random | uniform | mask", source="common practice", note="The floor every score must beat.")
 recipe("wanda", "row | wanda | uniform | mask", source="arXiv:2306.11695 (Sun et al. 2023)", claims=[
     Claim("better than magnitude at 50 %", "wanda", "magnitude", "50%", "LLaMA-2-7B WikiText-2 6.42 against 14.89"),
@@ -39,7 +39,7 @@ recipe("nettrim", "site | nettrim | uniform", source="arXiv:1611.05162 (Net-Trim
     Claim("better than magnitude at 50 %", "nettrim", "magnitude", "50%", "on small classifiers"),
 ])
 recipe("lamp", "site | magnitude | lamp | mask", source="arXiv:2010.07611 (LAMP)", claims=[
-    Claim("better than a uniform share at 70 %", "lamp", "magnitude(unit=site)", "70%", "on image classifiers"),
+    Claim("better than a uniform share at 70 %", "lamp", "magnitude", "70%", "on image classifiers"),
     Claim("better than one global threshold at 70 %", "lamp", "magnitude(unit=model)", "70%", "on image classifiers"),
 ])
 recipe("wanda_owl", "row | wanda | owl(outlier=5) | mask", source="arXiv:2310.05175 (OWL)", claims=[
