@@ -99,7 +99,7 @@ def test_perplexity_agrees_with_a_plain_loop(capsys, tiny_lm, tmp_path, calib):
 
 
 def test_two_passes_keep_what_the_first_dropped(capsys, tiny_lm, tmp_path, calib):
-    assert trim(capsys, tiny_lm, "magnitude", tmp_path / "one", calib, "--keep", "0.7")[0] == 0
+    assert trim(capsys, tiny_lm, "magnitude(unit=row)", tmp_path / "one", calib, "--keep", "0.7")[0] == 0
     recipe = "row | magnitude(keep=0.7) ; all: site | sparsegpt(keep=0.4)"
     assert trim(capsys, tiny_lm, recipe, tmp_path / "two", calib)[0] == 0
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -256,6 +256,13 @@ def test_min_recovery_marks_the_output(capsys, tiny_lm, tmp_path, calib):
 
         with pytest.warns(UserWarning, match="did not pass"):
             tt.load(tmp_path / "o")
+
+
+def test_the_seed_reaches_methods_that_draw(capsys, tiny_lm, tmp_path, calib):
+    for name, argv in (("a", []), ("b", []), ("c", ["--seed", "1"])):
+        assert trim(capsys, tiny_lm, "random", tmp_path / name, calib, *argv)[0] == 0
+    a, b, c = (weights(tmp_path / n)["model.layers.0.mlp.up_proj.weight"] for n in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_dense_row_copies_and_proves(capsys, tiny_lm, tmp_path, calib):

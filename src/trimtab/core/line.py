@@ -306,6 +306,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     """
     began = time.time()
     set_up(opts)
+    recipe = recipe.seeded(opts.seed)
     check_out(model, out, opts)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan_sweeps = sweeps(recipe, net.sites)

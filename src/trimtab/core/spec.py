@@ -106,6 +106,15 @@ class Recipe:
         keys = {s.key for p in self.passes for s in (*p.steps.values(), p.budget)} | {f"stat/{n}" for n in self.needs}
         return {k: get(k).version for k in sorted(keys)}
 
+    def seeded(self, seed: int) -> Recipe:
+        """With --seed handed to every step that draws and was given no seed of its own."""
+        def with_seed(s: Step) -> Step:
+            if seed and "seed" in s.method.knobs and "seed" not in dict(s.knobs):
+                return Step(s.key, tuple(sorted((*s.knobs, ("seed", seed)))))
+            return s
+
+        return replace(self, passes=tuple(replace(p, steps={a: with_seed(s) for a, s in p.steps.items()}) for p in self.passes))
+
     def limited(self, scope: str | None, keep: float | None) -> Recipe:
         """With the command line's --scope and --keep; either given twice is refused."""
         passes = list(self.passes)
