@@ -728,6 +728,18 @@ def law_repair_mends(m: Method) -> None:
             assert after - least < 0.8 * (before - least), (unit, name)
 
 
+def law_repair_damping_holds_on(m: Method) -> None:
+    """Damping draws the kept weights towards the dense ones, not towards zero."""
+    if "damp" in m.knobs:
+        for name in THREE:
+            w, gram = weight(name), stats(name)["gram"]
+            mask = plain()(w.abs(), 0.5)
+            out = call(m, env(m, name, new=Change(w * mask * 0.5, mask=mask)), damp=1e5)
+            nearer = [error(w[[i]], (w * mask)[[i]], gram) < error(w[[i]], (w * mask * 0.5)[[i]], gram) for i in range(len(w))]
+            assert any(nearer)
+            close(out.w[nearer], (w * mask)[nearer], 1e-3)
+
+
 def law_repair_keeps_the_mask(m: Method) -> None:
     for unit in units():
         for dtype in (torch.float32, torch.bfloat16):
@@ -896,6 +908,19 @@ def params() -> Iterator[Any]:
 @pytest.mark.parametrize(("m", "law"), list(params()))
 def test_law(m: Method, law: Callable[[Method], None]) -> None:
     law(m)
+
+
+def test_summary_tells_what_is_above() -> None:
+    """Scores on the very edges of bins: powers of two are the lower edges of theirs."""
+    s = torch.tensor([0.0, 1.0, 1.0, 1.05, 2.0, 4.0])
+    summary = Summary.of(SITES["2.attn.o"], s)
+    assert (summary.count, summary.total, summary.mean) == (6, pytest.approx(9.05), pytest.approx(9.05 / 6))
+    assert [summary.above(v) for v in (0.0, 0.9, 1.0, 1.5, 2.0, 3.9, 4.0)] == [5, 5, 3, 2, 1, 1, 0]
+    bins = summary.hist.nonzero()[:, 0].tolist()
+    assert summary.hist[bins].tolist() == [1, 2, 1, 1, 1]
+    for value, b in zip((0.0, 1.0, 1.05, 2.0, 4.0), bins, strict=True):
+        assert Summary.edge(b) <= value < Summary.edge(b + 1)
+        assert Summary.edge(b + 1) <= max(value, 2.0 ** -70) * 2 ** (1 / 64)
 
 
 @pytest.mark.parametrize("key", REG)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, NEW, MOST_DROPPED = 50, 128, 3
 
 
-def headers() -> list[str]:
-    """One-line headers of top-level functions of the validation modules, evenly spread."""
+def headers() -> list[tuple[str, str]]:
+    """(the 60 lines of its module before it, header): one-line headers of top-level functions, evenly spread."""
     found = []
     for _, text in corpus.modules("validation"):
         try:
@@ -30,7 +30,7 @@ def headers() -> list[str]:
         except (SyntaxError, ValueError):
             continue
         lines = text.splitlines()
-        found += [lines[n.lineno - 1] for n in tree.body
+        found += [("\n".join(lines[max(0, n.lineno - 61):n.lineno - 1]), lines[n.lineno - 1]) for n in tree.body
                   if isinstance(n, ast.FunctionDef) and lines[n.lineno - 1].rstrip().endswith(":")]
     at = torch.linspace(0, len(found) - 1, PROMPTS).long().tolist()
     return [found[i] for i in at]
@@ -97,12 +97,13 @@ def main() -> None:
         ("xz -9", f"the same {len(raw)} bytes in one piece", "bits_per_byte", 8 * len(lzma.compress(raw, preset=9)) / len(raw)),
         ("builtin:lm", "safetensors on disk", "megabytes", size / 1e6),
     ]
-    good = 0
-    for header in headers():
-        text = "".join(handle.generate(header + "\n", max_new_tokens=NEW))
-        good += parses(header, text)
-    figures.append(("builtin:lm", f"{PROMPTS} function headers of validation modules, greedy, {NEW} tokens", "share that parses",
-                    good / PROMPTS))
+    alone = inside = 0
+    for before, header in headers():
+        alone += parses(header, "".join(handle.generate(header, max_new_tokens=NEW)))
+        inside += parses(header, "".join(handle.generate(f"{before}\n{header}", max_new_tokens=NEW)))
+    what = f"of {PROMPTS} function headers of validation modules, greedy, {NEW} tokens"
+    figures.append(("builtin:lm", f"{what}, header alone", "share that parses", alone / PROMPTS))
+    figures.append(("builtin:lm", f"{what}, behind the 60 lines before it", "share that parses", inside / PROMPTS))
     rows = [{"recipe": r, "model": "the_built-in_model", "setting": s, "metric": m, "value": round(v, 4), "seed": 0, "methods": {},
              "machine": machine(), "date": time.strftime("%Y-%m-%d")} for r, s, m, v in figures]
     with (ROOT / "results" / "builtin.jsonl").open("a", encoding="utf-8") as f:

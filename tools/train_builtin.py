@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trimtab.builtin import corpus
@@ -117,7 +117,7 @@ def bits_per_byte(model: LlamaForCausalLM, tok: Tokenizer, texts: list[str], win
     """Each module on its own, every token scored once with at least window - stride tokens before it (if there are)."""
     nats, size = 0.0, 0
     for t in texts[:limit]:
-        ids = torch.tensor([0, *tok.encode(t).ids])
+        ids = torch.tensor([0, *tok.encode(t, add_special_tokens=False).ids])
         size += len(t.encode())
         done = 1
         while done < len(ids):
@@ -202,6 +202,8 @@ def publish(work: Path, out: Path) -> None:
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
+    # A prompt begins a module, as every module began in training: without the mark its indentation would be unknown.
+    tok.post_processor = processors.TemplateProcessing(single=f"{EOT} $A", pair=f"{EOT} $A {EOT} $B", special_tokens=[(EOT, 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=EOT, eos_token=EOT, pad_token=EOT, model_max_length=LONG)
     fast.save_pretrained(staging)
     shutil.copy(work / "curve.jsonl", Path(__file__).resolve().parents[1] / "docs" / "builtin-curve.jsonl")

@@ -45,6 +45,8 @@ class Handle:
     def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
                  return_ids: bool = False) -> Iterator[Any]:
         """New pieces of text one by one, or new ids including the stop token. Greedy at temperature 0."""
+        if not type(self.module).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            raise BadInput(f"{self.path} is a {type(self.module).__name__}, which does not continue text; give a language model")
         if self.tokenizer is None:
             raise BadInput(f"{self.path} has no tokenizer, so it cannot continue text")
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]

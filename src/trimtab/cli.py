@@ -232,7 +232,7 @@ def run_trim(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
             result = dry_run(model, recipe, a.out, options(a), progress)
         else:
-            result = line.trim(model, recipe, a.out, options(a), progress)
+            result = line.trim(model, recipe, Path(os.path.abspath(a.out)), options(a), progress)
     finally:
         progress.close()
     if not a.json and not a.dry_run:
@@ -275,7 +275,7 @@ def run_generate(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if not a.prompt:
         raise BadInput("the prompt is empty; give some text to continue")
     pieces = []
-    for piece in tt.load(a.model, dtype=a.dtype).generate(a.prompt, max_new_tokens=a.max_new_tokens,
+    for piece in tt.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code).generate(a.prompt, max_new_tokens=a.max_new_tokens,
                                                           temperature=a.temperature, seed=a.seed):
         pieces.append(piece)
         if not a.json:
@@ -360,6 +360,9 @@ def main(argv: list[str] | None = None) -> int:
         print("trimtab: stopped; nothing that existed before was changed", file=sys.stderr)
         return 1
     except BrokenPipeError:
+        return 1
+    except OSError as e:
+        print(f"trimtab: {e}", file=sys.stderr)
         return 1
     if a.json:
         json.dump(result, sys.stdout, sort_keys=True)

@@ -33,7 +33,8 @@ RUNS = (
     ("global 50%", "magnitude(unit=model)", 0.5),
     ("blocks 32x32 50%", "block(b=32) | wanda | uniform | mask | least_squares", 0.5),
 )
-PROMPT = "def read_lines(path, encoding=\"utf-8\"):\n"
+SAMPLES = 64  # half the default: the demo shows the way, the guide's tables use all
+PROMPT = "import unittest\n\nclass StackTest(unittest.TestCase):\n    def test_push(self):"
 
 
 def machine() -> dict[str, str]:
@@ -51,7 +52,7 @@ def machine() -> dict[str, str]:
 def sample(path: Path) -> str:
     import trimtab as tt
 
-    return "".join(tt.load(path).generate(PROMPT, max_new_tokens=72))
+    return "".join(tt.load(path).generate(PROMPT, max_new_tokens=64))
 
 
 def demo(out: Path, *, force: bool, threads: int, quiet: bool, words: bool) -> dict[str, Any]:
@@ -64,6 +65,8 @@ def demo(out: Path, *, force: bool, threads: int, quiet: bool, words: bool) -> d
     if out.exists() and not force:
         raise BadInput(f"{out} exists; choose another --out, or replace it with --force")
     staging = out.with_name(out.name + ".partial")
+    if staging.exists() and not (staging / "models").is_dir():
+        raise BadInput(f"{staging} was not made by this demo; move it away or choose another --out")
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "models").mkdir(parents=True)
     began, cache = time.monotonic(), StatCache()
@@ -78,7 +81,7 @@ def demo(out: Path, *, force: bool, threads: int, quiet: bool, words: bool) -> d
         target = staging / "models" / name.replace(" ", "-").replace(":", "of").replace("%", "")
         try:
             result = line.trim(model, spec.load(text).limited(None, keep), target,
-                               line.Options(threads=threads, cache=cache, speed_seconds=3.0), progress)
+                               line.Options(threads=threads, cache=cache, samples=SAMPLES, speed_seconds=3.0, proof_tokens=6144), progress)
         finally:
             progress.close()
         result["name"] = name

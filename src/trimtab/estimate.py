@@ -25,7 +25,7 @@ FLOPS = 6e10  # a modest core pair; only the first estimate rests on it, the sec
 def first_guess(net: Network, recipe: Recipe, samples: list[data.Batch]) -> dict[str, float]:
     """Memory in bytes, disk in bytes, minutes; from shapes alone."""
     per_block = max((sum(s.size for s in net.sites_of(i)) for i in range(net.n_blocks)), default=0)
-    tokens = sum(next(iter(b.values())).numel() for b in samples)
+    tokens = sum(line.tokens_of(net, b) for b in samples)
     widest = max((s.shape[1] for s in net.sites), default=0)
     gram = "gram" in recipe.needs
     grads = "grads" in recipe.needs
@@ -44,7 +44,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     line.check_out(model, out, replace(opts, force=True))
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan_sweeps = line.sweeps(recipe, net.sites)
-    line.check_recipe(net, plan_sweeps)
+    line.check_recipe(net, plan_sweeps, opts, opts.samples)
     samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
     guess = first_guess(net, recipe, samples)
     tick(f"estimate: {guess['memory'] / 1e9:.2f} GB memory, {guess['disk'] / 1e9:.2f} GB disk, {guess['minutes']:.1f} minutes", 0, 0)

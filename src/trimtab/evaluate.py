@@ -1,7 +1,6 @@
 """eval, bench and inspect: the same measures as the proof, asked for on their own."""
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,20 +29,12 @@ def compare(model: Path, against: Path | None, text: tuple[str, ...], tokens: in
         memory.release()
         own = memory.rss()
         result = run_fresh(request, tick)
-    notes = trimmed_notes(model)
+    notes = line.read_notes(model)
     result |= {"model": str(model), "against": str(against) if against else None, "recipe": notes.get("recipe"),
                "plan_hash": notes.get("plan_hash"), "peak_rss_bytes": own + result["peak_rss_bytes"]}
     if notes.get("proof") in ("failed", "pending"):
         result.setdefault("warnings", []).append(f"{model} carries \"proof\": \"{notes['proof']}\"")
     return result
-
-
-def trimmed_notes(model: Path) -> dict[str, Any]:
-    """What a trim wrote about itself; empty for any other directory."""
-    try:
-        return json.loads((model / "trimtab.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
 
 
 def evaluate(model: Path, against: Path | None, a: Any, tick: Report) -> dict[str, Any]:
@@ -88,4 +79,4 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     trimmable = sorted(((c, f"block {i} {g}") for g, cs in cosines.items() for i, c in enumerate(cs)), reverse=True)[:3]
     return {"model": str(model), "family": net.family.name, "blocks": net.n_blocks, "params": net.n_params,
             "params_in_sites": in_sites, "bytes": net.checkpoint.weight_bytes, "roles": roles, "sublayer_cosine": cosines,
-            "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "recipe": trimmed_notes(model).get("recipe")}
+            "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "recipe": line.read_notes(model).get("recipe")}

@@ -62,7 +62,11 @@ def test_scopes():
 
 def test_scope_option_limits_a_row_to_its_part():
     r = spec.load("dass").limited("mlp", None)
-    assert [p.scope for p in r.passes] == ["*.gate,*.up", "*.down"]
+    covered = [[n for n in ("0.mlp.gate", "0.mlp.down", "0.attn.q") if p.covers(site(n))] for p in r.passes]
+    assert covered == [["0.mlp.gate"], ["0.mlp.down"], []]
+    assert not any(p.covers(site("0.mlp.down")) for p in spec.load("dass").limited("attn", None).passes)
+    with pytest.raises(BadInput, match="use one of the two"):
+        spec.load("mlp: wanda").limited("attn", None)
 
 
 @pytest.mark.parametrize("text, words", [

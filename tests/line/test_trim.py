@@ -145,7 +145,8 @@ def test_gradient_recipes_run(capsys, tiny_lm, tmp_path, calib):
     assert code == 0 and json.loads(out)["recovery"] > 0
 
 
-@pytest.mark.parametrize("recipe", ["sparsegpt", "gblm", "row | magnitude(keep=0.7) ; site | sparsegpt(keep=0.4)", "wanda_owl"])
+@pytest.mark.parametrize("recipe", ["sparsegpt", "gblm", "2.*: row | gblm ; 0.*,1.*: row | wanda",
+                                    "row | magnitude(keep=0.7) ; site | sparsegpt(keep=0.4)", "wanda_owl"])
 def test_killed_at_random_and_resumed_gives_the_same_bytes(capsys, tiny_lm, tmp_path, calib, recipe):
     assert trim(capsys, tiny_lm, recipe, tmp_path / "whole", calib)[0] == 0
     want = hashes(tmp_path / "whole")
@@ -209,6 +210,46 @@ def test_resume_with_another_plan_or_without_the_flag(capsys, tiny_lm, tmp_path,
     code, _, err = trim(capsys, tiny_lm, "magnitude", tmp_path / "o", calib, "--resume")
     assert code == 2 and "another plan" in err
     assert trim(capsys, tiny_lm, "magnitude", tmp_path / "o", calib, "--force")[0] == 0
+
+
+def test_a_forced_run_is_resumed_as_it_says(capsys, tiny_lm, tmp_path, calib, monkeypatch):
+    assert trim(capsys, tiny_lm, "magnitude", tmp_path / "o", calib)[0] == 0
+    first = hashes(tmp_path / "o")
+    original, seen = line.Journal.write_block, []
+
+    def dying(self, *args):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(1)
+        original(self, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(line.Journal, "write_block", dying)
+        code, _, err = trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, "--force")
+    assert code == 1 and "--resume" in err and hashes(tmp_path / "o") == first
+    assert trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, "--resume")[0] == 0
+    assert hashes(tmp_path / "o") != first
+
+
+def test_a_folder_of_somebody_else_is_left_alone(capsys, tiny_lm, tmp_path, calib):
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial" / "thesis.txt").write_text("mine")
+    for flag in ("--resume", "--force"):
+        code, _, err = trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, flag)
+        assert code == 2 and "not made by trimtab" in err and (tmp_path / "o.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(capsys, tiny_lm, tmp_path, calib, monkeypatch):
+    original = line.write_like
+
+    def appear(*args):
+        (tmp_path / "o").mkdir()
+        (tmp_path / "o" / "mine.txt").write_text("mine")
+        original(*args)
+
+    monkeypatch.setattr(line, "write_like", appear)
+    code, _, err = trim(capsys, tiny_lm, "magnitude", tmp_path / "o", calib)
+    assert code == 1 and "appeared" in err and (tmp_path / "o" / "mine.txt").read_text() == "mine"
 
 
 def test_resume_of_a_finished_output(capsys, tiny_lm, tmp_path, calib):
@@ -352,6 +393,9 @@ def test_a_broken_model_is_refused(capsys, tiny_lm, tmp_path, calib, harm, words
     (["MODEL", "wanda(unit=2:5)"], ["0.attn.q", "5"]),
     (["MODEL", "wanda", "--scope", "nothing.*"], ["matches no site"]),
     (["MODEL", "wanda", "--seq-len", "4096"], ["positions"]),
+    (["MODEL", "wanda", "--seq-len", "1"], ["nothing to predict"]),
+    (["MODEL", "wanda", "--dtype", "bfloat16", "--scope", "x.*"], ["matches no site"]),
+    (["MODEL", "row | wanda | nm"], ["0.attn.q", "keeps"]),
     (["MODEL", "wanda", "--samples", "none"], ["none"]),
 ], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
 def test_bad_arguments_are_refused(capsys, tiny_lm, tmp_path, argv, words):
@@ -374,6 +418,28 @@ def test_bad_calibration_text_is_refused(capsys, tiny_lm, tmp_path, name, conten
     code, _, err = run(capsys, "trim", tiny_lm, "wanda", "-o", tmp_path / "o", "--calib", tmp_path / name, *FAST)
     assert code == 2 and len(err.strip().splitlines()) == 1 and all(w in err for w in words), err
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("tensors, words", [
+    ({"ids": torch.zeros(4, 32, dtype=torch.long)}, ["input_ids"]), ({"input_ids": torch.zeros(0, 32, dtype=torch.long)}, ["samples"]),
+    ({"input_ids": torch.zeros(4, 32)}, ["whole numbers"]), ({"input_ids": torch.full((4, 32), 5000)}, ["5000", "4096"]),
+    ({"input_ids": torch.zeros(4, 32, dtype=torch.long), "mask": torch.zeros(3, 32)}, ["disagree"]),
+], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_bad_calibration_tensors_are_refused(capsys, tiny_lm, tmp_path, tensors, words):
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "x.safetensors")
+    code, _, err = run(capsys, "trim", tiny_lm, "wanda", "-o", tmp_path / "o", "--calib", tmp_path / "x.safetensors", *FAST)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and all(w in err for w in words), err
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_narrow_dtype_would_round_what_it_writes(capsys, tiny_lm, tmp_path, calib):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).save_pretrained(tmp_path / "m")
+    code, _, err = trim(capsys, tmp_path / "m", "magnitude", tmp_path / "o", calib, "--dtype", "bfloat16")
+    assert code == 2 and "narrower" in err and not (tmp_path / "o").exists()
 
 
 def test_output_inside_the_input_and_not_enough_disk(capsys, tiny_lm, tmp_path, calib, monkeypatch):

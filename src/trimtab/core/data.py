@@ -13,7 +13,6 @@ from torch import Tensor
 from trimtab.core.types import BadInput
 
 Batch = dict[str, Tensor]
-SUFFIXES = (".txt", ".py", ".md", ".jsonl", ".safetensors", "")
 
 
 def read_texts(paths: Sequence[str | Path]) -> list[str]:
@@ -57,8 +56,8 @@ def read_inputs(path: Path, samples: int | None = None) -> list[Batch]:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as e:
         raise BadInput(f"{path} is not a readable safetensors file: {e}") from None
-    counts = {len(t) for t in tensors.values() if t.ndim}
-    if len(counts) != 1 or not tensors:
+    counts = {len(t) if t.ndim else 0 for t in tensors.values()}
+    if len(counts) != 1 or 0 in counts:
         raise BadInput(f"{path}: its tensors disagree on the number of samples ({sorted(counts)})")
     return [{k: v[i:i + 1] for k, v in tensors.items()} for i in range(counts.pop())][:samples]
 
@@ -91,7 +90,7 @@ def digest(batches: Sequence[Batch]) -> str:
     h = hashlib.sha256()
     for b in batches:
         for k in sorted(b):
-            h.update(k.encode() + str(tuple(b[k].shape)).encode() + b[k].contiguous().cpu().numpy().tobytes())
+            h.update(k.encode() + str(tuple(b[k].shape)).encode() + b[k].contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 
@@ -107,27 +106,57 @@ def group(samples: Sequence[Batch], size: int) -> list[Batch]:
     return [{k: torch.cat([s[k] for s in g]) for k in g[0]} for g in out]
 
 
+def checked(samples: list[Batch], net: Any, where: str | Path) -> list[Batch]:
+    """Inputs the model can take; BadInput names what it would take instead."""
+    name = "pixel_values" if net.kind == "vision" else "input_ids"
+    x = samples[0].get(name)
+    if x is None:
+        raise BadInput(f"{where} holds {', '.join(samples[0])}; this model takes {name}")
+    if net.kind == "vision" and not (x.is_floating_point() and x.ndim == 4):
+        raise BadInput(f"{where}: pixel_values are floating point [samples, channels, height, width], not {x.dtype} {list(x.shape)}")
+    if net.kind != "vision":
+        if x.is_floating_point() or x.ndim != 2:
+            raise BadInput(f"{where}: input_ids are whole numbers [samples, tokens], not {x.dtype} {list(x.shape)}")
+        low, high = min(int(s[name].min()) for s in samples), max(int(s[name].max()) for s in samples)
+        if low < 0 or high >= net.config.vocab_size:
+            raise BadInput(f"{where}: input_ids run from {low} to {high}, the model's vocabulary has {net.config.vocab_size}")
+    return samples
+
+
+_STREAMS: dict[tuple[str, str], Tensor] = {}  # many runs of one process ask for the same split
+
+
+def builtin_stream(split: str, tokenizer: Any, flag: str) -> Tensor:
+    """A split of the built-in corpus as one row of ids."""
+    from trimtab.builtin import corpus
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
+    at = split, hashlib.sha256(rules.encode()).hexdigest()
+    if at not in _STREAMS:
+        texts = corpus.text(split)
+        if not texts:
+            raise BadInput(f"this Python has no standard library sources for the built-in corpus; give {flag} text of your own")
+        _STREAMS[at] = tokens(texts, tokenizer)
+    return _STREAMS[at]
+
+
 def prepare(net: Any, paths: Sequence[str | Path] | None, split: str, samples: int, length: int, seed: int | None) -> list[Batch]:
     """One-sample batches for a model: the user's files, or the built-in split through the model's own tokenizer."""
     flag = "--calib" if split == "calibration" else "--text"
     if paths and any(Path(p).suffix == ".safetensors" for p in paths):
         if len(paths) != 1:
             raise BadInput(f"{flag}: give one .safetensors file, or text files, not both")
-        return read_inputs(Path(paths[0]), samples)
+        return checked(read_inputs(Path(paths[0]), samples), net, paths[0])
     tokenizer = net.tokenizer() if net.kind != "vision" else None
     if tokenizer is None:
         why = "is a vision model" if net.kind == "vision" else "has no tokenizer"
         raise BadInput(f"the model {why}: give {flag} a .safetensors file of named model inputs")
-    if paths:
-        texts = read_texts(paths)
-    else:
-        from trimtab.builtin import corpus
-
-        texts = corpus.text(split)
-        if not texts:
-            raise BadInput(f"this Python has no standard library sources for the built-in corpus; give {flag} text of your own")
+    if length < 2:
+        raise BadInput(f"--seq-len {length} leaves nothing to predict; use 2 or more")
     limit = getattr(net.config, "max_position_embeddings", None)
     if limit and length > limit:
         raise BadInput(f"--seq-len {length} is more than the model's {limit} positions")
-    ids = windows(tokens(texts, tokenizer), samples, length, seed, split)
+    stream = tokens(read_texts(paths), tokenizer) if paths else builtin_stream(split, tokenizer, flag)
+    ids = windows(stream, samples, length, seed, split)
     return [{"input_ids": row[None]} for row in ids]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.core.types import BadInput
+from trimtab.core.types import BadInput, Failed
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,23 +49,28 @@ class Journal:
         existed = self.dir.exists()
         if existed and not (resume or force):
             raise BadInput(f"{self.dir} is left from an unfinished run; continue it with --resume or discard it with --force")
+        if existed and not (self.dir / "lock").exists() and any(self.dir.iterdir()):
+            raise BadInput(f"{self.dir} was not made by trimtab; move it away or choose another -o")
         if existed:
             self._take()
             self.recover()
             old = self.plan()
             if resume and old is not None:
-                if old["header"] != header:
+                if old["header"] != header and not force:
                     changed = sorted(k for k in header.keys() | old["header"].keys()
                                      if header.get(k) != old["header"].get(k))
                     raise BadInput(f"{self.dir} belongs to another plan (differs in {', '.join(changed)}); "
                                    f"give the same options, or discard it with --force")
-                return True
+                if old["header"] == header:
+                    if force and not old.get("force"):
+                        write_json(self.dir / "plan.json", {**old, "force": True})
+                    return True
             self._wipe()
         else:
             self.dir.parent.mkdir(parents=True, exist_ok=True)
             self.dir.mkdir()
             self._take()
-        write_json(self.dir / "plan.json", {"header": header})
+        write_json(self.dir / "plan.json", {"header": header, "force": force})
         return False
 
     def _take(self) -> None:
@@ -87,8 +92,10 @@ class Journal:
                 p.unlink()
 
     def publish(self, finished: Path) -> None:
-        """Rename the finished directory to OUT; an earlier OUT steps aside and is removed only afterwards."""
+        """Rename the finished directory to OUT; where --force was given an earlier OUT steps aside, removed only afterwards."""
         old = self.dir / "replaced"
+        if self.out.exists() and not (self.plan() or {}).get("force"):
+            raise Failed(f"{self.out} appeared while this ran; move it away and continue with --resume, or use --resume --force")
         if self.out.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(self.out, old)

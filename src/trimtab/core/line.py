@@ -128,22 +128,38 @@ def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site
     out: list[list[tuple[Pass, list[Site]]]] = []
     for p in recipe.passes:
         mine = [s for s in sites if p.covers(s)]
+        if not mine and "&" in (p.scope or "") and any(q.covers(s) for q in recipe.passes for s in sites):
+            continue  # --scope left nothing of this part of a row
         if not mine:
             raise BadInput(f"scope {p.scope!r} matches no site; sites are named like {', '.join(s.name for s in sites[:3])}")
         names = {s.name for s in mine}
         last = out[-1] if out else None
-        if last and last[0][0].order == p.order and not any(s.name in names for _, ss in last for s in ss):
+        alike = last and (last[0][0].order, differentiates(last[0][0])) == (p.order, differentiates(p))
+        if last and alike and not any(s.name in names for _, ss in last for s in ss):
             last.append((p, mine))
         else:
             out.append([(p, mine)])
     return out
 
 
-def check_recipe(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]]) -> None:
+def differentiates(p: Pass) -> bool:
+    """Whether the pass needs gradients, and so a backward walk."""
+    return any(get(f"stat/{n}").facts["of"] == "grad" for n in p.needs)
+
+
+def check_recipe(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], opts: Options, samples: int) -> None:
     """What can be known to fail is refused before anything is written."""
+    for s in net.sites:
+        if torch.finfo(getattr(torch, opts.dtype)).bits < torch.finfo(net.stored_dtype(s)).bits:
+            raise BadInput(f"--dtype {opts.dtype} is narrower than the files ({str(net.stored_dtype(s)).removeprefix('torch.')}) "
+                           f"and would round what it writes; use --dtype float32")
+    largest = max((sum(s.size for s in net.sites_of(i)) for i in range(net.n_blocks)), default=0)
     for k, sweep in enumerate(plan_sweeps):
         for p, sites in sweep:
-            if any(get(f"stat/{n}").facts["of"] == "grad" for n in p.needs):
+            if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
+                raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
+                               f"lower --samples or raise --max-memory")
+            if differentiates(p):
                 if k:
                     raise BadInput("gradient statistics are taken of the dense model: put that pass first")
                 if net.kind != "lm":
@@ -155,6 +171,10 @@ def check_recipe(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]])
                     seen.add(s.shape)
                     try:
                         unit(torch.empty(s.shape, device="meta"), 0.5)
+                        if "format" in p.steps:
+                            f, w = format_of(p), torch.ones(s.shape, dtype=torch.bfloat16)
+                            mask = unit(torch.rand(s.shape, generator=torch.Generator().manual_seed(0)), p.keep or opts.keep)
+                            f.method({"new": Change(w * mask, mask=mask)}, **f.bound)
                     except BadInput as e:
                         raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
 
@@ -219,6 +239,18 @@ Visit = Callable[[int, Any, Collector | None], None]
 WalkOn = Callable[[dict[str, set[str]], Visit, str, Callable[[int, int], None], int], None]
 
 
+def counter(total: int, tick: Callable[[int, int], None]) -> Callable[[], None]:
+    """Each call is one step of `total`."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        tick(min(done, total), total)
+
+    return step
+
+
 def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int | None, journal: Journal | None,
            cache: StatCache | None = None) -> WalkOn:
     """A function that takes a visitor over all blocks, with the statistics it asks for."""
@@ -246,12 +278,7 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
 
         if gradients:
             back = BackwardWalk(net, samples, scratch, spill)
-            total, done = (len(back.batches) + 1) * 2 * len(blocks), [0]
-
-            def step() -> None:
-                done[0] += 1
-                tick(min(done[0], total), total)
-
+            step = counter((len(back.batches) + 1) * 2 * len(blocks), tick)
             try:
                 back.start(step)
                 for i in reversed(blocks):
@@ -263,13 +290,7 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
                 back.close()
             return
         ahead = Walk(net, samples, scratch, spill, cache=cache)
-        per_block = len(ahead.batches) * (2 if order == "sequential" else 1)
-        total, done = per_block * len(blocks), [0]
-
-        def step() -> None:
-            done[0] += 1
-            tick(min(done[0], total), total)
-
+        step = counter(len(ahead.batches) * ((2 if order == "sequential" else 1) * len(blocks) - (order == "sequential")), tick)
         try:
             ahead.embed()
             for i in blocks:
@@ -310,14 +331,17 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     check_out(model, out, opts)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan_sweeps = sweeps(recipe, net.sites)
-    check_recipe(net, plan_sweeps)
+    check_recipe(net, plan_sweeps, opts, opts.samples)
     samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
     proof = proof_samples(net, opts)
-    check_disk(net, recipe, samples, out)
     header = make_header(net, recipe, samples, opts)
     journal, loaded = Journal(out), time.time()
-    if out.exists() and not opts.force:
+    left = journal.plan()
+    ours = bool(opts.resume and left and left["header"] == header)
+    may_replace = opts.force or bool((left or {}).get("force"))
+    if out.exists() and not (ours and may_replace) and (not opts.force or (opts.resume and is_of(out, header))):
         return finish(journal, model, out, header, net, proof, opts, tick, began)
+    check_disk(net, recipe, samples, out, opts)
     with writing(journal, out):
         resumed = journal.open(header, resume=opts.resume, force=opts.force)
         if opts.resume and not resumed:
@@ -335,19 +359,29 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
 def finish(journal: Journal, model: Path, out: Path, header: dict[str, Any], net: Network, proof: list[data_.Batch],
            opts: Options, tick: Report, began: float) -> dict[str, Any]:
     """--resume where the output is already there: its proof if that is pending, its result if not."""
-    try:
-        notes = json.loads((out / "trimtab.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        notes = {}
-    if notes.get("header") != header:
+    notes = read_notes(out)
+    if not is_of(out, header):
         raise BadInput(f"{out} exists and is not of this plan; choose another -o, or replace it with --force")
     if journal.dir.exists():  # stopped between publishing and tidying up
         journal.open(header, resume=True, force=False)
         journal.close(remove=True)
-    if notes["proof"] != "pending":
+    if notes["proof"] != "pending" and notes.get("min_recovery") == opts.min_recovery:
         tick(f"resume: {out} is finished, its proof {notes['proof']}", 0, 0)
         return notes
     return prove(model, out, notes, net, proof, opts, tick, began)
+
+
+def read_notes(out: Path) -> dict[str, Any]:
+    """What a trim wrote about itself; empty for any other directory."""
+    try:
+        return json.loads((out / "trimtab.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def is_of(out: Path, header: dict[str, Any]) -> bool:
+    """Whether the directory is the result of this very plan."""
+    return read_notes(out).get("header") == header
 
 
 def set_up(opts: Options) -> None:
@@ -368,9 +402,11 @@ def check_out(model: Path, out: Path, opts: Options) -> None:
         raise BadInput(f"{out} is a file; -o names a directory")
 
 
-def check_disk(net: Network, recipe: Recipe, samples: list[data_.Batch], out: Path) -> None:
+def check_disk(net: Network, recipe: Recipe, samples: list[data_.Batch], out: Path, opts: Options) -> None:
     """Staging holds the edited blocks and the finished copy at once; hidden states may be spilled."""
-    need = disk_estimate(net, recipe, samples)
+    staging = out.with_name(out.name + ".partial")
+    have = sum(f.stat().st_size for f in staging.glob("*.safetensors")) if opts.resume and staging.is_dir() else 0
+    need = disk_estimate(net, recipe, samples if opts.max_memory else []) - have
     where = out.absolute().parent
     while not where.exists():
         where = where.parent
@@ -380,9 +416,16 @@ def check_disk(net: Network, recipe: Recipe, samples: list[data_.Batch], out: Pa
 
 
 def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch]) -> int:
-    hidden = sum(next(iter(b.values())).numel() for b in samples) * int(getattr(net.config, "hidden_size", 0)) * 4
+    hidden = sum(tokens_of(net, b) for b in samples) * int(getattr(net.config, "hidden_size", 0)) * 4
     places = net.n_blocks + 2 if any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs) else 1
     return int(net.checkpoint.weight_bytes * (2.2 + 1.1 * max(0, len(recipe.passes) - 1)) + hidden * places + 1e7)
+
+
+def tokens_of(net: Network, batch: data_.Batch) -> int:
+    """Positions of the residual stream that a sample takes."""
+    if net.kind == "vision":
+        return len(batch["pixel_values"]) * ((net.config.image_size // net.config.patch_size) ** 2 + 1)
+    return next(iter(batch.values())).numel()
 
 
 @contextmanager
@@ -418,7 +461,7 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
     for k, sweep in enumerate(plan_sweeps):
         if str(k) not in all_shares:
             all_shares[str(k)] = decide(net, sweep, k, walk_on, opts, tick)
-            write_json(journal.dir / "plan.json", {"header": header, "shares": all_shares})
+            write_json(journal.dir / "plan.json", {**plan, "shares": all_shares})
         shares, owner = all_shares[str(k)], {s.name: p for p, sites in sweep for s in sites}
         needs = {name: p.needs - set(p.budget.method.needs) for name, p in owner.items()}
 
@@ -550,6 +593,17 @@ def proof_request(before: Path, after: Path | None, net: Network, samples: list[
             "trust_remote_code": opts.trust_remote_code}
 
 
+@contextmanager
+def proving(out: Path) -> Iterator[None]:
+    """Whatever stops a proof, the output is whole and says that its proof is pending."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Failed(f"stopped; {out} is written, its proof is pending: --resume finishes it") from None
+    except OSError as e:
+        raise Failed(f"{e}; {out} is written, its proof is pending: --resume finishes it") from None
+
+
 def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: list[data_.Batch], opts: Options,
           tick: Report, began: float) -> dict[str, Any]:
     """Reload both models in a fresh process and compare; the outcome is written into the output directory."""
@@ -557,7 +611,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
     from trimtab.report.card import card
 
     formats = sorted(set(notes["formats"].values()))
-    with tempfile.TemporaryDirectory() as tmp:
+    with proving(out), tempfile.TemporaryDirectory() as tmp:
         request = proof_request(model, out, net, samples, opts, Path(tmp))
         memory.release()
         own = memory.rss()
@@ -569,6 +623,9 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
     result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash")}
     result["warnings"] = [*notes["warnings"], *result["warnings"]]
     result["peak_rss_bytes"] = max(notes.get("edit_peak_rss_bytes", 0), own + result["peak_rss_bytes"])
+    if opts.max_memory and result["peak_rss_bytes"] > opts.max_memory:
+        result["warnings"].append(f"{result['peak_rss_bytes'] / 1e9:.2f} GB were resident, more than --max-memory "
+                                  f"{opts.max_memory / 1e9:.2f} GB")
     result |= {"min_recovery": opts.min_recovery, "edit_seconds": notes.get("edit_seconds"), "out": str(out),
                "seconds": round(time.time() - began, 3)}
     write_json(out / "trimtab.json", {**notes, **result})

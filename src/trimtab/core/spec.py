@@ -62,12 +62,10 @@ class Pass:
         return self.steps["budget"] if "budget" in self.steps else Step("budget/global")
 
     def covers(self, site: Site) -> bool:
-        for scope in (self.scope or "all").split(","):
-            if scope == "all" or scope == site.group:
-                return True
-            if scope not in SCOPES and re.fullmatch(_glob(scope), site.name):
-                return True
-        return False
+        def matches(scope: str) -> bool:
+            return scope in ("all", site.group) or (scope not in SCOPES and bool(re.fullmatch(_glob(scope), site.name)))
+
+        return all(any(map(matches, part.split(","))) for part in (self.scope or "all").split("&"))
 
     def __str__(self) -> str:
         parts = [str(self.steps[a]) for a in LINE if a in self.steps]
@@ -122,9 +120,7 @@ class Recipe:
             check_scope(scope)
             if any(p.scope for p in passes) and not self.row:
                 raise BadInput("--scope is given, but the recipe names its own scope: use one of the two")
-            passes = [replace(p, scope=scope) if p.scope is None else p for p in passes]
-            if self.row:  # a row that treats groups differently keeps only what the scope covers
-                passes = [p for p in passes if p.scope == scope or scope == "all" or (p.scope or "").startswith((scope, "*"))]
+            passes = [replace(p, scope=f"{scope}&{p.scope}" if p.scope else scope) for p in passes]
         if keep is not None:
             check_keep(keep, "--keep")
             if any(p.keep is not None for p in passes):
@@ -159,7 +155,7 @@ def check_keep(keep: float, name: str = "keep") -> float:
 
 
 def check_scope(scope: str) -> str:
-    for part in scope.split(","):
+    for part in re.split("[,&]", scope):
         if part in ("head", "embed"):
             raise BadInput(f"scope {part!r} is not supported yet; use attn, mlp, all or a glob of site names such as '*.down'")
         if part not in SCOPES and not re.search(r"[.*?]", part):
@@ -173,7 +169,11 @@ def load(text: str) -> Recipe:
     if text.endswith((".yaml", ".yml")):
         if not path.is_file():
             raise BadInput(f"no recipe file {text!r}")
-        return from_yaml(path.read_text(encoding="utf-8"), text)
+        try:
+            source = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BadInput(f"{text} is not UTF-8 text") from None
+        return from_yaml(source, text)
     rows()
     return parse(text)
 
@@ -192,7 +192,11 @@ def from_yaml(source: str, where: str = "recipe") -> Recipe:
         raise BadInput(f"{where}: expected a mapping with `recipe:` and a pipeline, such as recipe: \"row | wanda\"")
     if odd := set(data) - {"recipe", "keep", "scope"}:
         raise BadInput(f"{where}: unknown entries {sorted(odd)}; known: recipe, keep, scope")
-    return parse(data["recipe"]).limited(data.get("scope"), data.get("keep"))
+    keep, scope = data.get("keep"), data.get("scope")
+    keep = _value(str(keep)) if keep is not None else None
+    if keep is not None and not isinstance(keep, (int, float)):
+        raise BadInput(f"{where}: keep: {data['keep']} is not a share; use 0.5 or 50%")
+    return parse(data["recipe"]).limited(None if scope is None else str(scope), None if keep is None else float(keep))
 
 
 def parse(text: str) -> Recipe:
@@ -208,10 +212,11 @@ def parse(text: str) -> Recipe:
         scope, body = _scope(part)
         tokens = [_token(t) for t in _split(body, "|")]
         if len(tokens) == 1 and tokens[0][0] in RECIPES:
-            found = RECIPES[tokens[0][0]]
-            new = _row(found, tokens[0][1])
+            row = RECIPES[tokens[0][0]]
+            found = None if scope else row
+            new = _row(row, tokens[0][1])
             if scope and any(p.scope for p in new):
-                raise BadInput(f"{found.name!r} names its own scopes; leave {scope!r} out")
+                raise BadInput(f"{row.name!r} names its own scopes; leave {scope!r} out")
             passes += [replace(p, scope=scope) if scope else p for p in new]
         else:
             passes.append(_pipeline(tokens, scope))

@@ -118,6 +118,7 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
     result = {**found, "speed": timed["speed"] if timed else None, "timing": timed}
     for k, side in enumerate(("before", "after")[:len(nets)]):
         result[side] = {**found[side], **size[k], **({x: timed[side][x] for x in none} if timed else none)}
+    result |= {"smaller": None, "faster": None, "warnings": []}
     if after is not None:
         result["packed"] = None
         if packed_bytes is not None:
@@ -142,7 +143,8 @@ def run_fresh(request: dict[str, Any], on_progress: Progress | None = None) -> d
         request["max_memory"] = max(1, request["max_memory"] - rss())
     package = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-           "TRIMTAB_PARENT": str(os.getpid())}
+           "TRIMTAB_PARENT": str(os.getpid()),
+           "PYTHONSAFEPATH": "1"}  # a file of the user's folder must not stand in for a library
     if request.get("threads"):
         env["OMP_NUM_THREADS"] = str(request["threads"])
     last = "the proof's process ended without a word"

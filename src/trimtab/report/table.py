@@ -92,12 +92,18 @@ def proof_table(run: Run) -> Table:
     return table
 
 
+def console() -> Console:
+    """Stdout; where it is no terminal (a log, a pipe) wide enough that no name is cut."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=max(out.width, 120))
+
+
 def print_proof(run: Run) -> None:
     """The proof on the terminal, and under it in words whether it is smaller, faster, good enough."""
-    out = Console(highlight=False)
+    out = console()
     out.print(proof_table(run))
     for what in ("smaller", "faster"):
-        if what in run:
+        if run.get(what):
             out.print(f"{what}: {escape(run[what])}", soft_wrap=True)
     for line in run.get("warnings", []):
         out.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True)
@@ -109,7 +115,7 @@ def print_proof(run: Run) -> None:
 
 
 def print_runs(runs: list[Run]) -> None:
-    Console(highlight=False).print(comparison(runs))
+    console().print(comparison(runs))
 
 
 def print_bench(result: dict[str, Any]) -> None:
@@ -124,7 +130,7 @@ def print_bench(result: dict[str, Any]) -> None:
             cells.append(f"{number(result[side][key])} ({number(low, 3)} to {number(high, 3)})")
         if result["before"][key] is not None:
             table.add_row(what, *cells, *([times(result["ratio"].get(key, {}).get("median"))] if pair else []))
-    out = Console(highlight=False)
+    out = console()
     out.print(table)
     out.print(f"{result['speed']} with {result['runner']} in {result['dtype']}, {result['threads']} threads, "
               f"{result['repeats']} repeats", soft_wrap=True)
@@ -132,7 +138,7 @@ def print_bench(result: dict[str, Any]) -> None:
 
 def print_inspect(result: dict[str, Any]) -> None:
     """What a network is made of, and where it looks redundant."""
-    out = Console(highlight=False)
+    out = console()
     out.print(f"{escape(result['model'])}: {result['family']}, {result['blocks']} blocks, {count(result['params'])} "
               f"parameters ({count(result['params_in_sites'])} in the layers a trim may touch), {mb(result['bytes'])}",
               soft_wrap=True)

@@ -1,0 +1,43 @@
+"""The plan: every site's share is what the budget says of that site's own scores."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trimtab.core import line, spec
+from trimtab.core.registry import get
+from trimtab.core.types import Change, Site, Summary
+from trimtab.network.stream import Network
+
+
+@pytest.mark.parametrize("budget", ["owl(outlier=2)", "lamp", "global", "uniform"])
+def test_shares_are_the_budgets(tiny_lm: Path, tmp_path: Path, budget: str) -> None:
+    recipe = spec.parse(f"row | magnitude | {budget}")
+    net = Network.open(tiny_lm)
+    walk_on = line.walker(net, [], tmp_path, None, None)
+    sweep = line.sweeps(recipe, net.sites)[0]
+    shares = line.decide(net, sweep, 0, walk_on, line.Options(keep=0.3), lambda *_: None)
+    step = recipe.passes[0].steps["budget"]
+    of = step.method.facts["of"] or (lambda s: s)
+    scores = {s.name: Summary.of(s, of(net.weight(net.block(s.block), s).float().abs())) for s in net.sites}
+    assert shares == pytest.approx(step.method({"scores": scores, "target": 0.3}, **step.bound))
+    assert (len(set(shares.values())) == 1) == (budget == "uniform")
+
+
+@pytest.mark.parametrize("text", ["row | wanda | mask", "site | sparsegpt", "row | admm", "nm(n=2,m=4) | wanda | obs"])
+def test_a_site_keeps_what_an_earlier_pass_left(text: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(8, 12, generator=g), torch.randn(40, 12, generator=g)
+    prior = torch.rand(8, 12, generator=g) > 0.4
+    site = Site("0.mlp.up", 0, "mlp", "up", "up", (8, 12), "mlp.in")
+    p = spec.parse(text).passes[0]
+    have = {n: get(f"stat/{n}").fn(x) / len(x) for n in p.needs}
+    change = line.edit_site(p, site, w * prior, 0.5, have, prior)
+    assert isinstance(change, Change)
+    assert not bool(change.w[~prior].any())
+    assert change.mask is not None
+    assert not bool((change.mask & ~prior).any())
+    whole = line.edit_site(p, site, w, 0.5, have, None)
+    assert bool((whole.w != 0).logical_and(~prior).any())  # without a prior the same entries are used
