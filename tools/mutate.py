@@ -148,13 +148,15 @@ BUGS = [
     Bug("methods/format/bsr.py", "stored.sum(1)", "stored.sum(0)", "row pointers count columns"),
     # --- the line
     Bug("core/spec.py", "/ (100 if text.endswith", "/ (1 if text.endswith", "per cent read as a share", SPEC),
-    Bug("core/spec.py", 'scope == "all" or scope == site.group', 'scope == "all"', "a scope that covers nothing", SPEC),
+    Bug("core/spec.py", 'scope in ("all", site.group)', 'scope in ("all",)', "a scope that covers nothing", SPEC),
     Bug("core/spec.py", "decided |= dict.fromkeys((m.axis, *m.joint), name)", "decided |= {m.axis: name}",
         "what a joint method decides is decided twice", SPEC),
     Bug("core/line.py", "torch.ones_like(w, dtype=torch.bool) if prior is None else prior",
         "torch.ones_like(w, dtype=torch.bool)", "a joint edit does not hear of an earlier pass", PLAN),
     Bug("core/line.py", 'env["mask"] &= prior', "pass", "dropped entries are kept in the mask", PLAN),
     Bug("core/line.py", "net.set_weight(module, s, change.w)", "net.set_weight(module, s, w)", "nothing is edited", TRIM),
+    Bug("core/line.py", "net.set_weight(module, s, change.w)",
+        "net.set_weight(module, s, change.w if s is net.sites_of(i)[-1] else w)", "only a block's last site is edited", TRIM),
     Bug("core/line.py", "Summary.of(s, of(scores) if of else scores)", "Summary.of(net.sites[0], of(scores) if of else scores)",
         "every site is taken for the first", PLAN),
     Bug("core/line.py", "Summary.of(s, of(scores) if of else scores)", "Summary.of(s, scores)",
@@ -182,8 +184,8 @@ BUGS = [
 ]
 
 
-def copied(where: Path) -> Path:
-    """The repository in `where`: code copied, everything large linked."""
+def copied(root: Path, where: Path) -> Path:
+    """The repository `root` in `where`: code copied, everything large linked."""
 
     def copy(src: str, dst: str) -> None:
         if src.endswith((".py", ".toml")):
@@ -191,11 +193,12 @@ def copied(where: Path) -> Path:
         else:
             os.symlink(src, dst)
 
+    where.mkdir(exist_ok=True)
     for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, where / part, copy_function=copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if (root / part).is_dir():
+            shutil.copytree(root / part, where / part, copy_function=copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            copy(str(ROOT / part), str(where / part))
+            copy(str(root / part), str(where / part))
     return where
 
 
@@ -248,27 +251,27 @@ def run(where: Path, arguments: list[str]) -> tuple[int, str]:
         process.join()
 
 
-def baseline(bugs: list[Bug]) -> str:
+def baseline(bugs: list[Bug], clean: Path) -> str:
     """Why the hunt would prove nothing; empty if all is well."""
+    wanted = set()
     for b in bugs:
-        found = (ROOT / b.path).read_text(encoding="utf-8").count(b.old)
-        if found != 1:
-            return f"{b.path}: {b.old!r} is there {found} times, not once ({b.why})"
-    with tempfile.TemporaryDirectory(prefix="mutate-") as tmp:
-        where = copied(Path(tmp).resolve())
-        for arguments in sorted({tuple(b.arguments((ROOT / b.path).read_text(encoding="utf-8"))) for b in bugs}):
-            code, first = run(where, list(arguments))
-            if code:
-                return f"pytest {' '.join(arguments)} gives {code} before any bug: {first}"
+        source = (clean / b.path).read_text(encoding="utf-8")
+        if source.count(b.old) != 1:
+            return f"{b.path}: {b.old!r} is there {source.count(b.old)} times, not once ({b.why})"
+        wanted.add(tuple(b.arguments(source)))
+    for arguments in sorted(wanted):
+        code, first = run(clean, list(arguments))
+        if code:
+            return f"pytest {' '.join(arguments)} gives {code} before any bug: {first}"
     return ""
 
 
-def hunt(bug: Bug) -> tuple[Bug, int, str, float]:
+def hunt(bug: Bug, clean: Path) -> tuple[Bug, int, str, float]:
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="mutate-") as tmp:
-        where = copied(Path(tmp).resolve())
+        where = copied(clean, Path(tmp).resolve() / "copy")
         source = (where / bug.path).read_text(encoding="utf-8")
-        (where / bug.path).write_text(source.replace(bug.old, bug.new, 1), encoding="utf-8")
+        (where / bug.path).write_text(source.replace(bug.old, bug.new), encoding="utf-8")
         code, first = run(where, bug.arguments(source))
     return bug, code, first, time.time() - began
 
@@ -284,13 +287,14 @@ def main() -> int:
         return 2
     FORKS.set_forkserver_preload(["torch", "numpy", "pytest", "scipy.optimize", "transformers"])
     os.environ["OMP_NUM_THREADS"] = "1"  # a process that has started threads is not one to fork
-    if why := baseline(bugs):
-        print(why)
-        return 2
     alive = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for bug, code, first, seconds in pool.map(hunt, bugs):
-            if code not in (0, 1, 2):  # 2: the tests could not even be collected, 3 and up: pytest itself
+    with tempfile.TemporaryDirectory(prefix="mutate-") as tmp, ThreadPoolExecutor(args.jobs) as pool:
+        clean = copied(ROOT, Path(tmp).resolve() / "clean")  # as it is now: the tree may go on changing
+        if why := baseline(bugs, clean):
+            print(why)
+            return 2
+        for bug, code, first, seconds in pool.map(hunt, bugs, [clean] * len(bugs)):
+            if code not in (0, 1, 2):  # 2: the tests could not even be collected; 3 and up: pytest itself
                 print(f"pytest gave {code} for {bug.why}: {first}")
                 return 2
             alive += code == 0

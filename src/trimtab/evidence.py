@@ -14,6 +14,7 @@ from trimtab.core import line, spec
 from trimtab.core.calibrate import StatCache
 from trimtab.core.registry import load_all, near
 from trimtab.core.types import BadInput, Claim
+from trimtab.network.stream import Network
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
     """One row a setting, recipe and seed that is not `done`; the statistics of one seed are shared."""
     from trimtab.demo import machine
 
+    lm = Network.open(model).kind == "lm"  # gradient recipes need a language model's loss
     for seed in range(first_seed, first_seed + seeds):
         cache = StatCache()
         for setting, recipes in settings.items():
             s = SETTINGS[setting]
             for text_of_recipe in recipes:
                 recipe = spec.load(text_of_recipe)
+                if not lm and any(map(line.differentiates, recipe.passes)):
+                    continue
                 recipe = recipe.limited(s.scope, s.keep if any(p.free for p in recipe.passes) else None)
                 if (setting, text_of_recipe, seed) in done:
                     continue
@@ -60,7 +64,7 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                     progress(f"{setting}, seed {seed}: {text_of_recipe}", 0, 0)
                 with tempfile.TemporaryDirectory() as tmp:
                     r = line.trim(model, recipe, Path(tmp) / "out", line.Options(
-                        seed=seed, calib=calib, text=text, proof_tokens=proof_tokens, speed=False, fresh=False,
+                        seed=seed, calib=calib, text=text, proof_tokens=proof_tokens if lm else None, speed=False, fresh=False,
                         cache=cache), _quiet)
                 yield {
                     "model": name, "setting": setting, "recipe": text_of_recipe, "pipeline": recipe.text, "seed": seed,

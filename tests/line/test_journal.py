@@ -15,7 +15,7 @@ def journal(tmp_path: Path) -> Journal:
     out.mkdir()
     (out / "model").write_text("earlier")
     j = Journal(out)
-    j.open({"plan": 1}, resume=False, force=False)
+    j.open({"plan": 1}, resume=False, force=True)
     (j.dir / "finished").mkdir()
     (j.dir / "finished" / "model").write_text("new")
     return j

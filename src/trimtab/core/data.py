@@ -141,8 +141,12 @@ def builtin_stream(split: str, tokenizer: Any, flag: str) -> Tensor:
     return _STREAMS[at]
 
 
-def prepare(net: Any, paths: Sequence[str | Path] | None, split: str, samples: int, length: int, seed: int | None) -> list[Batch]:
-    """One-sample batches for a model: the user's files, or the built-in split through the model's own tokenizer."""
+def prepare(net: Any, paths: Sequence[str | Path] | None, split: str, samples: int | None, length: int,
+            seed: int | None) -> list[Batch]:
+    """One-sample batches for a model: the user's files, or the built-in split through the model's own tokenizer.
+
+    `samples` of None takes all of a .safetensors file, and is for nothing else.
+    """
     flag = "--calib" if split == "calibration" else "--text"
     if paths and any(Path(p).suffix == ".safetensors" for p in paths):
         if len(paths) != 1:
@@ -158,5 +162,6 @@ def prepare(net: Any, paths: Sequence[str | Path] | None, split: str, samples: i
     if limit and length > limit:
         raise BadInput(f"--seq-len {length} is more than the model's {limit} positions")
     stream = tokens(read_texts(paths), tokenizer) if paths else builtin_stream(split, tokenizer, flag)
+    assert samples is not None
     ids = windows(stream, samples, length, seed, split)
     return [{"input_ids": row[None]} for row in ids]

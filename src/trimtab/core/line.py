@@ -569,7 +569,8 @@ def recipe_yaml(recipe: Recipe, opts: Options) -> str:
 # ---- proof ------------------------------------------------------------------------------------
 def proof_samples(net: Network, opts: Options) -> list[data_.Batch]:
     count = opts.proof_tokens or (2048 if net.n_params > 5e8 else 8192)
-    return data_.prepare(net, opts.text, "validation", max(1, count // opts.seq_len), opts.seq_len, None)
+    given = any(t.endswith(".safetensors") for t in opts.text) and not opts.proof_tokens  # ready inputs: all of them
+    return data_.prepare(net, opts.text, "validation", None if given else max(1, count // opts.seq_len), opts.seq_len, None)
 
 
 def text_bytes(net: Network, samples: list[data_.Batch]) -> int | None:
