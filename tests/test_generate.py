@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tools import generate
 
+from trimtab import evidence
 from trimtab.core.registry import AXES, load_all
 from trimtab.core.spec import parse
 from trimtab.core.types import Claim
@@ -18,7 +19,7 @@ VERSIONS = {k: m.version for k, m in REG.items()}
 CLAIM = Claim("weight times input beats weight", "wanda", "magnitude", "50%", "7.26 against 17.29")
 
 
-def row(recipe: str, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
+def row(recipe: str, value: float | None, seed: int = 0, **more: Any) -> dict[str, Any]:
     methods = {"score/wanda": VERSIONS["score/wanda"]} if recipe == "wanda" else {}
     return {"recipe": recipe, "model": "toy", "setting": "50%", "metric": "perplexity", "value": value, "seed": seed,
             "methods": methods, **more}
@@ -58,6 +59,20 @@ def test_a_row_of_another_version_is_stale() -> None:
     assert generate.judged(CLAIM, every, VERSIONS)[0] == "stale on toy"
     assert generate.judged(CLAIM, [*every, row("wanda", 5.0, 1)], VERSIONS)[0] == "direction fails on toy"
     assert generate.judged(CLAIM, [row("wanda", 3.0, methods={"score/gone": "1"}), every[1]], VERSIONS)[0] == "stale on toy"
+
+
+def test_a_row_whose_recipe_means_something_else_now_is_stale() -> None:
+    as_it_is = evidence.pipeline("50%", "magnitude")
+    assert generate.judged(CLAIM, [row("wanda", 3.0), row("magnitude", 4.0, pipeline=as_it_is)], VERSIONS)[0].startswith("direction")
+    other = as_it_is.replace("site", "row")
+    assert other != as_it_is
+    assert generate.judged(CLAIM, [row("wanda", 3.0), row("magnitude", 4.0, pipeline=other)], VERSIONS)[0] == "stale on toy"
+
+
+def test_a_broken_model_counts_as_infinitely_bad() -> None:
+    every = [row("wanda", 3.0), row("magnitude", 4.0), row("magnitude", None, 1)]
+    assert generate.judged(CLAIM, every, VERSIONS) == ("direction holds on toy", "perplexity 3 against inf ± 0 (toy, seeds: 1)")
+    assert generate.judged(CLAIM, [row("wanda", None), row("magnitude", None)], VERSIONS)[0] == "partly on toy"
 
 
 def test_models_and_settings_are_kept_apart() -> None:

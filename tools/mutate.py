@@ -253,16 +253,18 @@ def run(where: Path, arguments: list[str]) -> tuple[int, str]:
 
 def baseline(bugs: list[Bug], clean: Path) -> str:
     """Why the hunt would prove nothing; empty if all is well."""
-    wanted = set()
+    wanted: dict[tuple[str, ...], set[str]] = {}  # files -> what -k chooses of them
     for b in bugs:
         source = (clean / b.path).read_text(encoding="utf-8")
         if source.count(b.old) != 1:
             return f"{b.path}: {b.old!r} is there {source.count(b.old)} times, not once ({b.why})"
-        wanted.add(tuple(b.arguments(source)))
-    for arguments in sorted(wanted):
-        code, first = run(clean, list(arguments))
+        files, _, chosen = " ".join(b.arguments(source)).partition(" -k ")
+        wanted.setdefault(tuple(files.split()), set()).add(f"({chosen})" if chosen else "")
+    for files, chosen in wanted.items():
+        choice = [] if "" in chosen else ["-k", " or ".join(sorted(chosen))]
+        code, first = run(clean, [*files, *choice])
         if code:
-            return f"pytest {' '.join(arguments)} gives {code} before any bug: {first}"
+            return f"pytest {' '.join(files)} gives {code} before any bug: {first}"
     return ""
 
 

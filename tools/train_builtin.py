@@ -1,20 +1,25 @@
 """Train `builtin:lm` on the interpreter's own standard library. Stop it any time; run it again to go on.
 
     python tools/train_builtin.py --work build/builtin-lm --tokens 9e6
-    python tools/train_builtin.py --work build/builtin-lm --publish src/trimtab/builtin/lm
+    python tools/train_builtin.py --work build/more --start src/trimtab/builtin/lm --functions 0.375 --tokens 6e6
+    python tools/train_builtin.py --work build/more --publish src/trimtab/builtin/lm
 
 Recipe: matrices by Muon (momentum, orthogonalised by Newton-Schulz), the tied embedding and the norms by
 AdamW; constant learning rate for the first half, then linear to zero; windows of 512 tokens in the first
-half and 1,024 in the second. Batches are a pure function of the token count, so a resumed run sees the
-data an uninterrupted one would have seen. Every checkpoint replaces the last one atomically.
+half and 1,024 in the second. `--start` trains a published model on; `--functions` gives that share of every
+batch to functions on their own, without docstring, so that a header alone is no stranger. Products in
+bfloat16 where the processor has them. Batches are a pure function of the token count, so a resumed run sees
+the data an uninterrupted one would have seen. Every checkpoint replaces the last one atomically.
 """
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import os
 import shutil
+import textwrap
 import time
 from pathlib import Path
 
@@ -28,6 +33,7 @@ VOCAB, EOT = 4096, "<|endoftext|>"
 # A word takes one leading mark with it (`.append`, `_name`, ` self`); a newline takes its whole indentation.
 PIECES = r"[^\r\n\w]?\w+| ?[^\s\w]+|\s*\n\s*|\s+(?!\S)|\s+"
 STEP_TOKENS, WARMUP, SHORT, LONG = 8192, 60, 512, 1024
+CURVE = Path(__file__).resolve().parents[1] / "docs" / "builtin-curve.jsonl"
 LR_MATRIX, LR_REST, DECAY = 0.02, 0.004, 0.01
 
 
@@ -56,17 +62,42 @@ def make_tokenizer(path: Path) -> Tokenizer:
 
 def stream(tok: Tokenizer, split: str) -> torch.Tensor:
     """All modules of a split as one row of ids, an end-of-text before each."""
+    return joined(tok, corpus.text(split))
+
+
+def joined(tok: Tokenizer, texts: list[str]) -> torch.Tensor:
     ids: list[int] = []
-    for enc in tok.encode_batch(corpus.text(split)):
+    for enc in tok.encode_batch(texts, add_special_tokens=False):
         ids += [0, *enc.ids]
     return torch.tensor(ids, dtype=torch.long)
 
 
-def batch(data: torch.Tensor, done: int, length: int) -> torch.Tensor:
-    """The windows that follow `done` tokens of training: a shuffled grid, shifted and reshuffled each epoch."""
+def functions(texts: list[str]) -> list[str]:
+    """Every function and method of at most 60 lines as a text of its own: not indented, no decorators, no docstring."""
+    found = []
+    for text in texts:
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        lines = text.splitlines()
+        for n in ast.walk(tree):
+            if not isinstance(n, ast.FunctionDef) or n.end_lineno is None or n.end_lineno - n.lineno > 60:
+                continue
+            kept, first = lines[n.lineno - 1:n.end_lineno], n.body[0]
+            if ast.get_docstring(n, clean=False) is not None and first.end_lineno is not None:
+                if len(n.body) == 1 or first.lineno == n.lineno:
+                    continue
+                kept = lines[n.lineno - 1:first.lineno - 1] + lines[first.end_lineno:n.end_lineno]
+            found.append(textwrap.dedent("\n".join(kept)) + "\n")
+    return found
+
+
+def batch(data: torch.Tensor, first: int, count: int, length: int) -> torch.Tensor:
+    """Windows `first` to `first + count`: a shuffled grid, shifted and reshuffled each epoch."""
     per_epoch = (len(data) - length - 1) // length
-    rows, first = [], done // length
-    for i in range(first, first + STEP_TOKENS // length):
+    rows = []
+    for i in range(first, first + count):
         epoch, k = divmod(i, per_epoch)
         g = torch.Generator().manual_seed(1000 * epoch + length)
         shift = int(torch.randint(0, length, (1,), generator=g))
@@ -78,8 +109,8 @@ def batch(data: torch.Tensor, done: int, length: int) -> torch.Tensor:
 class Muon:
     """Momentum, then the nearest (semi-)orthogonal matrix by five quintic Newton-Schulz steps (Jordan et al. 2024)."""
 
-    def __init__(self, params: list[torch.Tensor]):
-        self.params, self.buf = params, [torch.zeros_like(p) for p in params]
+    def __init__(self, params: list[torch.Tensor], dtype: torch.dtype = torch.float32):
+        self.params, self.buf, self.dtype = params, [torch.zeros_like(p) for p in params], dtype
         self.groups: dict[tuple[int, ...], list[int]] = {}
         for i, p in enumerate(params):
             self.groups.setdefault(tuple(p.shape), []).append(i)
@@ -93,7 +124,7 @@ class Muon:
                 assert grad is not None
                 self.buf[i].mul_(momentum).add_(grad)
                 moved.append(grad + momentum * self.buf[i])
-            x = torch.stack(moved)
+            x = torch.stack(moved).to(self.dtype)
             x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
             if tall := rows > cols:
                 x = x.mT
@@ -135,17 +166,26 @@ def save(path: Path, state: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def train(work: Path, total: int, threads: int, compiled: bool) -> None:
+def train(work: Path, total: int, threads: int, compiled: bool, start: Path | None, share: float) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     work.mkdir(parents=True, exist_ok=True)
+    if start and not (work / "tokenizer.json").exists():
+        shutil.copy(CURVE, work / "curve.jsonl")
+        shutil.copy(start / "tokenizer.json", work / "tokenizer.json")
     tok = make_tokenizer(work / "tokenizer.json")
     data = stream(tok, "train")
+    alone = joined(tok, functions(corpus.text("train"))) if share else data
     peek = [t for t in corpus.text("validation") if len(t) < 30000][::4]
     model = LlamaForCausalLM(shape())
+    before = 0  # tokens the model to start from had seen
+    if start:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+        before = json.loads(CURVE.read_text().splitlines()[-1])["tokens"]
+    bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon, adam = Muon(matrices), torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
+    muon, adam = Muon(matrices, torch.bfloat16 if bf16 else torch.float32), torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
     done = step = 0
     seconds = 0.0
     ckpt = work / "checkpoint.pt"
@@ -156,18 +196,24 @@ def train(work: Path, total: int, threads: int, compiled: bool) -> None:
         for b, v in zip(muon.buf, s["muon"], strict=True):
             b.copy_(v)
         done, step, seconds = s["done"], s["step"], s["seconds"]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} training tokens, at {done:,}", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} + {len(alone) if share else 0:,} training tokens, "
+          f"at {done:,}, {'bfloat16' if bf16 else 'float32'} products", flush=True)
     run = torch.compile(model) if compiled else model
     log, mark, recent = (work / "curve.jsonl").open("a"), time.time(), []
     while done < total:
         progress = done / total
         length = SHORT if progress < 0.5 else LONG
         rate = learning_rate(step, progress)
-        x = batch(data, done, length)
+        count = STEP_TOKENS // length
+        n_alone = round(count * share)
+        x = batch(data, done // length * (count - n_alone) // count, count - n_alone, length)
+        if n_alone:
+            x = torch.cat([x, batch(alone, step * n_alone, n_alone, length)])
         loss_sum, micro = 0.0, 4096 // length
         for part in x.split(micro):
-            loss = run(input_ids=part[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(loss.reshape(-1, VOCAB), part[:, 1:].reshape(-1))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = run(input_ids=part[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().reshape(-1, VOCAB), part[:, 1:].reshape(-1))
             (loss * len(part) / len(x)).backward()
             loss_sum += loss.item() * len(part) / len(x)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
@@ -180,7 +226,7 @@ def train(work: Path, total: int, threads: int, compiled: bool) -> None:
         recent.append(loss_sum)
         if step % 25 == 0 or done >= total:
             seconds, mark = seconds + time.time() - mark, time.time()
-            row = {"step": step, "tokens": done, "loss": round(sum(recent) / len(recent), 4), "seconds": round(seconds)}
+            row = {"step": step, "tokens": before + done, "loss": round(sum(recent) / len(recent), 4), "seconds": round(seconds)}
             if step % 100 == 0 or done >= total:
                 row["peek_bits_per_byte"] = round(bits_per_byte(model, tok, peek), 4)
             recent = []
@@ -206,7 +252,7 @@ def publish(work: Path, out: Path) -> None:
     tok.post_processor = processors.TemplateProcessing(single=f"{EOT} $A", pair=f"{EOT} $A {EOT} $B", special_tokens=[(EOT, 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=EOT, eos_token=EOT, pad_token=EOT, model_max_length=LONG)
     fast.save_pretrained(staging)
-    shutil.copy(work / "curve.jsonl", Path(__file__).resolve().parents[1] / "docs" / "builtin-curve.jsonl")
+    shutil.copy(work / "curve.jsonl", CURVE)
     bpb = bits_per_byte(model.float().eval(), tok, corpus.text("validation"))
     print(f"validation: {bpb:.4f} bits per byte, window {LONG}, stride 512, {s['done']:,} tokens in {s['seconds'] / 60:.0f} minutes")
     shutil.rmtree(out, ignore_errors=True)
@@ -217,6 +263,8 @@ if __name__ == "__main__":
     ap = argparse.ArgumentParser(description="Train or publish builtin:lm.")
     ap.add_argument("--work", type=Path, required=True, help="folder of checkpoint, tokenizer and curve")
     ap.add_argument("--tokens", type=float, default=9e6, help="tokens to train on, fixed before half of them are done")
+    ap.add_argument("--start", type=Path, metavar="DIR", help="train this published model on, instead of a fresh one")
+    ap.add_argument("--functions", type=float, default=0.0, metavar="SHARE", help="share of functions on their own")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--no-compile", action="store_true")
     ap.add_argument("--publish", type=Path, metavar="DIR", help="write the model there instead of training")
@@ -224,4 +272,4 @@ if __name__ == "__main__":
     if a.publish:
         publish(a.work, a.publish)
     else:
-        train(a.work, int(a.tokens), a.threads, not a.no_compile)
+        train(a.work, int(a.tokens), a.threads, not a.no_compile, a.start, a.functions)

@@ -47,6 +47,13 @@ def count(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; use a whole number from 0 to 2**63 - 1")
+    return value
+
+
 def find_model(name: str) -> Path:
     """A directory, `builtin:lm`, or a hub id. An existing or path-like name is never looked up on a hub."""
     if name == BUILTIN:
@@ -162,7 +169,7 @@ def parser() -> Parser:
     p.add_argument("--text", nargs="+", default=[], metavar="PATH", help="the same, for the proof")
     p.add_argument("--samples", type=count, default=128)
     p.add_argument("--seq-len", type=count, default=256)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--max-memory", type=size, help="resident memory not to exceed, such as 2GB")
     p.add_argument("--min-recovery", type=share, help="fail when dense / trimmed perplexity is below")
     p.add_argument("--proof-tokens", type=count)
@@ -194,13 +201,13 @@ def parser() -> Parser:
     p.add_argument("prompt")
     p.add_argument("--max-new-tokens", type=count, default=64)
     p.add_argument("--temperature", type=float, default=0.0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     model_options(p)
 
     p = command("verify", "re-measure the claims of recipes on the built-in model")
     p.add_argument("recipe", nargs="*")
     p.add_argument("--seeds", type=count, default=1)
-    p.add_argument("--first-seed", type=int, default=0)
+    p.add_argument("--first-seed", type=seed, default=0)
     p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
     p.add_argument("--model", default=BUILTIN)
     p.add_argument("--name", help="what the rows call the model; default: as given")

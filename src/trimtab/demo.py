@@ -59,11 +59,12 @@ def demo(out: Path, *, force: bool, threads: int, quiet: bool, words: bool) -> d
     """Run every recipe of RUNS into `out`/models, prove each, write `out`/report.html and results.jsonl."""
     from trimtab.cli import Progress
     from trimtab.report.page import page
-    from trimtab.report.table import print_runs
+    from trimtab.report.table import print_runs, ranked
 
     model = model_path()
-    if out.exists() and not force:
-        raise BadInput(f"{out} exists; choose another --out, or replace it with --force")
+    if out.exists() and not (force and out.is_dir()):
+        raise BadInput(f"{out} exists; choose another --out" + (", or replace it with --force" if out.is_dir() else " folder"))
+    line.check_ours(out, "report.html")
     staging = out.with_name(out.name + ".partial")
     if staging.exists() and not (staging / "models").is_dir():
         raise BadInput(f"{staging} was not made by this demo; move it away or choose another --out")
@@ -97,7 +98,7 @@ def demo(out: Path, *, force: bool, threads: int, quiet: bool, words: bool) -> d
     staging.rename(out)
     if words:
         print_runs(runs)
-        best = max((r for r in runs), key=lambda r: r["recovery"])
+        best = ranked(runs)[0]
         print(f"\nprompt     {PROMPT!r}\nbefore     {samples['dense']!r}\nafter      {samples[best['name']]!r}   ({best['name']})")
         print(f"\n{seconds:.0f} s in all. The report: {out / 'report.html'}")
     return {"runs": runs, "samples": samples, "report": str(out / "report.html"), "seconds": round(seconds, 1)}

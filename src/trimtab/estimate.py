@@ -1,7 +1,6 @@
 """What a run would need, said before it starts and checked on one block end to end."""
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -15,7 +14,7 @@ from trimtab.core.calibrate import Collector, Walk
 from trimtab.core.line import Options, Report
 from trimtab.core.registry import get
 from trimtab.core.spec import Recipe
-from trimtab.core.types import BadInput, Failed
+from trimtab.core.types import Failed
 from trimtab.network.checkpoint import SafeFile
 from trimtab.network.stream import Network
 
@@ -48,11 +47,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
     guess = first_guess(net, recipe, samples)
     tick(f"estimate: {guess['memory'] / 1e9:.2f} GB memory, {guess['disk'] / 1e9:.2f} GB disk, {guess['minutes']:.1f} minutes", 0, 0)
-    where = out.absolute().parent
-    while not where.exists():
-        where = where.parent
-    if shutil.disk_usage(where).free < guess["disk"]:
-        raise BadInput(f"not enough disk under {where}: {guess['disk'] / 1e9:.2f} GB needed")
+    line.check_room(out, guess["disk"])
     if not plan_sweeps:
         return {"estimate": guess, "measured": None, "recipe": recipe.text}
     began = time.time()

@@ -46,7 +46,8 @@ def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
     """decode_tok_s, prefill_tok_s, first_token_s and rss_bytes; with `against`, both in one run, alternating."""
     from trimtab.prove.speed import measure
 
-    return measure(against or model, model if against else None, prompt=a.prompt, new=a.new, batch=a.batch, threads=torch.get_num_threads())
+    return measure(against or model, model if against else None, prompt=a.prompt, new=a.new, batch=a.batch, threads=torch.get_num_threads(),
+                   dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code)
 
 
 def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:

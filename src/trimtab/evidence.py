@@ -1,7 +1,9 @@
 """Measured rows: the same recipes under the same calibration set, several seeds, stored as they came out."""
 from __future__ import annotations
 
+import functools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -54,10 +56,9 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
         for setting, recipes in settings.items():
             s = SETTINGS[setting]
             for text_of_recipe in recipes:
-                recipe = spec.load(text_of_recipe)
+                recipe = limited(s, text_of_recipe)
                 if not lm and any(map(line.differentiates, recipe.passes)):
                     continue
-                recipe = recipe.limited(s.scope, s.keep if any(p.free for p in recipe.passes) else None)
                 if (setting, text_of_recipe, seed) in done:
                     continue
                 if progress is not None:
@@ -101,6 +102,8 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
     versions = {k: m.version for k, m in load_all().items()}
     measured = fresh_rows(out, model_name, versions) if out else []
     done = frozenset((r["setting"], r["recipe"], r["seed"]) for r in measured)
+    if out and not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is no directory; create it, or choose another -o")
     sink = out.open("a", encoding="utf-8") if out else None
     for row in rows_of(model or model_path(), model_name, wanted, seeds, calib=calib, text=text, first_seed=first_seed,
                        done=done, progress=progress):
@@ -125,19 +128,36 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
 def fresh_rows(path: Path, model: str, versions: dict[str, str]) -> list[Row]:
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = []
+    for n, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(text))
+        except json.JSONDecodeError:
+            raise BadInput(f"line {n} of {path} is not a JSON row; remove it") from None
     return [r for r in rows if r["model"] == model and not is_stale(r, versions)]
 
 
 # ---- what rows say ----------------------------------------------------------------------------
 def is_stale(row: Row, versions: dict[str, str]) -> bool:
-    """Whether a method has changed since, or is gone."""
-    return any(versions.get(key) != version for key, version in row["methods"].items())
+    """Whether a method has changed since, or is gone, or the recipe's name now stands for something else."""
+    if any(versions.get(key) != version for key, version in row["methods"].items()):
+        return True
+    return row["setting"] in SETTINGS and "pipeline" in row and row["pipeline"] != pipeline(row["setting"], row["recipe"])
+
+
+@functools.cache
+def pipeline(setting: str, text: str) -> str:
+    return limited(SETTINGS[setting], text).text
+
+
+def limited(s: Setting, text: str) -> spec.Recipe:
+    recipe = spec.load(text)
+    return recipe.limited(s.scope, s.keep if any(p.free for p in recipe.passes) else None)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Mean over the seeds, and their standard deviation (0 for a single one)."""
+    """Mean over the seeds, and their standard deviation (0 for a single one). Infinite when one of them broke the model."""
 
     mean: float
     spread: float
@@ -145,7 +165,9 @@ class Figure:
 
     @staticmethod
     def of(some: Iterable[Row]) -> Figure:
-        values = [float(r["value"]) for r in some]
+        values = [math.inf if r["value"] is None else float(r["value"]) for r in some]
+        if not all(map(math.isfinite, values)):
+            return Figure(math.inf, 0.0, len(values))
         return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
     def __str__(self) -> str:
@@ -169,7 +191,7 @@ def judged(claim: Claim, every: list[Row], versions: dict[str, str]) -> tuple[st
         ours, other = map(Figure.of, fresh)
         gain = ours.mean - other.mean if BETTER[metric] == "higher" else other.mean - ours.mean
         pooled = ((ours.spread ** 2 + other.spread ** 2) / 2) ** 0.5
-        if abs(gain) <= pooled:
+        if not abs(gain) > pooled:  # nan too: both broken
             status.append(f"partly on {model}")
         else:
             status.append(f"direction {'holds' if gain > 0 else 'fails'} on {model}")

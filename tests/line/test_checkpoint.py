@@ -47,7 +47,11 @@ def test_reads_every_dtype_in_memory_of_its_own(tmp_path):
     gen = torch.Generator().manual_seed(0)
     want = {str(d): torch.randint(0, 2, (3, 5), generator=gen).to(d) for d in FLOATS + OTHERS}
     want |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.5)}
-    write_safetensors(tmp_path / "f.safetensors", want, {"note": "n"})
+    write_safetensors(tmp_path / "f.safetensors", {n: (t.dtype, t.shape) for n, t in want.items()}, want.__getitem__, {"note": "n"})
+    assert {n: (t.dtype, t.shape) for n, t in load_file(tmp_path / "f.safetensors").items()} \
+        == {n: (t.dtype, t.shape) for n, t in want.items()}  # as the library reads it
+    with pytest.raises(ValueError, match="announced"):
+        write_safetensors(tmp_path / "g.safetensors", {"scalar": (torch.float64, ())}, want.__getitem__, {})
     f = SafeFile(tmp_path / "f.safetensors")
     assert set(f.names) == set(want) and f.metadata == {"note": "n"}
     for name, t in want.items():
@@ -106,16 +110,16 @@ def test_replaced_tensors_keep_name_place_and_dtype(one, tmp_path):
 
 
 def test_digest_sees_weights_and_config(one, tmp_path):
-    first = Checkpoint.open(one).digest()
-    assert first == Checkpoint.open(one).digest()
+    first = Checkpoint.open(one).check(())
+    assert first == Checkpoint.open(one).check(())
     (one / "notes.txt").write_text("not part of the model")
-    assert Checkpoint.open(one).digest() == first
+    assert Checkpoint.open(one).check(()) == first
     raw = bytearray((one / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (one / "model.safetensors").write_bytes(raw)
-    second = Checkpoint.open(one).digest()
+    second = Checkpoint.open(one).check(())
     (one / "config.json").write_text((one / "config.json").read_text() + "\n")
-    assert len({first, second, Checkpoint.open(one).digest()}) == 3
+    assert len({first, second, Checkpoint.open(one).check(())}) == 3
 
 
 @pytest.mark.parametrize("dtype, bad", [(d, b) for d in FLOATS for b in ("nan", "inf", "-inf")
@@ -128,10 +132,9 @@ def test_finite_finds_one_bad_entry_and_only_that(tmp_path, monkeypatch, dtype, 
     t.view(-1)[80] = float(bad)
     save_file({"big": big, "t": t, "i": torch.ones(3, dtype=torch.int64)}, tmp_path / "model.safetensors")
     c = Checkpoint.open(tmp_path)
-    c.check_finite("big")
-    c.check_finite("i")
+    c.check(["big", "i"])
     with pytest.raises(BadInput, match=r"tensor t of .* NaN or inf"):
-        c.check_finite("t")
+        c.check(["big", "t"])
 
 
 # ---- damage -----------------------------------------------------------------------------------

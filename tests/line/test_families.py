@@ -303,15 +303,17 @@ def test_front_and_end_hold_only_their_own_weights(saved, name):
         return {n for n, p in net.model.named_parameters(remove_duplicate=False) if not p.is_meta}
 
     assert not held()
-    with net.front(), torch.no_grad():
+    with torch.no_grad():
         hidden, context = net.embed(batch)
         front = held()
         loaded = {n: p.data_ptr() for n, p in net.model.named_parameters() if not p.is_meta}
         net.embed(batch)
         assert loaded == {n: p.data_ptr() for n, p in net.model.named_parameters() if not p.is_meta}  # read once
-    assert not held()
-    with net.tail():
+        net.release()
+        assert not held()
+        net.finish(hidden, context, batch)
         end = held()
+        net.release()
     assert not held() and front and end
     assert not any(w in n for n in front for w in ("lm_head", "decoder", "classifier", "model.norm", "ln_f", "vit.layernorm"))
     assert not any("embed_tokens" in n or "wte" in n or "word_embeddings" in n for n in end)
@@ -466,8 +468,8 @@ def test_nan_is_named(saved, tmp_path, name):
     net = Network(Checkpoint.open(path))
     with pytest.raises(BadInput, match=name), torch.no_grad():
         net.block(1)
-        with net.tail():
-            pass
+        batch = tiny.inputs("llama")
+        net.finish(*net.embed(batch), batch)
 
 
 def test_infinite_replacement_is_refused(saved):

@@ -155,7 +155,7 @@ def test_bench_prints_one_model_or_two(capsys):
     side = {"decode_tok_s": 210.0, "prefill_tok_s": 3100.0, "first_token_s": 0.02,
             "spread": {"decode_tok_s": [200.0, 220.0]}}
     result = {"before": side, "after": None, "ratio": {}, "speed": "measured", "runner": "torch", "dtype": "float32",
-              "threads": 2, "repeats": 5}
+              "threads": 2, "repeats": 5, "rss_bytes": 512_000_000}
     print_bench(result)
     assert "210.0 (200 to 220)" in capsys.readouterr().out
     print_bench({**result, "after": side, "ratio": {"decode_tok_s": {"median": 1.25}}})

@@ -239,6 +239,23 @@ def test_a_folder_of_somebody_else_is_left_alone(capsys, tiny_lm, tmp_path, cali
         assert code == 2 and "not made by trimtab" in err and (tmp_path / "o.partial" / "thesis.txt").read_text() == "mine"
 
 
+def test_force_replaces_only_what_trimtab_wrote(capsys, tiny_lm, tmp_path, calib, monkeypatch):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "thesis.txt").write_text("mine")
+    for flag in ("--resume", "--force"):
+        code, _, err = trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, flag)
+        assert code == 2 and "no output of trimtab" in err and (tmp_path / "o" / "thesis.txt").read_text() == "mine"
+    code, _, err = run(capsys, "demo", "--out", tmp_path / "o", "--force")
+    assert code == 2 and "no output of trimtab" in err
+    code, _, err = run(capsys, "demo", "--out", tmp_path / "o" / "thesis.txt", "--force")
+    assert code == 2 and "another --out folder" in err
+    assert trim(capsys, tiny_lm, "magnitude", tmp_path / "p", calib)[0] == 0
+    monkeypatch.chdir(tmp_path / "p")
+    code, _, err = trim(capsys, tiny_lm, "wanda", ".", calib, "--force")
+    assert code == 2 and "no output of trimtab" in err
+    assert not (tmp_path / "o.partial").exists()
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(capsys, tiny_lm, tmp_path, calib, monkeypatch):
     original = line.write_like
 
@@ -397,6 +414,8 @@ def test_a_broken_model_is_refused(capsys, tiny_lm, tmp_path, calib, harm, words
     (["MODEL", "wanda", "--dtype", "bfloat16", "--scope", "x.*"], ["matches no site"]),
     (["MODEL", "row | wanda | nm"], ["0.attn.q", "keeps"]),
     (["MODEL", "wanda", "--samples", "none"], ["none"]),
+    (["MODEL", "wanda", "--seed", "-1"], ["-1", "whole number"]),
+    (["MODEL", "wanda", "--seed", "9" * 30], ["whole number"]),
 ], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
 def test_bad_arguments_are_refused(capsys, tiny_lm, tmp_path, argv, words):
     argv = [str(tiny_lm) if a == "MODEL" else a for a in argv]
@@ -467,6 +486,35 @@ def test_catalogue_lists_everything(capsys):
     assert all(m["Formula"] and m["Source"] and m["Deviations"] for m in found["methods"].values())
     code, _, err = run(capsys, "catalogue", "wnada")
     assert code == 2 and "wanda" in err
+
+
+def test_verify_says_what_is_wrong_with_its_file(capsys, tmp_path):
+    code, _, err = run(capsys, "verify", "wanda", "-o", tmp_path / "none" / "rows.jsonl", "-q")
+    assert code == 2 and "no directory" in err
+    (tmp_path / "rows.jsonl").write_text('{"model": "x"\n')
+    code, _, err = run(capsys, "verify", "wanda", "-o", tmp_path / "rows.jsonl", "-q")
+    assert code == 2 and "line 1" in err
+
+
+def test_inspect_names_every_kind_of_layer(capsys, tiny_lm, calib):
+    code, out, _ = run(capsys, "inspect", tiny_lm, "--calib", calib, "--samples", "2", "--seq-len", "32", "-q")
+    assert code == 0 and all(word in out for word in ("attn.q", "mlp.down", "changes its input least"))
+
+
+def test_bench_counts_what_the_model_holds(capsys, tiny_lm):
+    code, out, _ = run(capsys, "bench", tiny_lm, "--prompt", "4", "--new", "4", "--dtype", "bfloat16", "--json", "-q")
+    found = json.loads(out)
+    assert code == 0 and found["dtype"] == "bfloat16" and found["rss_bytes"] > 0
+    code, out, _ = run(capsys, "bench", tiny_lm, "--against", tiny_lm, "--prompt", "4", "--new", "4", "-q")
+    assert code == 0 and "resident" in out and "ratio" in out
+
+
+def test_the_card_says_how_to_make_it_again(capsys, tiny_lm, tmp_path, calib):
+    assert trim(capsys, tiny_lm, "wanda", tmp_path / "o", calib, "--keep", "0.25")[0] == 0
+    card = (tmp_path / "o" / "README.md").read_text()
+    command = next(text for text in card.splitlines() if text.startswith("trimtab trim"))
+    assert f"--calib {calib} --text {calib}" in command and "keep=0.25" in command and "--samples 4" in command
+    assert "out" not in json.loads((tmp_path / "o" / "trimtab.json").read_text())  # a directory may be moved
 
 
 def test_generate_continues(capsys, tiny_lm):

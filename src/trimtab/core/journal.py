@@ -28,7 +28,8 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(tmp, path)
 
 
-def sync_dir(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What a file or a directory holds is on the disk when this returns."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -100,7 +101,7 @@ class Journal:
             shutil.rmtree(old, ignore_errors=True)
             os.rename(self.out, old)
         os.rename(finished, self.out)
-        sync_dir(self.out.parent)
+        sync(self.out.parent)
 
     def recover(self) -> None:
         """A kill between the two renames of `publish` left the earlier output aside: put it back."""
@@ -135,8 +136,6 @@ class Journal:
         path = self.block_path(sweep, block)
         tmp = path.with_suffix(".tmp")
         save_file(tensors, tmp, metadata={"notes": json.dumps(notes, sort_keys=True)})
-        fd = os.open(tmp, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        sync(tmp)
         os.replace(tmp, path)
-        sync_dir(self.dir)
+        sync(self.dir)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import time
@@ -26,12 +27,12 @@ import trimtab
 from trimtab.core import data as data_
 from trimtab.core import memory
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
-from trimtab.core.journal import Journal, sync_dir, write_json
+from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Failed, Site, Summary
 from trimtab.methods.format.bitmask import pack_bits, unpack_mask
-from trimtab.network.checkpoint import SafeFile, write_like
+from trimtab.network.checkpoint import Entry, SafeFile, read, write_like, write_safetensors
 from trimtab.network.stream import Network
 
 Report = Callable[[str, int, int], None]  # stage, done, of
@@ -183,7 +184,7 @@ def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: 
     """Everything that decides the result. Two runs with equal headers write equal files."""
     return {
         "recipe": recipe.text, "keep": opts.keep, "seed": opts.seed, "methods": recipe.methods,
-        "source": net.checkpoint.digest(), "calibration": data_.digest(samples), "samples": len(samples),
+        "source": net.digest, "calibration": data_.digest(samples), "samples": len(samples),
         "dtype": opts.dtype, "device": "cpu", "threads": torch.get_num_threads(),
         "versions": {"trimtab": trimtab.__version__, "torch": torch.__version__}, "machine": platform.machine(),
     }
@@ -367,7 +368,7 @@ def finish(journal: Journal, model: Path, out: Path, header: dict[str, Any], net
         journal.close(remove=True)
     if notes["proof"] != "pending" and notes.get("min_recovery") == opts.min_recovery:
         tick(f"resume: {out} is finished, its proof {notes['proof']}", 0, 0)
-        return notes
+        return {**notes, "out": str(out)}
     return prove(model, out, notes, net, proof, opts, tick, began)
 
 
@@ -400,6 +401,13 @@ def check_out(model: Path, out: Path, opts: Options) -> None:
         raise BadInput(f"{out} exists; choose another -o, or replace it with --force")
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; -o names a directory")
+    check_ours(out, "trimtab.json")
+
+
+def check_ours(out: Path, mark: str) -> None:
+    """--force replaces what a run of ours wrote, and nothing else."""
+    if out.is_dir() and (out.resolve() in (Path.cwd(), *Path.cwd().parents) or (not (out / mark).exists() and any(out.iterdir()))):
+        raise BadInput(f"{out} is no output of trimtab and is not replaced, not even with --force; move it away or choose another place")
 
 
 def check_disk(net: Network, recipe: Recipe, samples: list[data_.Batch], out: Path, opts: Options) -> None:
@@ -407,6 +415,10 @@ def check_disk(net: Network, recipe: Recipe, samples: list[data_.Batch], out: Pa
     staging = out.with_name(out.name + ".partial")
     have = sum(f.stat().st_size for f in staging.glob("*.safetensors")) if opts.resume and staging.is_dir() else 0
     need = disk_estimate(net, recipe, samples if opts.max_memory else []) - have
+    check_room(out, need)
+
+
+def check_room(out: Path, need: float) -> None:
     where = out.absolute().parent
     while not where.exists():
         where = where.parent
@@ -503,21 +515,19 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
 def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], journal: Journal,
              header: dict[str, Any], shares: dict[str, float], opts: Options, tick: Report) -> dict[str, Any]:
     """The finished directory: the source's files with the edited tensors, the parts, the recipe, the notes."""
-    from safetensors.torch import save_file
-
     last = len(plan_sweeps) - 1
     out = journal.dir / "finished"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     where: dict[str, int] = {}
-    parts: dict[str, Tensor] = {}
+    parts: dict[str, Entry] = {}
     packed: dict[str, int] = {}
     formats: dict[str, str] = {}
     starved: list[str] = []
     for i in range(net.n_blocks) if last >= 0 else ():
         f = SafeFile(journal.block_path(last, i))
         where |= {n: i for n in f.names if not n.startswith("trimtab:")}
-        parts |= {n.removeprefix("trimtab:"): f.read(n) for n in f.names if n.startswith("trimtab:")}
+        parts |= {n.removeprefix("trimtab:"): e for n, e in f.entries.items() if n.startswith("trimtab:")}
         notes = json.loads(f.metadata["notes"])
         packed |= notes["packed_bytes"]
         formats |= notes["formats"]
@@ -529,7 +539,8 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     tick("write", 0, 1)
     write_like(net.checkpoint, out, replaced)
     digests = {f.name: file_digest(f) for f in sorted(out.glob("*.safetensors"))}
-    save_file(parts, out / "trimtab.safetensors", metadata={"trimtab": json.dumps({"version": 1, "weights": digests}, sort_keys=True)})
+    write_safetensors(out / "trimtab.safetensors", {n: (e.dtype, e.shape) for n, e in parts.items()}, lambda n: read(parts[n]),
+                      {"trimtab": json.dumps({"version": 1, "weights": digests}, sort_keys=True)})
     (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
     warnings = [f"no calibration token reached {len(starved)} inputs ({', '.join(starved[:3])}...)"] if starved else []
     result = {
@@ -539,7 +550,7 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
         "free": any(p.free and p.keep is None for p in recipe.passes) and opts.keep < 1,
     }
     write_json(out / "trimtab.json", result)
-    sync_dir(out)
+    sync(out)
     tick("write", 1, 1)
     return result
 
@@ -627,18 +638,22 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
     if opts.max_memory and result["peak_rss_bytes"] > opts.max_memory:
         result["warnings"].append(f"{result['peak_rss_bytes'] / 1e9:.2f} GB were resident, more than --max-memory "
                                   f"{opts.max_memory / 1e9:.2f} GB")
-    result |= {"min_recovery": opts.min_recovery, "edit_seconds": notes.get("edit_seconds"), "out": str(out),
-               "seconds": round(time.time() - began, 3)}
-    write_json(out / "trimtab.json", {**notes, **result})
+    result |= {"min_recovery": opts.min_recovery, "edit_seconds": notes.get("edit_seconds"), "seconds": round(time.time() - began, 3)}
+    write_json(out / "trimtab.json", {**notes, **result})  # not where it lies: a directory may be moved
     base = "builtin:lm" if model.parent.name == "builtin" else model.resolve().name
     tmp_card = out / "README.md.tmp"
     tmp_card.write_text(card(result, base, commands(base, notes, opts, out)), encoding="utf-8")
     os.replace(tmp_card, out / "README.md")
-    return result
+    return {**result, "out": str(out)}
 
 
 def commands(base: str, notes: dict[str, Any], opts: Options, out: Path) -> list[str]:
     """How to make this output again, and how to use it."""
-    keep = f" --keep {opts.keep:g}" if notes["free"] else ""
-    return [f"trimtab trim {base} '{notes['pipeline']}' -o {out.name}{keep} --samples {opts.samples} --seq-len {opts.seq_len} "
-            f"--seed {opts.seed}", f"trimtab eval {out.name} --against {base}", f"trimtab generate {out.name} 'def main():'"]
+    more = f" --keep {opts.keep:g}" if notes["free"] else ""
+    for option, files in (("--calib", opts.calib), ("--text", opts.text)):
+        more += f" {option} {shlex.join(files)}" if files else ""
+    more += f" --dtype {opts.dtype}" if opts.dtype != Options.dtype else ""
+    more += " --trust-remote-code" if opts.trust_remote_code else ""
+    name, base = shlex.quote(out.name), shlex.quote(base)
+    return [f"trimtab trim {base} '{notes['pipeline']}' -o {name} --samples {opts.samples} --seq-len {opts.seq_len} "
+            f"--seed {opts.seed}{more}", f"trimtab eval {name} --against {base}", f"trimtab generate {name} 'def main():'"]

@@ -102,9 +102,13 @@ class Summary:
 
     @staticmethod
     def of(site: Site, s: Tensor) -> Summary:
-        s = s.detach().double().flatten()
-        at = ((torch.log2(s.clamp_min(2.0 ** (LOWEST - 1))) - LOWEST) * OCTAVE).floor().long() + 1
-        return Summary(site, s.numel(), float(s.sum()), torch.bincount(at.clamp(0, BINS - 1), minlength=BINS))
+        total, hist = 0.0, torch.zeros(BINS, dtype=torch.int64)
+        for part in s.detach().flatten().split(1 << 20):  # a site's scores in double, several times over, would show
+            x = part.double()
+            at = ((torch.log2(x.clamp_min(2.0 ** (LOWEST - 1))) - LOWEST) * OCTAVE).floor().long() + 1
+            hist += torch.bincount(at.clamp(0, BINS - 1), minlength=BINS)
+            total += float(x.sum())
+        return Summary(site, s.numel(), total, hist)
 
     @property
     def mean(self) -> float:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.journal import sync
 from trimtab.core.types import BadInput
 
 CHUNK = 8 << 20
@@ -162,26 +163,29 @@ class Checkpoint:
                     found.append(p)
         return found
 
-    def digest(self) -> str:
-        """sha256 over config.json and the weight files, read in chunks."""
-        h = hashlib.sha256()
-        for f in (self.path / "config.json", *self.files):
+    def check(self, names: Iterable[str]) -> str:
+        """BadInput if one of these tensors holds NaN or inf; the digest, from the same pass over the files.
+
+        The digest is sha256 over config.json and the weight files.
+        """
+        wanted, h, config = set(names), hashlib.sha256(), self.path / "config.json"
+        h.update(f"{config.name}\0{os.stat(config).st_size}\0".encode() + config.read_bytes())
+        for f in self.files:
+            inside = SafeFile(f)
             h.update(f"{f.name}\0{os.stat(f).st_size}\0".encode())
-            for part in _chunks(f, 0, os.stat(f).st_size):
+            for part in _chunks(f, 0, inside.head):
                 h.update(part)
+            for name, e in inside.entries.items():  # they follow each other without a gap
+                look = name in wanted and e.dtype.is_floating_point
+                for part in _chunks(f, e.begin, e.end):
+                    h.update(part)
+                    if look and not finite(torch.frombuffer(part, dtype=e.dtype)):
+                        raise not_finite(name, f)
         return h.hexdigest()
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, in memory of its own. KeyError for an unknown name."""
         return read(self.tensors[name])
-
-    def check_finite(self, name: str) -> None:
-        """BadInput if the tensor holds NaN or inf; reads it in chunks."""
-        e = self.tensors[name]
-        if e.dtype.is_floating_point:
-            for part in _chunks(e.file, e.begin, e.end):
-                if not finite(torch.frombuffer(part, dtype=e.dtype)):
-                    raise not_finite(name, e.file)
 
 
 def not_finite(name: str, where: Path) -> BadInput:
@@ -234,16 +238,8 @@ def write_like(src: Checkpoint, out: Path, replace: Callable[[str], Tensor | Non
     for p in [*([Path(INDEX)] if src.sharded else []), *src.other_files]:
         (out / p).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(src.path / p, out / p)
-        _sync(out / p)
-    _sync(out)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync(out / p)
+    sync(out)
 
 
 def _chunks(file: Path, begin: int, end: int) -> Iterator[bytearray]:
@@ -286,9 +282,27 @@ def _json(path: Path, right: str) -> dict[str, Any]:
     return value
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor] | Iterable[tuple[str, Tensor]],
-                      metadata: dict[str, str] | None = None) -> None:
-    """A small safetensors file of tensors in memory."""
-    from safetensors.torch import save_file
-
-    save_file({n: t.detach().contiguous() for n, t in dict(tensors).items()}, path, metadata=metadata)
+def write_safetensors(path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensor: Callable[[str], Tensor],
+                      metadata: dict[str, str]) -> None:
+    """A safetensors file of the dtypes and shapes in `entries`, in their order; one tensor in memory at a time."""
+    code = {v: k for k, v in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, (dtype, shape) in entries.items():
+        header[name] = {"dtype": code[dtype], "shape": list(shape), "data_offsets": [at, at + math.prod(shape) * dtype.itemsize]}
+        at = header[name]["data_offsets"][1]
+    head = json.dumps(header, sort_keys=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        begin = 8 + len(head)
+        _write(fd, memoryview(len(head).to_bytes(8, "little") + head), 0)
+        for name, (dtype, shape) in entries.items():
+            t = tensor(name)
+            if t.dtype != dtype or tuple(t.shape) != tuple(shape):
+                raise ValueError(f"{name}: got {t.dtype} {tuple(t.shape)}, announced {dtype} {tuple(shape)}")
+            if t.numel():
+                _write(fd, t.detach().contiguous().view(-1).view(torch.uint8).numpy().data, begin + header[name]["data_offsets"][0])
+        os.fsync(fd)
+    finally:
+        os.close(fd)

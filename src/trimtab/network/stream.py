@@ -44,7 +44,10 @@ class _Place(nn.Module):
 
 
 class Network:
-    """checkpoint, config, family, n_blocks, sites (all, in order), kind ("lm", "masked", "encoder", "vision"), n_params."""
+    """checkpoint, config, family, n_blocks, sites (all, in order), kind ("lm", "masked", "encoder", "vision"), n_params,
+    digest (of config.json and the weight files)."""
+
+    digest = ""  # known once the files were read through
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
         self.checkpoint, self.dtype, self._trust = checkpoint, dtype, trust_remote_code
@@ -78,8 +81,7 @@ class Network:
         """Open a checkpoint directory to compute in `dtype`. BadInput when a tensor the config asks for is missing, has
         another shape or is not finite."""
         net = Network(Checkpoint.open(Path(path)), dtype, trust_remote_code)
-        for name in net._used:
-            net.checkpoint.check_finite(name)
+        net.digest = net.checkpoint.check(net._used)
         return net
 
     def tokenizer(self) -> Any | None:
@@ -163,24 +165,6 @@ class Network:
         for name, p in self._held.items():
             _assign(self.model, name, p)
         self._held, self._phase = {}, ""
-
-    @contextmanager
-    def front(self) -> Iterator[Network]:
-        """The embedding side stays loaded for many calls of `embed`."""
-        self._enter("front")
-        try:
-            yield self
-        finally:
-            self.release()
-
-    @contextmanager
-    def tail(self) -> Iterator[Network]:
-        """Final norm and head stay loaded for many calls of `finish`."""
-        self._enter("tail")
-        try:
-            yield self
-        finally:
-            self.release()
 
     def _visit(self, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._calls is None:

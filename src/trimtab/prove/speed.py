@@ -143,18 +143,18 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, Any]:
 @torch.no_grad()
 def measure(before: Path | Network, after: Path | Network | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
             threads: int | None = None, repeats: int = 5, max_memory: int | None = None, seconds: float | None = None,
-            trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+            dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Time both checkpoints with plain transformers, in turns A B, B A, A B; medians over `repeats`.
 
     Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
     generate), prefill_tok_s, first_token_s and `spread` {key: [min, max]}, and `ratio` {key: {median, min, max}} of
-    after to before, taken pair by pair. Float32, or the stored dtype if float32 does not fit; when the two do not fit
+    after to before, taken pair by pair. In `dtype`, or the stored dtype if that does not fit; when the two do not fit
     in `max_memory` bytes together, `"speed"` is "estimated" from one real block and the head. `seconds` bounds the
     time roughly, by generating fewer tokens.
     """
     if threads:
         torch.set_num_threads(threads)
-    nets = [x if isinstance(x, Network) else Network.open(x, trust_remote_code=trust_remote_code)
+    nets = [x if isinstance(x, Network) else Network.open(x, dtype=dtype, trust_remote_code=trust_remote_code)
             for x in (before, after) if x is not None]
     kind, config = nets[0].kind, nets[0].config.get_text_config()
     if places := getattr(config, "max_position_embeddings", None):
@@ -164,18 +164,19 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
     files = [sum(n.checkpoint.weight_bytes for n in nets), max(n.checkpoint.weight_bytes for n in nets)]
     entries = sum(parameters(n.checkpoint.files) for n in nets)
     # While a model loads its file is mapped, and mapped pages count.
-    if rss() + 4 * entries + files[1] < room:
-        dtype: torch.dtype | None = torch.float32
+    if rss() + dtype.itemsize * entries + files[1] < room:
+        how: torch.dtype | None = dtype
     elif rss() + sum(files) < room and nets[0].config.dtype is not None:
-        dtype = nets[0].config.dtype
+        how = nets[0].config.dtype
     else:
-        dtype = None
-    if dtype is None:
+        how = None
+    if how is None:
         rows = _estimators(nets, prompt, batch, repeats)
+        held = rss()
     else:
         inputs = _inputs(nets[0], prompt, batch)
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        models = [_load(n, dtype, trust_remote_code) for n in nets]
+        inputs = {k: v.to(how) if v.is_floating_point() else v for k, v in inputs.items()}
+        models = [_load(n, how, trust_remote_code) for n in nets]
         for model in models:  # warm up, and see how long a token takes
             warm = _generate(model, inputs, min(new, 8)) if kind == "lm" else _forward(model, inputs, 2)
         if seconds is not None and kind == "lm":
@@ -189,6 +190,7 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
                 rows[k].append(_generate(model, inputs, new) if kind == "lm" else _forward(model, inputs, times))
             if progress is not None:
                 progress("speed", r + 1, repeats)
+        held = rss()
         del models, model
         gc.collect()
     figures = [_figures(r) for r in rows]
@@ -199,8 +201,8 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
                 each = [b[key] / a[key] for a, b in zip(*rows, strict=True)]
                 ratio[key] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
     last = {key: figures[-1][key] for key in KEYS}  # what `bench --json` shows of the model itself
-    return {**last, "speed": "estimated" if dtype is None else "measured", "before": figures[0],
+    return {**last, "speed": "estimated" if how is None else "measured", "before": figures[0],
             "after": figures[1] if after is not None else None, "ratio": ratio, "repeats": repeats,
             "prompt": prompt, "new": new if kind == "lm" else None, "batch": batch,
-            "threads": torch.get_num_threads(), "dtype": str(dtype or torch.float32).removeprefix("torch."),
-            "runner": "torch", "rss_bytes": rss()}
+            "threads": torch.get_num_threads(), "dtype": str(how or nets[0].dtype).removeprefix("torch."),
+            "runner": "torch", "rss_bytes": held}

@@ -133,7 +133,7 @@ def print_bench(result: dict[str, Any]) -> None:
     out = console()
     out.print(table)
     out.print(f"{result['speed']} with {result['runner']} in {result['dtype']}, {result['threads']} threads, "
-              f"{result['repeats']} repeats", soft_wrap=True)
+              f"{result['repeats']} repeats, {mb(result['rss_bytes'])} resident", soft_wrap=True)
 
 
 def print_inspect(result: dict[str, Any]) -> None:
