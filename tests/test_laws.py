@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.types import BadInput, Change, Site, Summary
+from trimtab.methods import select
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
@@ -926,3 +927,16 @@ def test_summary_tells_what_is_above() -> None:
 @pytest.mark.parametrize("key", REG)
 def test_expected_failures_name_laws(key: str) -> None:
     assert set(REG[key].xfail) <= set(laws_of(REG[key]))
+
+
+@pytest.mark.parametrize("n", [4, 32, 33, 257])
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_select_is_a_stable_sort(n, levels):
+    gen = torch.Generator().manual_seed(n + levels)
+    s = (torch.rand(5, n, generator=gen) * levels).floor()
+    s[0, ::2] = torch.inf
+    for k in (0, 1, n // 3, n - 1, n):
+        want = torch.zeros_like(s, dtype=torch.bool)
+        for mine, kept in zip(s.tolist(), want, strict=True):
+            kept[list(top(mine, k))] = True
+        assert torch.equal(select.top(s, k), want), k

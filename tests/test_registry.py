@@ -127,7 +127,7 @@ def test_an_unknown_method_is_named_with_its_nearest() -> None:
 
 @pytest.mark.parametrize(("key", "module", "follows"), [
     ("score/wanda", "trimtab.methods.score.wanda", True), ("score/wanda", "trimtab.methods.score.obs", False),
-    ("unit/nm", "trimtab.methods.unit.element", True), ("budget/lamp", "trimtab.methods.budget.global_", True),
+    ("unit/nm", "trimtab.methods.select", True), ("budget/lamp", "trimtab.methods.budget.global_", True),
     ("format/bsr", "trimtab.methods.format.bitmask", True), ("edit/admm", "trimtab.methods.solvers", True),
     ("repair/obs", "trimtab.methods.solvers", True), ("edit/mask", "trimtab.methods.solvers", False),
 ])

@@ -54,6 +54,7 @@ class Bug:
 
 SOLVERS = ("tests/test_laws.py", "tests/slow", "-k", "repair or sparsegpt or admm or nettrim or oracles")
 BUDGETS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "budget")
+UNITS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "unit or select")
 STATS = ("tests/test_laws.py", "-k", "stat")
 SPEC = ("tests/line/test_spec.py",)
 QUALITY = ("tests/line/test_proof.py", "-k", "quality or masked or cosine")
@@ -81,9 +82,13 @@ BUGS = [
     Bug("core/calibrate.py", "self.sites[site.consumer].input if site.consumer in self.sites else site.input",
         "site.input", "nobody looks at the consumer's input", STATS),
     # --- units
-    Bug("methods/unit/element.py", "descending=True", "descending=False", "keeps the worst"),
-    Bug("methods/unit/element.py", "torch.argsort(s, dim=-1, descending=True, stable=True)",
-        "s.shape[-1] - 1 - torch.argsort(s.flip(-1), dim=-1, descending=True, stable=True)", "ties to the higher index"),
+    Bug("methods/select.py", "descending=True", "descending=False", "keeps the worst of a short row", UNITS),
+    Bug("methods/select.py", "torch.argsort(s, dim=-1, descending=True, stable=True)",
+        "n - 1 - torch.argsort(s.flip(-1), dim=-1, descending=True, stable=True)", "ties of a short row to the higher index", UNITS),
+    Bug("methods/select.py", "kthvalue(n - k + 1,", "kthvalue(n - k,", "threshold one too low", UNITS),
+    Bug("methods/select.py", "tied.cumsum(-1, dtype=torch.int32) <= room", "tied", "all ties kept", UNITS),
+    Bug("methods/select.py", "tied.cumsum(-1, dtype=torch.int32)", "tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)",
+        "ties to the higher index", UNITS),
     Bug("methods/unit/element.py", "round(keep * s.shape[1])", "round((1 - keep) * s.shape[1])", "kept read as dropped"),
     Bug("methods/unit/element.py", "round(keep * s.shape[1])", "int(keep * s.shape[1])", "off by one: rounded down"),
     Bug("methods/unit/element.py", "top(s.T, round(keep * s.shape[0])).T", "top(s, round(keep * s.shape[1]))",

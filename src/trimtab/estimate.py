@@ -13,28 +13,93 @@ from trimtab.core import data, line, memory
 from trimtab.core.calibrate import Collector, Walk
 from trimtab.core.line import Options, Report
 from trimtab.core.registry import get
-from trimtab.core.spec import Recipe
-from trimtab.core.types import Failed
+from trimtab.core.spec import Pass, Recipe
+from trimtab.core.types import Failed, Site
 from trimtab.network.checkpoint import SafeFile
 from trimtab.network.stream import Network
 
-FLOPS = 6e10  # a modest core pair; only the first estimate rests on it, the second is measured
+Sweeps = list[list[tuple[Pass, list[Site]]]]
+WIDTH = 8           # sequences a calibration batch holds
+COPY = 1e9          # bytes a second of reading a file that is cached, checking and converting it
+PROOF_BASE = 0.45e9  # what a fresh process holds once torch and transformers are imported
 
 
-def first_guess(net: Network, recipe: Recipe, samples: list[data.Batch]) -> dict[str, float]:
-    """Memory in bytes, disk in bytes, minutes; from shapes alone."""
-    per_block = max((sum(s.size for s in net.sites_of(i)) for i in range(net.n_blocks)), default=0)
+def flops() -> float:
+    """Float32 operations a second of a layer of middle size, on this machine as busy as it is now."""
+    x, w = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    best = float("inf")
+    for _ in range(4):  # the first one wakes the threads
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024**3 / best
+
+
+def walks(sweep: list[tuple[Pass, list[Site]]]) -> float:
+    """How often a sweep runs all calibration tokens through every block."""
+    passes = [p for p, _ in sweep]
+    planned = [p for p in passes if p.free and p.budget.key != "budget/uniform"]
+    plan = bool(any(set(line.score_needs(p)) | set(p.budget.method.needs) for p in planned))
+    if any(line.differentiates(p) for p in passes):
+        return 5.0 * (1 + plan)  # forward, then forward again and backward
+    here = 2.0 if passes[0].order == "sequential" else 1.0
+    return plan + (here if any(p.needs - set(p.budget.method.needs) for p in passes) else 0.0)
+
+
+def editing(p: Pass, site: Site, speed: float) -> float:
+    """Seconds for one site, roughly: sorting and copying it, and solving with its Gram matrix where one is asked for."""
+    out, inside = site.shape
+    return site.size * 2e-7 + (4 * inside**3 + 20 * out * inside**2) / speed * ("gram" in p.needs)
+
+
+def proving(net: Network, opts: Options, speed: float, edit: float) -> float:
+    """Seconds of reloading both models, comparing them and timing them."""
+    tokens = opts.proof_tokens or line.proof_tokens(net)
+    timing = opts.speed_seconds or max(10.0, edit) if opts.speed and not opts.max_memory else 5.0 * opts.speed
+    return 15 + 2 * (2 * net.n_params * tokens / speed + 2 * net.checkpoint.weight_bytes / COPY) + timing
+
+
+def peak(net: Network, plan: Sweeps, samples: list[data.Batch], opts: Options) -> float:
+    """Resident bytes at the worst moment: at a block's edit, at the embeddings, or in the proof's own process."""
+    needs = {n for sweep in plan for p, _ in sweep for n in p.needs}
+    sites = [s for sweep in plan for _, ss in sweep for s in ss]
+    block = 4.0 * max((sum(s.size for s in net.sites_of(i)) for i in range(net.n_blocks)), default=0)
+    largest = 4.0 * max((s.size for s in sites), default=0)
+    inputs = {(s.block, s.input): s.shape[1] for s in sites}
+    grams = 4.0 * max((sum(w * w for (b, _), w in inputs.items() if b == i) for i in range(net.n_blocks)), default=0)
+    widest = max((s.shape[1] for s in sites), default=0)
+    hidden = 4.0 * sum(line.tokens_of(net, b) for b in samples) * getattr(net.config.get_text_config(), "hidden_size", 0)
+    if opts.max_memory and hidden > opts.max_memory // 16:
+        hidden = 0.0
+    batch = 4.0 * max((line.tokens_of(net, b) for b in samples), default=0) * WIDTH * 3 * widest
+    work = 4 * largest
+    if "gram" in needs:
+        work += 2 * 8.0 * widest**2  # its inverse, in double
+    if needs & {"grads", "grad", "grad_sq"}:
+        hidden *= net.n_blocks + 2
+        work += block * (len(samples) if "grads" in needs else 2)
+    table = 4.0 * getattr(net.config.get_text_config(), "vocab_size", 0) * getattr(net.config.get_text_config(), "hidden_size", 0)
+    edit = hidden + max(table, block + grams * ("gram" in needs) + max(batch, work))
+    if not opts.speed or opts.max_memory:
+        proof = PROOF_BASE + max(2 * table, 2 * block)
+    else:
+        proof = PROOF_BASE + 2 * 4.0 * net.n_params + net.checkpoint.weight_bytes
+    return memory.rss() + max(edit, proof)
+
+
+def first_guess(net: Network, recipe: Recipe, plan: Sweeps, samples: list[data.Batch], opts: Options) -> dict[str, float]:
+    """Memory in bytes, disk in bytes, minutes; from shapes and the speed of one product."""
+    speed = flops()
     tokens = sum(line.tokens_of(net, b) for b in samples)
-    widest = max((s.shape[1] for s in net.sites), default=0)
-    gram = "gram" in recipe.needs
-    grads = "grads" in recipe.needs
-    hidden = tokens * int(getattr(net.config, "hidden_size", 0)) * 4
-    vocab = int(getattr(net.config, "vocab_size", 0)) * int(getattr(net.config, "hidden_size", 0)) * 4
-    work = per_block * 4 * 2.5 + widest**2 * 4 * (6 if gram else 0) + (per_block * 4 * len(samples) if grads else 0)
-    flops = 2.0 * per_block * tokens * (2 if recipe.needs else 0) * net.n_blocks * (2 if grads else 1)
-    flops += (2.0 * widest**2 * tokens + widest**3 * 4) * net.n_blocks * (1 if gram else 0)
-    return {"memory": memory.rss() + max(work, vocab * 1.2) + hidden, "disk": line.disk_estimate(net, recipe, samples),
-            "minutes": (flops / FLOPS + net.checkpoint.weight_bytes / 2e8 + 20) / 60}
+    forward = sum(2.0 * s.size * tokens / speed for s in net.sites)
+    seconds = 0.0
+    for sweep in plan:
+        grams = {(s.block, s.input): s.shape[1] for p, sites in sweep if "gram" in p.needs for s in sites}
+        seconds += walks(sweep) * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
+        seconds += sum(editing(p, s, speed) for p, sites in sweep for s in sites)
+    seconds += 3 * net.checkpoint.weight_bytes / COPY
+    return {"memory": peak(net, plan, samples, opts), "disk": line.disk_estimate(net, recipe, samples if opts.max_memory else []),
+            "minutes": (seconds + proving(net, opts, speed, seconds)) / 60}
 
 
 def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) -> dict[str, Any]:
@@ -42,29 +107,37 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     line.set_up(opts)
     line.check_out(model, out, replace(opts, force=True))
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
-    plan_sweeps = line.sweeps(recipe, net.sites)
-    line.check_recipe(net, plan_sweeps, opts, opts.samples)
+    plan = line.sweeps(recipe, net.sites)
+    line.check_recipe(net, plan, opts, opts.samples)
     samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
-    guess = first_guess(net, recipe, samples)
+    guess = first_guess(net, recipe, plan, samples, opts)
     tick(f"estimate: {guess['memory'] / 1e9:.2f} GB memory, {guess['disk'] / 1e9:.2f} GB disk, {guess['minutes']:.1f} minutes", 0, 0)
     line.check_room(out, guess["disk"])
-    if not plan_sweeps:
+    if not plan:
         return {"estimate": guess, "measured": None, "recipe": recipe.text}
-    began = time.time()
-    owner = {s.name: p for p, sites in plan_sweeps[0] for s in sites}
-    gradients = any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs)
+    owner = {s.name: p for p, sites in plan[0] for s in sites}
+    gradients = any(line.differentiates(p) for p, _ in plan[0])
     spill = None if opts.max_memory is None else opts.max_memory // 16
+    clock = time.perf_counter
     with tempfile.TemporaryDirectory(prefix="trimtab-dry-") as scratch:
-        collect = None
-        module = net.block(0)
-        wanted = {s.name: {n for n in owner[s.name].needs if get(f"stat/{n}").facts["of"] != "grad"}
-                  for s in net.sites_of(0) if s.name in owner}
+        began = clock()
+        collect, embedding, forward = None, 0.0, 0.0
         if samples:
             walk = Walk(net, samples, Path(scratch), spill)
             walk.embed()
+            embedding = clock() - began
+        began = clock()
+        module = net.block(0)
+        reading = clock() - began
+        if samples:
+            began = clock()
+            wanted = {s.name: {n for n in owner[s.name].needs if get(f"stat/{n}").facts["of"] != "grad"}
+                      for s in net.sites_of(0) if s.name in owner}
             collect = Collector({n: w for n, w in wanted.items() if w}, {s.name: s for s in net.sites})
             walk.forward(module, 0, collect, False, lambda: None)
             walk.close()
+            forward = clock() - began
+        began = clock()
         if not gradients:  # gradient statistics need the whole forward walk: only their storage is tried here
             for s in net.sites_of(0):
                 if s.name in owner:
@@ -79,12 +152,14 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
         back = SafeFile(path)
         if any(not torch.equal(back.read(n), t) for n, t in stored.items()):
             raise Failed("a saved block did not read back equal; the disk or the memory of this machine is not to be trusted")
-    seconds = time.time() - began
-    passes = 2 if recipe.needs else 1
-    projected = {"memory": memory.peak_rss(), "minutes": (seconds * net.n_blocks * passes + 20) / 60 * len(plan_sweeps)}
+        editing_one = clock() - began
+    per_block = len(plan) * (reading + editing_one) + sum(max(1.0, walks(s)) for s in plan) * forward
+    seconds = embedding * len(plan) + net.n_blocks * per_block + 3 * net.checkpoint.weight_bytes / COPY
+    seconds += proving(net, opts, flops(), seconds)
+    projected = {"memory": float(max(memory.peak_rss(), guess["memory"] if gradients else 0)), "minutes": seconds / 60}
     off = {k: round(guess[k] / projected[k] - 1, 3) for k in projected}
-    tick(f"one block, saved and reloaded equal: {seconds:.1f} s, {projected['memory'] / 1e9:.2f} GB peak; "
+    tick(f"one block, saved and reloaded equal: {reading + forward + editing_one:.1f} s, {projected['memory'] / 1e9:.2f} GB peak; "
          f"projected {projected['minutes']:.1f} minutes; the estimate was off by {off['memory']:+.0%} in memory, "
          f"{off['minutes']:+.0%} in time", 0, 0)
-    return {"estimate": guess, "measured": {**projected, "block_seconds": round(seconds, 3)}, "off_by": off,
+    return {"estimate": guess, "measured": {**projected, "block_seconds": round(reading + forward + editing_one, 3)}, "off_by": off,
             "recipe": recipe.text, "written": False}

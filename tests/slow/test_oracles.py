@@ -13,8 +13,9 @@ from torch import Tensor
 
 from trimtab.core.registry import get
 from trimtab.core.types import Change
+from trimtab.methods.select import top
 from trimtab.methods.solvers import errors, factor
-from trimtab.methods.unit.element import column, row, site, top
+from trimtab.methods.unit.element import column, row, site
 
 
 @dataclass(frozen=True)

@@ -578,8 +578,12 @@ def recipe_yaml(recipe: Recipe, opts: Options) -> str:
 
 
 # ---- proof ------------------------------------------------------------------------------------
+def proof_tokens(net: Network) -> int:
+    return 2048 if net.n_params > 5e8 else 8192
+
+
 def proof_samples(net: Network, opts: Options) -> list[data_.Batch]:
-    count = opts.proof_tokens or (2048 if net.n_params > 5e8 else 8192)
+    count = opts.proof_tokens or proof_tokens(net)
     given = any(t.endswith(".safetensors") for t in opts.text) and not opts.proof_tokens  # ready inputs: all of them
     return data_.prepare(net, opts.text, "validation", None if given else max(1, count // opts.seq_len), opts.seq_len, None)
 

@@ -134,13 +134,6 @@ def splitting(v0: Tensor, pull: Tensor, project: Callable[[Tensor, int], Tensor]
     return x
 
 
-def best(s: Tensor, k: int) -> Tensor:
-    """Mask of the k largest entries of s; ties go to the lower index."""
-    mask = torch.zeros_like(s, dtype=torch.bool).flatten()
-    mask[torch.argsort(s.flatten(), descending=True, stable=True)[:k]] = True
-    return mask.view(s.shape)
-
-
 def refit(w: Tensor, mask: Tensor, gram: Tensor, damp: float) -> Tensor:
     """The weights on `mask` that minimise every row's calibration error, [out, in] float32.
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import Change
-from trimtab.methods.solvers import best, kernel, lengths, splitting
+from trimtab.methods.select import top
+from trimtab.methods.solvers import kernel, lengths, splitting
 
 
 @method("edit", joint=("score", "repair"))
@@ -40,7 +41,7 @@ def admm(w: Tensor, keep: float, mask: Tensor, unit: Any, gram: Tensor, *, damp:
             else:
                 safe = unit(s, keep)
                 spare = w.numel() - round(gone * int((~safe).sum()))
-                now = best(s.masked_fill(safe, torch.inf), spare)
+                now = top(s.masked_fill(safe, torch.inf).view(1, -1), spare).view(s.shape)
             now = now & mask
         return x * now
 

@@ -1,17 +1,10 @@
 """Single weights, and whom they compete with. A unit turns scores [out, in] and a kept share into a mask."""
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trimtab.core.registry import method
-
-
-def top(s: Tensor, k: int) -> Tensor:
-    """Mask of the k best of each row of s; ties go to the lower index."""
-    mask = torch.zeros_like(s, dtype=torch.bool)
-    order = torch.argsort(s, dim=-1, descending=True, stable=True)
-    return mask.scatter_(-1, order[..., :k], True)
+from trimtab.methods.select import top
 
 
 @method("unit")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput
-from trimtab.methods.unit.element import top
+from trimtab.methods.select import top
 
 
 def period(knobs: dict[str, Any]) -> int | None:
