@@ -154,6 +154,11 @@ def test_a_marked_table_is_filled_and_narrowed(root: Path) -> None:
     assert text.endswith("<!-- end:results -->\nMore.\n")
     lines = [line for line in text.splitlines() if "toy" in line and line.startswith("|")]
     assert ["`wanda`" in lines[0], "`magnitude`" in lines[1]] == [True, True]  # the lower perplexity first
+    assert not any("`dense`" in line for line in lines)  # these rows do not say what they began with
+    rows = (root / "results").glob("*.jsonl")
+    path = next(p for p in rows if "toy" in p.read_text())
+    path.write_text(path.read_text() + json.dumps(row("random", 9.0, dense=2.5)) + "\n")
+    assert "| `dense` | 50% | toy | perplexity | 2.5 | 1 |" in generate.pages(root)[root / "README.md"]
     (root / "README.md").write_text("<!-- begin:results model=other -->\n<!-- end:results -->\n")
     assert "toy" not in generate.pages(root)[root / "README.md"].replace("model=", "")
 

@@ -130,6 +130,12 @@ def results_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, M
     groups: dict[tuple[str, ...], list[Row]] = {}
     for r in every:
         groups.setdefault(tuple(r[k] for k in ("model", "metric", "setting", "recipe")), []).append(r)
+    dense: dict[tuple[str, ...], dict[int, Row]] = {}  # what every recipe of a table began with: one row, of all seeds
+    for r in every:
+        if r.get("dense") is not None and not is_stale(r, versions):
+            at = (r["model"], r["metric"], r["setting"], "dense")
+            dense.setdefault(at, {})[r["seed"]] = {**r, "value": r["dense"], "methods": {}, "setting": "dense"}
+    groups |= {at: list(seeds.values()) for at, seeds in dense.items()}
     body = []
     for at, some in groups.items():
         old = all(is_stale(r, versions) for r in some)
