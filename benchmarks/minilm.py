@@ -38,7 +38,7 @@ def docstrings(split: str) -> list[str]:
 def main(model: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for split, count in (("calibration", 128), ("validation", 512)):
+    for split, count in (("calibration", 4096), ("validation", 512)):
         docs = docstrings(split)
         at = torch.linspace(0, len(docs) - 1, min(count, len(docs))).long().tolist()
         x = tokenizer([docs[i] for i in at], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")

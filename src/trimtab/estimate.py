@@ -21,7 +21,7 @@ from trimtab.network.stream import Network
 Sweeps = list[list[tuple[Pass, list[Site]]]]
 WIDTH = 8           # sequences a calibration batch holds
 COPY = 1e9          # bytes a second of reading a file that is cached, checking and converting it
-PROOF_BASE = 0.45e9  # what a fresh process holds once torch and transformers are imported
+PROOF_BASE = 0.75e9  # what a fresh process holds with torch and transformers imported, and two heads' logits
 
 
 def flops() -> float:

@@ -524,3 +524,23 @@ def test_generate_continues(capsys, tiny_lm):
 
     ids = list(tt.load(tiny_lm).generate("def f(", max_new_tokens=5, return_ids=True))
     assert ids == list(tt.load(tiny_lm).generate("def f(", max_new_tokens=5, return_ids=True)) and len(ids) <= 5
+
+
+def test_ready_inputs_are_drawn_by_the_seed(tiny_lm, tmp_path):
+    from safetensors.torch import save_file
+
+    from trimtab.core import data
+    from trimtab.network.stream import Network
+
+    ids = torch.arange(8 * 16).view(8, 16)
+    save_file({"input_ids": ids}, tmp_path / "x.safetensors")
+    net = Network.open(tiny_lm)
+
+    def drawn(samples, seed):
+        found = data.prepare(net, (str(tmp_path / "x.safetensors"),), "calibration", samples, 16, seed)
+        return [int(b["input_ids"][0, 0]) // 16 for b in found]
+
+    assert drawn(8, 0) == drawn(20, 1) == list(range(8))
+    draws = {tuple(drawn(3, seed)) for seed in range(6)}
+    assert len(draws) > 1 and all(len(set(d)) == 3 and list(d) == sorted(d) for d in draws)
+    assert drawn(3, 4) == drawn(3, 4) and drawn(3, None) == [0, 1, 2]

@@ -45,7 +45,7 @@ def read_texts(paths: Sequence[str | Path]) -> list[str]:
     return texts
 
 
-def read_inputs(path: Path, samples: int | None = None) -> list[Batch]:
+def read_inputs(path: Path) -> list[Batch]:
     """Named model inputs from a safetensors file, first dimension = samples; one batch a sample."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -59,7 +59,7 @@ def read_inputs(path: Path, samples: int | None = None) -> list[Batch]:
     counts = {len(t) if t.ndim else 0 for t in tensors.values()}
     if len(counts) != 1 or 0 in counts:
         raise BadInput(f"{path}: its tensors disagree on the number of samples ({sorted(counts)})")
-    return [{k: v[i:i + 1] for k, v in tensors.items()} for i in range(counts.pop())][:samples]
+    return [{k: v[i:i + 1] for k, v in tensors.items()} for i in range(counts.pop())]
 
 
 def tokens(texts: list[str], tokenizer: Any) -> Tensor:
@@ -151,7 +151,12 @@ def prepare(net: Any, paths: Sequence[str | Path] | None, split: str, samples: i
     if paths and any(Path(p).suffix == ".safetensors" for p in paths):
         if len(paths) != 1:
             raise BadInput(f"{flag}: give one .safetensors file, or text files, not both")
-        return checked(read_inputs(Path(paths[0]), samples), net, paths[0])
+        found = read_inputs(Path(paths[0]))
+        if samples is not None and samples < len(found):  # drawn as windows of text are, in their order
+            drawn = torch.arange(len(found)) if seed is None else torch.randperm(
+                len(found), generator=torch.Generator().manual_seed(seed))
+            found = [found[i] for i in sorted(drawn[:samples].tolist())]
+        return checked(found, net, paths[0])
     tokenizer = net.tokenizer() if net.kind != "vision" else None
     if tokenizer is None:
         why = "is a vision model" if net.kind == "vision" else "has no tokenizer"
