@@ -7,7 +7,7 @@ processor: what is written on one is mapped on another.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ class Packed:
     cols: int = 1
     n: int = 1
     m: int = 1
-    facts: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +108,21 @@ def nm(w: Tensor, n: int = 2, m: int = 4) -> Packed:
     at = kept.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :n].sort(dim=2).values
     values = groups.gather(2, at).masked_fill(~kept.gather(2, at), 0)
     return Packed("nm", (out, inputs), w.dtype, {"values": values.contiguous(), "bits": pack_bits(at, (m - 1).bit_length())}, n=n, m=m)
+
+
+def smallest(w: Tensor) -> Packed:
+    """The weight in the layout that takes the fewest bytes, judged by its zeros alone."""
+    w = _checked(w)
+    out, inputs = w.shape
+    kept = w != 0
+    sizes = {"dense": w.nbytes, "bitmask": -(-out // PANEL) * PANEL * inputs / 8 + w.dtype.itemsize * int(kept.sum())}
+    if out % 32 == 0 and inputs % 32 == 0:
+        stored = int(kept.reshape(out // 32, 32, inputs // 32, 32).any(3).any(1).sum())
+        sizes["bsr"] = stored * (1024 * w.dtype.itemsize + 4)
+    if inputs % 4 == 0 and int(kept.reshape(out, -1, 4).sum(2).max()) <= 2:
+        sizes["nm"] = w.numel() / 2 * (w.dtype.itemsize + 0.25)
+    makers = {"dense": dense, "bsr": bsr, "nm": nm, "bitmask": bitmask}  # of equals the simpler one
+    return makers[min((k for k in makers if k in sizes), key=lambda k: sizes[k])](w)
 
 
 def restored(p: Packed) -> Tensor:
