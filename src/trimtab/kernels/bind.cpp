@@ -96,17 +96,17 @@ public:
         if (format == "bsr" || format == "bitmask") w_.pointers = pointers_.data();
     }
 
-    // Kernels that can run this map here, best last.
-    std::vector<const Kernel*> kernels() const {
+    // Kernels that can run this map here, best last; those that round x come only where that loses nothing (`narrow`).
+    std::vector<const Kernel*> kernels(bool narrow) const {
         std::vector<const Kernel*> found;
         for (const Kernel* k : all())
-            if (k->format == format_ && k->type == w_.type && has(k->isa) && k->takes(w_)) found.push_back(k);
+            if (k->format == format_ && k->type == w_.type && has(k->isa) && k->takes(w_) && (narrow || k->activation == Type::f32)) found.push_back(k);
         return found;
     }
 
-    void run(In x, Out y, int threads, const std::string& name) const {
+    void run(In x, Out y, int threads, const std::string& name, bool narrow) const {
         const Kernel* kernel = nullptr;
-        for (const Kernel* k : kernels())
+        for (const Kernel* k : kernels(narrow || !name.empty()))
             if (name.empty() || name == k->name) kernel = k;
         if (!kernel) bad("no kernel " + (name.empty() ? "for this shape" : name) + " here");
         const int64_t batch = int64_t(x.shape(0));
@@ -160,6 +160,7 @@ NB_MODULE(_trimtab_kernels, m) {
             d["op"] = k->op;
             d["format"] = k->format;
             d["type"] = k->type == Type::f32 ? "f32" : "bf16";
+            d["activation"] = k->activation == Type::f32 ? "f32" : "bf16";
             d["isa"] = isa_name(k->isa);
             d["here"] = has(k->isa);
             found.append(d);
@@ -171,8 +172,9 @@ NB_MODULE(_trimtab_kernels, m) {
              "format"_a, "type"_a, "out"_a, "in"_a, "rows"_a, "cols"_a, "n"_a, "m"_a, "values"_a, "bits"_a, "columns"_a, "pointers"_a)
         .def_prop_ro("kernels", [](const Linear& l) {
             std::vector<std::string> names;
-            for (const Kernel* k : l.kernels()) names.emplace_back(k->name);
+            for (const Kernel* k : l.kernels(true)) names.emplace_back(k->name);
             return names;
         })
-        .def("run", &Linear::run, "x"_a, "y"_a, "threads"_a, "kernel"_a = "", "y = x W^T; `kernel` by name, or the best one here.");
+        .def("run", &Linear::run, "x"_a, "y"_a, "threads"_a, "kernel"_a = "", "narrow"_a = false,
+             "y = x W^T; `kernel` by name, or the best one here. `narrow`: x holds bfloat16 values.");
 }

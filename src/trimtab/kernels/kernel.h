@@ -33,7 +33,8 @@ struct Kernel {
     const char* name;          // <op>_<activation>_<format>-<type>_<isa>: names.py has the grammar
     const char* op;
     const char* format;
-    Type type;
+    Type type;                 // of the weights
+    Type activation;           // what x is rounded to before it is multiplied
     Isa isa;
     bool (*takes)(const Weights&);
     int64_t (*scratch)(const Weights&, int64_t batch);

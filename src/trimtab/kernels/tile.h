@@ -56,6 +56,14 @@ struct Tile {
             }
         }
     }
+#if defined(__AVX512BF16__)
+    // The same with x [ROWS, >= k] in bfloat16, every row filled up to pairs.
+    void add(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k) {
+        for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT)
+            for (int v = 0; v < V; ++v)
+                for (int r = 0; r < ROWS; ++r) sum[r][v] = sum[r][v].dot(w + 2 * v * Vec::N, x + r * stride + i);
+    }
+#endif
     // w [ceil(k / 2), HEIGHT, 2] bfloat16: inputs in pairs.
     void add(const uint16_t* w, const float* x, int64_t stride, int64_t k) {
         for (int64_t i = 0; i + 1 < k; i += 2, w += 2 * HEIGHT) pair<true>(w, x + i, stride);

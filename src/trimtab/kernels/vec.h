@@ -25,6 +25,12 @@ struct Vec {
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
     Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
+#if defined(__AVX512BF16__)
+    // Adds the products of pairs: w holds one a lane, x is the same for all.
+    Vec dot(const uint16_t* w, const uint16_t* x) const {
+        return {_mm512_dpbf16_ps(v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(peek<int>(x)))};
+    }
+#endif
     // bfloat16 is the upper half of a float.
     static Vec bf16(const uint16_t* p) {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};

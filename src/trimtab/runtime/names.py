@@ -28,8 +28,9 @@ class Name:
 
 def of_source(folder: Path) -> list[str]:
     """The names of all kernels for all processors, as the C++ table in `folder` has them."""
-    kinds = re.findall(r'\{NAME\("([^"]+)"\)', (folder / "isa" / "table.inc").read_text(encoding="utf-8"))
-    return [f"linear_f32_{kind}_{isa}" for isa in ISAS if (folder / "isa" / f"{isa}.cpp").exists() for kind in kinds]
+    kinds = re.findall(r'\{(NAME|BF16)\("([^"]+)"\)', (folder / "isa" / "table.inc").read_text(encoding="utf-8"))
+    return [f"linear_{'f32' if macro == 'NAME' else 'bf16'}_{kind}_{isa}" for isa in ISAS
+            if (folder / "isa" / f"{isa}.cpp").exists() for macro, kind in kinds if macro == "NAME" or isa == "avx512bf16"]
 
 
 def parse(text: str) -> Name:

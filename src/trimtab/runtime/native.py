@@ -44,7 +44,8 @@ def level() -> str:
 class Linear:
     """A packed weight ready to run: y [batch, out] = x [batch, in] W^T in float32.
 
-    `kernels`: names of those that can run it here, best last; empty where torch does it. ValueError if the buffers
+    `kernels`: names of those that can run it here, best last (linear_bf16_* round x to bfloat16 and are chosen by
+    themselves only where x is bfloat16); empty where torch does it. ValueError if the buffers
     contradict each other: every index and length is checked once, here.
     """
 
@@ -71,5 +72,5 @@ class Linear:
             return torch.nn.functional.linear(x.float(), self._weight)
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.packed.shape[0])
-        self._native.run(rows, y, threads or torch.get_num_threads(), kernel)
+        self._native.run(rows, y, threads or torch.get_num_threads(), kernel, x.dtype == torch.bfloat16)
         return y.view(*x.shape[:-1], self.packed.shape[0])
