@@ -6,10 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check docs mutate clean
+.PHONY: setup demo test check docs mutate sanitize clean
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile
+KERNELS := CMakeLists.txt $(wildcard src/trimtab/kernels/*.* src/trimtab/kernels/isa/*)
+
+$(STAMP): pyproject.toml Makefile $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
@@ -32,6 +34,16 @@ docs: setup
 # Plants bugs in a copy and checks that the tests see each of them; slow, run by hand.
 mutate: setup
 	$(BIN)/python tools/mutate.py
+
+# The kernels' tests once more, under the address and undefined-behaviour sanitizers; slow, run by hand.
+sanitize: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja nanobind
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON -DSKBUILD_PROJECT_VERSION=$$($(BIN)/python -c "import trimtab; print(trimtab.__version__)") \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	$(BIN)/ninja -C build/sanitize
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
+	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH=build/sanitize $(BIN)/python -m pytest tests/runtime -k "not forked"
 
 clean:
 	rm -rf $(VENV) trimtab-demo build

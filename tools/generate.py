@@ -18,6 +18,7 @@ from typing import Any
 from trimtab.core.registry import AXES, FACTS, KNOBS, Method, load_all
 from trimtab.core.spec import Recipe, rows
 from trimtab.evidence import BETTER, Figure, is_stale, judged
+from trimtab.runtime import names
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
@@ -146,6 +147,20 @@ def results_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, M
     return table(["recipe", "setting", "model", "metric", "value", "seeds"], [b[2] for b in sorted(body)])
 
 
+def kernels_page(root: Path) -> str:
+    by: dict[tuple[str, ...], list[str]] = {}
+    for name in map(names.parse, names.of_source(root / "src/trimtab/kernels")):
+        by.setdefault((name.op, name.format, name.type, name.activation), []).append(name.isa)
+    return """# kernels
+
+Generated from the table in the source. A kernel's name is `<op>_<activation>_<format>-<type>_<isa>`, for example
+`linear_f32_bsr32-bf16_avx512`; `trimtab catalogue FORMAT` says which of a format's kernels run on the processor at hand.
+A format without a kernel saves bytes, not time.
+
+""" + table(["op", "format", "weights", "activations", "instruction sets"],
+            [(*map(code, at), ", ".join(map(code, isas))) for at, isas in by.items()])
+
+
 def counts_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
     axes = [(a, [m.name for m in reg.values() if m.axis == a]) for a in AXES]
     body = [(a, len(names), ", ".join(map(code, names))) for a, names in axes if names]
@@ -182,6 +197,8 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     used = users(recipes)
     out = {root / "docs/catalogue" / f"{axis}.md": axis_page(axis, reg, used) for axis in AXES}
     out[root / "docs/catalogue/recipes.md"] = recipes_page(recipes)
+    if (root / "src/trimtab/kernels").exists():
+        out[root / "docs/catalogue/kernels.md"] = kernels_page(root)
     out[root / "docs/claims.md"] = claims_page(every, recipes, reg)
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if path not in out and path.parent != root / "docs/catalogue":

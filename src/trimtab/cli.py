@@ -333,10 +333,11 @@ def version() -> dict[str, Any]:
     import transformers
 
     import trimtab
+    from trimtab.runtime.native import level
 
     return {"trimtab": trimtab.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability(),
-            "kernels": "torch (no native runtime in this version)"}
+            "kernels": level()}
 
 
 def main(argv: list[str] | None = None) -> int:

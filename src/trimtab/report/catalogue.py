@@ -6,6 +6,7 @@ from typing import Any
 from trimtab.core.registry import AXES, load_all, near
 from trimtab.core.spec import rows
 from trimtab.core.types import BadInput
+from trimtab.runtime.native import kernels
 
 
 def catalogue(name: str | None = None, axis: str | None = None) -> dict[str, Any]:
@@ -13,8 +14,12 @@ def catalogue(name: str | None = None, axis: str | None = None) -> dict[str, Any
     reg, recipes = load_all(), rows()
     if axis is not None and axis not in (*AXES, "recipe"):
         raise BadInput(f"no axis {axis!r}; axes are {', '.join(AXES)}, recipe")
-    methods = {k: {"axis": m.axis, **m.doc, "needs": list(m.needs), "knobs": m.knobs, "decides": [m.axis, *m.joint]}
+    methods = {k: {"axis": m.axis, "name": m.name, **m.doc, "needs": list(m.needs), "knobs": m.knobs, "decides": [m.axis, *m.joint]}
                for k, m in reg.items() if (axis in (None, m.axis)) and (name is None or name in (k, m.name))}
+    for m in methods.values():
+        if m["axis"] == "format":
+            mine = [k for k in kernels() if k["format"] == m["name"]]
+            m["kernels"] = {k["name"]: k["here"] for k in mine}
     named = {n: {"pipeline": r.text, "source": r.source, "note": r.note, "claims": [c.text for c in r.claims]}
              for n, r in recipes.items() if axis in (None, "recipe") and (name is None or name == n)}
     if name is not None and not methods and not named:
@@ -32,6 +37,9 @@ def print_catalogue(result: dict[str, Any]) -> None:
                 print(f"  {section}: {m[section]}")
             print(f"  Needs: {', '.join(m['needs']) or 'the weight only'}   Decides: {', '.join(m['decides'])}")
             print(f"  Knobs: {', '.join(f'{k}={v}' for k, v in m['knobs'].items()) or 'none'}")
+            if "kernels" in m:
+                here = [name for name, runs in m["kernels"].items() if runs]
+                print(f"  Kernels here: {', '.join(here) or 'none: it saves bytes, not time'}")
         else:
             if m["axis"] != at:
                 at = m["axis"]

@@ -1,0 +1,55 @@
+// Which instruction sets this processor has and the operating system saves.
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace trimtab {
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::avx2: return "avx2";
+        case Isa::avx512: return "avx512";
+        case Isa::avx512bf16: return "avx512bf16";
+        case Isa::neon: return "neon";
+        default: return "portable";
+    }
+}
+
+#if defined(__x86_64__)
+namespace {
+struct Flags { bool avx2, avx512, avx512bf16; };
+
+Flags look() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return {};  // osxsave
+    const bool fma = c >> 12 & 1, popcnt = c >> 23 & 1;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const bool ymm = (low & 6) == 6, zmm = (low & 0xe6) == 0xe6;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+    Flags f{};
+    f.avx2 = ymm && fma && popcnt && (b >> 5 & 1) && (b >> 8 & 1);                                              // avx2, bmi2
+    f.avx512 = f.avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);              // f, dq, bw, vl
+    const bool vbmi2 = c >> 6 & 1, vnni = c >> 11 & 1;
+    f.avx512bf16 = f.avx512 && vbmi2 && vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return f;
+}
+}  // namespace
+
+bool has(Isa isa) {
+    static const Flags f = look();
+    switch (isa) {
+        case Isa::portable: return true;
+        case Isa::avx2: return f.avx2;
+        case Isa::avx512: return f.avx512;
+        case Isa::avx512bf16: return f.avx512bf16;
+        default: return false;
+    }
+}
+#else
+bool has(Isa isa) { return isa == Isa::portable; }
+#endif
+
+}  // namespace trimtab

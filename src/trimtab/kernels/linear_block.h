@@ -1,0 +1,68 @@
+// Blocks of HEIGHT outputs by `cols` inputs, each block's weights stored input by input. Dense is one block a panel.
+#pragma once
+#include "tile.h"
+
+namespace trimtab::ISA {
+
+// Bytes of weights that stay in the second-level cache while the rows of x go by.
+constexpr int64_t KEEP = 256 << 10;
+
+// X: float, or uint16_t for bfloat16; `stride` is from one row of x to the next.
+template <int HEIGHT, class T, class X>
+inline void blocks(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t begin, int64_t end) {
+    constexpr int64_t step = sizeof(T) == 2 ? 2 : 1;  // bfloat16 inputs come in pairs
+    const T* values = reinterpret_cast<const T*>(w.values);
+    const int64_t cols = w.cols, block = (cols + step - 1) / step * step * HEIGHT;
+    const int64_t inputs = std::max<int64_t>(step, KEEP / (HEIGHT * int64_t(sizeof(T))) / step * step);
+    for (int64_t p = begin; p < end; ++p) {
+        const int64_t first = w.pointers ? w.pointers[p] : p, last = w.pointers ? w.pointers[p + 1] : p + 1;
+        bool fresh = true;
+        // Some blocks, or a part of a wide one, for all rows of x; then the next.
+        const int64_t some = std::max<int64_t>(1, inputs / cols), part = std::min(cols, inputs);
+        for (int64_t b = first; b < last || fresh; b += some) {
+            const int64_t until = std::min(last, b + some);
+            for (int64_t k = 0; k < cols; k += part) {
+                tiles<HEIGHT>(batch, [&]<int ROWS>(int64_t row) {
+                    Tile<HEIGHT, ROWS> tile;
+                    tile.open(y + row * w.out, w.out, p * HEIGHT, fresh);
+                    for (int64_t i = b; i < until; ++i) {
+                        const int64_t at = w.columns ? int64_t(w.columns[i]) * cols : 0;
+                        tile.add(values + i * block + k * HEIGHT, x + row * stride + at + k, stride, std::min(part, cols - k));
+                    }
+                    tile.close(y + row * w.out, w.out, p * HEIGHT);
+                });
+                fresh = false;
+            }
+        }
+    }
+}
+
+template <int HEIGHT, class T>
+void linear_block(const Weights& w, const float* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+    blocks<HEIGHT, T>(w, x, w.in, batch, y, begin, end);
+}
+
+#if defined(__AVX512BF16__)
+inline int64_t paired(int64_t in) { return (in + 1) / 2 * 2; }
+inline int64_t bf16_scratch(const Weights& w, int64_t batch) { return batch * paired(w.in) / 2; }
+
+// x is rounded to bfloat16 first, which loses nothing where it came as bfloat16: two products an instruction and lane.
+template <int HEIGHT>
+void linear_block_bf16(const Weights& w, const float* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(scratch);
+    const int64_t stride = paired(w.in);
+    for (int64_t r = 0; r < batch; ++r) {
+        int64_t i = 0;
+        for (; i + 16 <= w.in; i += 16)
+            _mm256_storeu_si256((__m256i*)(to + r * stride + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + r * w.in + i)));
+        if (const int left = int(w.in - i)) {
+            const __mmask16 some = __mmask16((1u << left) - 1);
+            _mm256_mask_storeu_epi16(to + r * stride + i, __mmask16((1u << (left + left % 2)) - 1),
+                                     (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + r * w.in + i)));
+        }
+    }
+    blocks<HEIGHT, uint16_t>(w, static_cast<const uint16_t*>(to), stride, batch, y, begin, end);
+}
+#endif
+
+}  // namespace trimtab::ISA

@@ -1,0 +1,95 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace trimtab {
+namespace {
+
+constexpr int SPIN = 2000;  // tries before a waiting thread goes to sleep: tens of microseconds, the gap between two layers
+
+class Pool {
+public:
+    void run(int64_t count, int threads, const std::function<void(int64_t, int64_t, int)>& work) {
+        std::lock_guard turn(turn_);
+        grow(threads - 1);
+        work_ = &work;
+        count_ = count;
+        parts_ = threads;
+        left_.store(int(workers_.size()), std::memory_order_relaxed);
+        {
+            std::lock_guard lock(mutex_);
+            round_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        part(0);
+        for (int tries = 0; left_.load(std::memory_order_acquire); ++tries)
+            if (tries > SPIN) std::this_thread::yield();
+    }
+
+private:
+    void grow(int wanted) {
+        while (int(workers_.size()) < wanted) {
+            const int id = int(workers_.size()) + 1;
+            workers_.emplace_back([this, id, seen = round_.load()] { serve(id, seen); });
+            workers_.back().detach();  // they end with the process, which never joins them
+        }
+    }
+
+    void serve(int id, uint64_t seen) {
+        for (;;) {
+            int tries = 0;
+            while (round_.load(std::memory_order_acquire) == seen && tries < SPIN) ++tries;
+            if (round_.load(std::memory_order_acquire) == seen) {
+                std::unique_lock lock(mutex_);
+                wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
+            }
+            seen = round_.load(std::memory_order_acquire);
+            if (id < parts_) part(id);
+            left_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    void part(int id) {
+        const int64_t begin = count_ * id / parts_, end = count_ * (id + 1) / parts_;
+        if (begin < end) (*work_)(begin, end, id);
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+    std::atomic<uint64_t> round_{0};
+    std::atomic<int> left_{0};
+    const std::function<void(int64_t, int64_t, int)>* work_ = nullptr;
+    int64_t count_ = 0;
+    int parts_ = 1;
+};
+
+}  // namespace
+
+void parallel(int64_t count, int threads, const std::function<void(int64_t, int64_t, int)>& work) {
+    if (threads <= 1 || count <= 1) {
+        work(0, count, 0);
+        return;
+    }
+    // Never destroyed: its threads may still sleep in it. After a fork the child, which has none of them, gets its own.
+    static Pool* pool = new Pool;
+    static pid_t owner = getpid();
+    static std::mutex forked;
+    {
+        std::lock_guard lock(forked);
+        if (owner != getpid()) {
+            pool = new Pool;
+            owner = getpid();
+        }
+    }
+    pool->run(count, threads, work);
+}
+
+}  // namespace trimtab

@@ -1,0 +1,97 @@
+// Sums of one panel for a few rows of x at once, held in registers.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "kernel.h"
+#include "vec.h"
+
+namespace trimtab::ISA {
+
+// Rows of x a tile takes: as many sums as there are registers, two vectors left for weights.
+template <int HEIGHT>
+constexpr int tile_rows() {
+    constexpr int vectors = HEIGHT / Vec::N, sums = Vec::N == 16 ? 24 : 12;
+    return vectors >= sums ? 1 : sums / vectors;
+}
+
+template <int HEIGHT, int ROWS>
+struct Tile {
+    static constexpr int V = HEIGHT / Vec::N;
+    Vec sum[ROWS][V];
+
+    // From y [batch, out], or from zero; a panel at the end may have fewer than HEIGHT outputs.
+    void open(const float* y, int64_t out, int64_t first, bool fresh) {
+        for (int r = 0; r < ROWS; ++r) {
+            if (fresh) {
+                for (int v = 0; v < V; ++v) sum[r][v] = Vec::zero();
+            } else {
+                float part[HEIGHT] = {};
+                const int64_t n = std::min<int64_t>(HEIGHT, out - first);
+                std::copy_n(y + r * out + first, n, part);
+                for (int v = 0; v < V; ++v) sum[r][v] = Vec::load(part + v * Vec::N);
+            }
+        }
+    }
+    void close(float* y, int64_t out, int64_t first) const {
+        for (int r = 0; r < ROWS; ++r) {
+            float* to = y + r * out + first;
+            if (first + HEIGHT <= out) {
+                for (int v = 0; v < V; ++v) sum[r][v].store(to + v * Vec::N);
+            } else {
+                float part[HEIGHT];
+                for (int v = 0; v < V; ++v) sum[r][v].store(part + v * Vec::N);
+                std::copy_n(part, out - first, to);
+            }
+        }
+    }
+    // w [k, HEIGHT] float32: each input's weights side by side; x [ROWS, >= k], a row every `stride`.
+    void add(const float* w, const float* x, int64_t stride, int64_t k) {
+        for (int64_t i = 0; i < k; ++i, w += HEIGHT) {
+            Vec a[V];
+            for (int v = 0; v < V; ++v) a[v] = Vec::load(w + v * Vec::N);
+            for (int r = 0; r < ROWS; ++r) {
+                const Vec b = Vec::all(x[r * stride + i]);
+                for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].fma(a[v], b);
+            }
+        }
+    }
+#if defined(__AVX512BF16__)
+    // The same with x [ROWS, >= k] in bfloat16, every row filled up to pairs.
+    void add(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k) {
+        for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT)
+            for (int v = 0; v < V; ++v)
+                for (int r = 0; r < ROWS; ++r) sum[r][v] = sum[r][v].dot(w + 2 * v * Vec::N, x + r * stride + i);
+    }
+#endif
+    // w [ceil(k / 2), HEIGHT, 2] bfloat16: inputs in pairs.
+    void add(const uint16_t* w, const float* x, int64_t stride, int64_t k) {
+        for (int64_t i = 0; i + 1 < k; i += 2, w += 2 * HEIGHT) pair<true>(w, x + i, stride);
+        if (k % 2) pair<false>(w, x + k - 1, stride);
+    }
+    template <bool BOTH>
+    void pair(const uint16_t* w, const float* x, int64_t stride) {
+        for (int v = 0; v < V; ++v) {
+            const Vec low = Vec::low(w + 2 * v * Vec::N), high = Vec::high(w + 2 * v * Vec::N);
+            for (int r = 0; r < ROWS; ++r) {
+                sum[r][v] = sum[r][v].fma(low, Vec::all(x[r * stride]));
+                if (BOTH) sum[r][v] = sum[r][v].fma(high, Vec::all(x[r * stride + 1]));
+            }
+        }
+    }
+};
+
+// Calls f<ROWS>(first row) until `batch` rows are done: full tiles, then what is left one by one.
+template <int HEIGHT, class F>
+inline void tiles(int64_t batch, const F& f) {
+    constexpr int most = tile_rows<HEIGHT>();
+    int64_t row = 0;
+    for (; row + most <= batch; row += most) f.template operator()<most>(row);
+    if constexpr (most >= 8)
+        for (; row + 4 <= batch; row += 4) f.template operator()<4>(row);
+    if constexpr (most >= 3)
+        for (; row + 2 <= batch; row += 2) f.template operator()<2>(row);
+    for (; row < batch; ++row) f.template operator()<1>(row);
+}
+
+}  // namespace trimtab::ISA

@@ -1,0 +1,97 @@
+// A vector of floats as the flags of this translation unit allow: sixteen, eight or four at once.
+#pragma once
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace trimtab::ISA {  // a namespace for each set of flags: no inline function may be shared between them
+
+template <class T>
+inline T peek(const void* p) { T v; std::memcpy(&v, p, sizeof v); return v; }
+
+#if defined(__AVX512F__)
+struct Vec {
+    static constexpr int N = 16;
+    __m512 v;
+    static Vec zero() { return {_mm512_setzero_ps()}; }
+    static Vec all(float x) { return {_mm512_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
+    Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
+#if defined(__AVX512BF16__)
+    // Adds the products of pairs: w holds one a lane, x is the same for all.
+    Vec dot(const uint16_t* w, const uint16_t* x) const {
+        return {_mm512_dpbf16_ps(v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(peek<int>(x)))};
+    }
+#endif
+    // bfloat16 is the upper half of a float.
+    static Vec bf16(const uint16_t* p) {
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+    }
+    // Of pairs that lie side by side: the first and the second of each.
+    static Vec low(const uint16_t* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+    static Vec high(const uint16_t* p) {
+        return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))))};
+    }
+    // The float of `four` that two bits say, for each lane; lane i takes bits 2i and 2i + 1.
+    static Vec pick(const float* four, const std::byte* bits) {
+        const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        __m512i which = _mm512_srlv_epi32(_mm512_set1_epi32(peek<int>(bits)), at);
+        return {_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(four)), which)};
+    }
+};
+#elif defined(__AVX2__)
+struct Vec {
+    static constexpr int N = 8;
+    __m256 v;
+    static Vec zero() { return {_mm256_setzero_ps()}; }
+    static Vec all(float x) { return {_mm256_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    Vec fma(Vec a, Vec b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
+    Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
+    static Vec bf16(const uint16_t* p) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
+    }
+    static Vec low(const uint16_t* p) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
+    }
+    static Vec high(const uint16_t* p) {
+        return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(int(0xffff0000))))};
+    }
+    static Vec pick(const float* four, const std::byte* bits) {
+        const __m256i at = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+        __m256i which = _mm256_srlv_epi32(_mm256_set1_epi32(peek<uint16_t>(bits)), at);
+        return {_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)four), which)};
+    }
+};
+#else
+struct Vec {
+    static constexpr int N = 4;
+    float v[4];
+    static Vec zero() { return {{0, 0, 0, 0}}; }
+    static Vec all(float x) { return {{x, x, x, x}}; }
+    static Vec load(const float* p) { Vec r; std::memcpy(r.v, p, sizeof r.v); return r; }
+    void store(float* p) const { std::memcpy(p, v, sizeof v); }
+    Vec fma(Vec a, Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] + a.v[i] * b.v[i]; return r; }
+    Vec operator+(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] + b.v[i]; return r; }
+    static float wide(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
+    static Vec bf16(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + i)); return r; }
+    static Vec low(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i)); return r; }
+    static Vec high(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i + 1)); return r; }
+    static Vec pick(const float* four, const std::byte* bits) {
+        Vec r;
+        for (int i = 0; i < N; ++i) r.v[i] = four[int(*bits) >> 2 * i & 3];
+        return r;
+    }
+};
+#endif
+
+}  // namespace trimtab::ISA

@@ -1,0 +1,48 @@
+"""Linear layers that run on packed weights inside an ordinary torch model."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.runtime import layouts, native
+from trimtab.runtime.layouts import Packed
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + bias with a packed weight; x [..., in] of any float type, y [..., out] of the same."""
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.linear = native.Linear(packed)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        p = self.linear.packed
+        return f"{self.in_features} -> {self.out_features}, {p.format} {layouts.TYPES[p.dtype]}, {p.nbytes:,} bytes"
+
+
+def pack_linears(model: nn.Module, names: Iterable[str], dtype: torch.dtype,
+                 layout: Callable[[Tensor], Packed] = layouts.smallest) -> int:
+    """Replace these linear modules of `model`, in place, by packed ones with weights of `dtype`. Bytes of their weights.
+
+    A weight that `dtype` cannot hold exactly is rounded to it. TypeError for a module that is not a plain linear layer.
+    """
+    total = 0
+    for name in names:
+        old = model.get_submodule(name)
+        if type(old) is not nn.Linear:
+            raise TypeError(f"{name} is {type(old).__name__}, not a linear layer")
+        packed = layout(old.weight.detach().to(dtype))
+        total += packed.nbytes
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, PackedLinear(packed, None if old.bias is None else old.bias.detach().float()))
+    return total

@@ -1,0 +1,41 @@
+"""What a kernel's name says: <op>_<activation>_<format>-<type>_<isa>, such as linear_f32_bsr32-bf16_avx512."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+OPS = ("linear",)
+TYPES = ("f32", "bf16")
+FORMATS = r"dense|bsr(?:16|32|64)|bitmask|nm4"
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
+NAME = re.compile(rf"({'|'.join(OPS)})_({'|'.join(TYPES)})_({FORMATS})-({'|'.join(TYPES)})_({'|'.join(ISAS)})")
+
+
+@dataclass(frozen=True)
+class Name:
+    """op; type of the activations; format with its block height or group; type of the weights; instruction set."""
+
+    op: str
+    activation: str
+    format: str
+    type: str
+    isa: str
+
+    def __str__(self) -> str:
+        return f"{self.op}_{self.activation}_{self.format}-{self.type}_{self.isa}"
+
+
+def of_source(folder: Path) -> list[str]:
+    """The names of all kernels for all processors, as the C++ table in `folder` has them."""
+    kinds = re.findall(r'\{(NAME|BF16)\("([^"]+)"\)', (folder / "isa" / "table.inc").read_text(encoding="utf-8"))
+    return [f"linear_{'f32' if macro == 'NAME' else 'bf16'}_{kind}_{isa}" for isa in ISAS
+            if (folder / "isa" / f"{isa}.cpp").exists() for macro, kind in kinds if macro == "NAME" or isa == "avx512bf16"]
+
+
+def parse(text: str) -> Name:
+    """ValueError for a name outside the grammar."""
+    m = NAME.fullmatch(text)
+    if not m:
+        raise ValueError(f"{text!r} is no kernel name: <op>_<activation>_<format>-<type>_<isa>")
+    return Name(*m.groups())

@@ -1,0 +1,76 @@
+"""The compiled kernels, where they were built; what they would do in torch, where they were not."""
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trimtab
+from trimtab.core.types import BadInput
+from trimtab.runtime import layouts
+from trimtab.runtime.layouts import Packed
+
+NONE = "the native kernels were not built (no C++ compiler when trimtab was installed); packed weights run in torch, slowly"
+
+
+@cache
+def core() -> Any | None:
+    """The extension module, or None; one of another version is as good as none."""
+    try:
+        import _trimtab_kernels
+    except ImportError:
+        return None
+    return _trimtab_kernels if trimtab.__version__ == _trimtab_kernels.VERSION else None
+
+
+def isas() -> list[str]:
+    """Instruction sets that kernels were built for and this processor has, best last."""
+    return core().isas() if core() else []
+
+
+def kernels() -> list[dict[str, Any]]:
+    """Every kernel: name, op, format, type, isa, and whether it runs `here`."""
+    return list(core().kernels()) if core() else []
+
+
+def level() -> str:
+    """In a word, for `--version`."""
+    return isas()[-1] if core() else "torch (native kernels not built)"
+
+
+class Linear:
+    """A packed weight ready to run: y [batch, out] = x [batch, in] W^T in float32.
+
+    `kernels`: names of those that can run it here, best last (linear_bf16_* round x to bfloat16 and are chosen by
+    themselves only where x is bfloat16); empty where torch does it. ValueError if the buffers
+    contradict each other: every index and length is checked once, here.
+    """
+
+    def __init__(self, packed: Packed):
+        self.packed, self._weight = packed, None
+        if core() is None:
+            warnings.warn(NONE, stacklevel=2)
+            self.kernels: list[str] = []
+        else:
+            none = torch.empty(0, dtype=torch.uint8)
+            raw = {k: t.contiguous().view(-1).view(torch.uint8) for k, t in packed.buffers.items()}
+            self._native = core().Linear(
+                packed.format, layouts.TYPES[packed.dtype], *packed.shape, packed.rows, packed.cols, packed.n, packed.m,
+                *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers")))
+            self.kernels = list(self._native.kernels)
+        if not self.kernels:  # a shape no kernel takes
+            self._weight = layouts.restored(packed).float()
+
+    def __call__(self, x: Tensor, kernel: str = "", threads: int = 0) -> Tensor:
+        """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0."""
+        if x.shape[-1] != self.packed.shape[1]:
+            raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
+        if self._weight is not None:
+            return torch.nn.functional.linear(x.float(), self._weight)
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+        y = torch.empty(rows.shape[0], self.packed.shape[0])
+        self._native.run(rows, y, threads or torch.get_num_threads(), kernel, x.dtype == torch.bfloat16)
+        return y.view(*x.shape[:-1], self.packed.shape[0])

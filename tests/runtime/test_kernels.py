@@ -1,0 +1,218 @@
+"""Every kernel there is against the weight it was packed from, in double precision."""
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimtab.core.types import BadInput
+from trimtab.runtime import layouts, names, native
+from trimtab.runtime.layouts import Packed
+
+BUILT = native.kernels()
+SHAPES = [(32, 64), (100, 132), (1, 4), (33, 36), (64, 2060), (192, 320)]
+BATCHES = (1, 5, 31)  # tiles of 24, 12, 6, 4, 3, 2 and 1 rows all come up
+
+
+def test_the_kernels_are_built_where_there_is_a_compiler():
+    assert BUILT or not shutil.which("c++"), "a compiler is here, yet the kernels are not: run make setup"
+
+
+def packs(out: int, inputs: int, dtype: torch.dtype) -> Iterator[Packed]:
+    gen = torch.Generator().manual_seed(out * inputs)
+    w = torch.randn(out, inputs, generator=gen).to(dtype)
+    yield layouts.dense(w)
+    yield layouts.dense(w[:, :max(1, inputs - 1)])  # an odd number of inputs: half a pair is left
+    for share in (0.0, 0.07, 0.5, 1.0):
+        yield layouts.bitmask(w * (torch.rand(w.shape, generator=gen) < share))
+    for n in (1, 2, 3):
+        kept = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < n
+        yield layouts.nm(w * kept.reshape(w.shape), n, 4)
+    yield layouts.nm(w * 0)
+    for rows, cols in ((16, 16), (32, 32), (64, 64), (32, 1), (16, 4), (32, inputs)):
+        if out % rows == 0 and inputs % cols == 0:
+            for share in (0.0, 0.2, 1.0):
+                blocks = torch.rand(out // rows, inputs // cols, generator=gen) < share  # 0.0: all empty; 0.2: empty block rows
+                yield layouts.bsr(w * blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1), rows, cols)
+
+
+def guarded(batch: int, width: int) -> tuple[Tensor, Tensor]:
+    """A poisoned output inside memory whose edges are watched."""
+    edge = 64
+    whole = torch.full((edge + batch * width + edge,), float("nan"))
+    whole[:edge] = whole[-edge:] = 12345.0
+    return whole, whole[edge:-edge].view(batch, width)
+
+
+def edges_are_whole(whole: Tensor) -> bool:
+    return bool((whole[:64] == 12345.0).all() and (whole[-64:] == 12345.0).all())
+
+
+def close(got: Tensor, want: Tensor, terms: int) -> bool:
+    """Float32 sums of `terms` products: the bound grows with their number, not faster."""
+    room = 4e-7 * terms**0.5 * want.abs().max().clamp_min(1.0) + 1e-30
+    return bool(((got.double() - want).abs() <= room).all())
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kernel_agrees_with_the_weight_it_was_packed_from(dtype):
+    ran = set()
+    for out, inputs in SHAPES:
+        for p in packs(out, inputs, dtype):
+            linear, w = native.Linear(p), layouts.restored(p).double()
+            gen = torch.Generator().manual_seed(1)
+            for batch in BATCHES:
+                x = torch.randn(batch, p.shape[1], generator=gen)
+                for kernel in linear.kernels:
+                    narrow = names.parse(kernel).activation == "bf16"
+                    want = (x.bfloat16() if narrow else x).double() @ w.T  # what it says it multiplies
+                    first = None
+                    for threads in (1, 3):
+                        whole, y = guarded(batch, out)
+                        linear._native.run(x, y, threads, kernel)
+                        assert close(y, want, p.shape[1]) and edges_are_whole(whole), (kernel, p.shape, p.rows, p.cols, batch, threads)
+                        first = y if first is None else first
+                        assert torch.equal(y, first), (kernel, threads)  # who computes a panel changes nothing
+                    ran.add(kernel)
+    type_ = layouts.TYPES[dtype]
+    assert ran == {k["name"] for k in BUILT if k["here"] and k["type"] == type_}  # not one was left out
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row_and_is_not_lost(value):
+    for dtype in layouts.TYPES:
+        for p in packs(64, 128, dtype):
+            linear, w = native.Linear(p), layouts.restored(p)
+            x = torch.ones(14, p.shape[1])
+            x[5, 17] = value
+            for kernel in linear.kernels:
+                y = linear(x, kernel)
+                met = w[:, 17] != 0  # a stored weight meets it; what is not stored may or may not
+                assert not torch.isfinite(y[5][met]).any(), kernel
+                assert torch.isfinite(y[torch.arange(14) != 5]).all(), kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packing_loses_nothing(dtype):
+    gen = torch.Generator().manual_seed(3)
+    for out, inputs in SHAPES:
+        w = torch.randn(out, inputs, generator=gen).to(dtype)
+        assert torch.equal(layouts.restored(layouts.dense(w)), w)
+        thin = w * (torch.rand(w.shape, generator=gen) < 0.3)
+        assert torch.equal(layouts.restored(layouts.bitmask(thin)), thin)
+        pair = w * (torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2).reshape(w.shape)
+        assert torch.equal(layouts.restored(layouts.nm(pair)), pair)
+        wide = w * (torch.rand(out, inputs // 2, 2, generator=gen).argsort(-1) < 1).reshape(w.shape)
+        assert torch.equal(layouts.restored(layouts.nm(wide, 1, 2)), wide)
+        for p in packs(out, inputs, dtype):
+            again = layouts.restored(p)
+            assert again.shape == p.shape and again.dtype == dtype and again.is_contiguous()
+
+
+def test_bytes_are_what_the_layout_says():
+    w = torch.zeros(64, 128, dtype=torch.bfloat16)
+    w[:32, :64] = 1
+    assert layouts.dense(w).nbytes == 64 * 128 * 2
+    assert layouts.bitmask(w).nbytes == 64 * 128 // 8 + 2 * 32 * 64 + layouts.SLACK
+    assert layouts.bsr(w).nbytes == 2 * (2 * 32 * 32 + 4) + 8 * 3
+    half = w.clone()
+    half[:, ::2] = 0
+    assert layouts.nm(half).nbytes == 64 * 64 * 2 + 64 * 64 // 4
+
+
+def test_what_does_not_fit_is_refused():
+    w = torch.ones(48, 64)
+    for refused in (lambda: layouts.bsr(w), lambda: layouts.bsr(w, 16, 0), lambda: layouts.nm(w), lambda: layouts.nm(w, 2, 5),
+                    lambda: layouts.dense(w.half()), lambda: layouts.dense(w[0]), lambda: layouts.dense(w[:0])):
+        with pytest.raises(BadInput):
+            refused()
+    with pytest.raises(BadInput, match="features"):
+        native.Linear(layouts.dense(w))(torch.ones(2, 63))
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+def test_buffers_that_contradict_each_other_are_refused():
+    w = torch.randn(64, 128) * (torch.rand(64, 128, generator=torch.Generator().manual_seed(0)) < 0.5)
+    blocks = layouts.bsr(torch.ones(64, 128))
+
+    def broken(p: Packed, **buffers: Tensor) -> Packed:
+        return replace(p, buffers={**p.buffers, **buffers})
+
+    columns, pointers = blocks.buffers["columns"], blocks.buffers["pointers"]
+    kept = layouts.bitmask(w)
+    pairs = layouts.nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32))
+    bad = [
+        broken(blocks, columns=columns + 1), broken(blocks, columns=columns - 1), broken(blocks, columns=columns[1:]),
+        broken(blocks, pointers=pointers + 1), broken(blocks, pointers=pointers.flip(0)), broken(blocks, pointers=pointers * 2),
+        broken(blocks, values=blocks.buffers["values"][1:]), broken(kept, values=kept.buffers["values"][:-17]),
+        broken(kept, bits=kept.buffers["bits"][1:]), broken(kept, bits=torch.full_like(kept.buffers["bits"], 255)),
+        broken(pairs, bits=pairs.buffers["bits"][1:]), broken(pairs, values=pairs.buffers["values"][:1]),
+        replace(pairs, m=8), replace(pairs, n=5), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),
+        replace(layouts.dense(w), shape=(64, 256)), replace(layouts.dense(w), shape=(0, 128)),
+        broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
+    ]
+    for p in bad:
+        with pytest.raises(ValueError):
+            native.Linear(p)
+    linear = native.Linear(layouts.dense(w))
+    for x, y in (((2, 127), (2, 64)), ((2, 128), (3, 64)), ((2, 128), (2, 63))):
+        with pytest.raises(ValueError):
+            linear._native.run(torch.zeros(x), torch.zeros(y), 1, "")
+    with pytest.raises(ValueError):
+        linear._native.run(torch.zeros(2, 128), torch.zeros(2, 64), 1, "linear_f32_dense-f32_abacus")
+    assert native.Linear(layouts.dense(w))(torch.zeros(0, 128)).shape == (0, 64)
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+def test_every_name_follows_the_grammar():
+    assert len({k["name"] for k in BUILT}) == len(BUILT)
+    for k in BUILT:
+        name = names.parse(k["name"])
+        assert str(name) == k["name"] and (name.op, name.activation, name.type, name.isa) == (k["op"], k["activation"], k["type"], k["isa"])
+        assert name.format.rstrip("0123456789") == k["format"]
+    ours = Path(__file__).parents[2] / "src" / "trimtab" / "kernels"
+    assert set(names.of_source(ours)) >= {k["name"] for k in BUILT}  # all of them, where the build is for x86-64
+    for wrong in ("linear_f32_dense-f32", "linear_f32_bsr8-f32_avx2", "linear_f32_dense-f32_avx2_x"):
+        with pytest.raises(ValueError, match="no kernel name"):
+            names.parse(wrong)
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+def test_x_is_rounded_only_where_that_loses_nothing():
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(1))
+    linear = native.Linear(layouts.dense(w))
+    exact = x.double() @ w.double().T
+    assert close(linear(x), exact, 128)  # float32 in: no kernel that rounds is taken
+    assert close(linear(x.bfloat16()), x.bfloat16().double() @ w.double().T, 128)
+    rounding = [k for k in linear.kernels if names.parse(k).activation == "bf16"]
+    assert all(not close(linear(x, k), exact, 128) for k in rounding)
+
+
+def test_without_the_extension_torch_does_it_and_says_so(monkeypatch):
+    monkeypatch.setattr(native, "core", lambda: None)
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning, match="not built"):
+        linear = native.Linear(layouts.dense(w))
+    torch.testing.assert_close(linear(x), x @ w.T)
+    assert native.kernels() == [] and native.isas() == [] and "not built" in native.level()
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+def test_a_forked_child_has_threads_of_its_own():
+    code = ("import os, torch\nfrom trimtab.runtime import layouts, native\n"
+            "w, x = torch.ones(256, 64), torch.ones(2, 64)\nlinear = native.Linear(layouts.dense(w))\n"
+            "linear(x, threads=4)\npid = os.fork()\n"
+            "assert (linear(x, threads=4) == 64).all()\nif not pid: os._exit(0)\n"
+            "assert os.waitpid(pid, 0)[1] == 0")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

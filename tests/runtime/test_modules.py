@@ -1,0 +1,57 @@
+"""Packed layers inside transformers models: the same numbers, fewer bytes."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trimtab.runtime import layouts
+from trimtab.runtime.modules import PackedLinear, pack_linears
+
+
+def weight(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(out, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("thin, want", [
+    (lambda w: w, "dense"),
+    (lambda w: w * (weight(*w.shape, 1) > 0.5), "bitmask"),
+    (lambda w: w * (weight(w.shape[0], w.shape[1] // 4 * 4, 1).reshape(-1, 4).argsort(-1) < 2).reshape(w.shape), "nm"),
+    (lambda w: w * (weight(2, 4, 1) > 0.3).repeat_interleave(32, 0).repeat_interleave(32, 1), "bsr"),
+])
+def test_the_smallest_layout_is_chosen_and_loses_nothing(thin, want):
+    for dtype in layouts.TYPES:
+        w = thin(weight(64, 128)).to(dtype)
+        packed = layouts.smallest(w)
+        assert packed.format == want and torch.equal(layouts.restored(packed), w)
+        others = [layouts.dense(w), layouts.bitmask(w), layouts.bsr(w)] + ([layouts.nm(w)] if want == "nm" else [])
+        assert packed.nbytes <= min(p.nbytes for p in others) + layouts.SLACK
+
+
+def test_a_packed_layer_computes_what_the_layer_did():
+    layer = nn.Linear(96, 64)
+    for bias in (layer.bias.detach(), None):
+        ours = PackedLinear(layouts.dense(layer.weight.detach()), bias)
+        x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(ours(x), nn.functional.linear(x, layer.weight, bias), rtol=1e-5, atol=1e-5)
+        assert ours(x.bfloat16()).dtype == torch.bfloat16 and ours(x[:0]).shape == (0, 5, 64)
+    assert "dense f32" in repr(ours)
+
+
+def test_a_packed_model_says_what_the_model_says(tiny_lm):
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()
+    packed = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()
+    names = [n for n, m in plain.named_modules() if type(m) is nn.Linear and ".layers." in n]
+    with torch.no_grad():
+        for model in (plain, packed):
+            for n in names[::2]:
+                model.get_submodule(n).weight.mul_(model.get_submodule(n).weight.abs() > 0.02)
+    size = pack_linears(packed, names, torch.bfloat16)
+    assert 0 < size < sum(2 * plain.get_submodule(n).weight.numel() for n in names)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="Embedding"):
+        pack_linears(packed, ["model.embed_tokens"], torch.bfloat16)
