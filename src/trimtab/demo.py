@@ -92,7 +92,7 @@ def demo(out: Path, *, force: bool, threads: int, quiet: bool, words: bool) -> d
     seconds = time.monotonic() - began
     (staging / "results.jsonl").write_text("".join(json.dumps(r, sort_keys=True) + "\n" for r in runs), encoding="utf-8")
     facts = {**machine(), "statistics reused": str(cache.hits), "seconds": f"{seconds:.0f}"}
-    html = page("trimtab demo: the built-in model, trimmed twelve ways", runs, {"prompt": PROMPT, **samples}, facts)
+    html = page("trimtab demo: builtin:lm, trimmed twelve ways", runs, {"prompt": PROMPT, **samples}, facts)
     (staging / "report.html").write_text(html, encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     staging.rename(out)
