@@ -85,7 +85,7 @@ BUGS = [
     Bug("methods/select.py", "descending=True", "descending=False", "keeps the worst of a short row", UNITS),
     Bug("methods/select.py", "torch.argsort(s, dim=-1, descending=True, stable=True)",
         "n - 1 - torch.argsort(s.flip(-1), dim=-1, descending=True, stable=True)", "ties of a short row to the higher index", UNITS),
-    Bug("methods/select.py", "kthvalue(n - k + 1,", "kthvalue(n - k,", "threshold one too low", UNITS),
+    Bug("methods/select.py", "kthvalue(n - k + 1,", "kthvalue(n - k + 2,", "threshold one too high", UNITS),
     Bug("methods/select.py", "tied.cumsum(-1, dtype=torch.int32) <= room", "tied", "all ties kept", UNITS),
     Bug("methods/select.py", "tied.cumsum(-1, dtype=torch.int32)", "tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)",
         "ties to the higher index", UNITS),
