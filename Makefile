@@ -36,11 +36,15 @@ mutate: setup
 	$(BIN)/python tools/mutate.py
 
 # The kernels' tests once more, under the address and undefined-behaviour sanitizers; slow, run by hand.
+# SKBUILD_EDITABLE_SKIP: the editable install would otherwise answer for the extension before PYTHONPATH does.
+sanitize: export SKBUILD_EDITABLE_SKIP = $(wildcard $(abspath build)/cp*)
 sanitize: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja nanobind
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DSANITIZE=ON -DSKBUILD_PROJECT_VERSION=$$($(BIN)/python -c "import trimtab; print(trimtab.__version__)") \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
 	$(BIN)/ninja -C build/sanitize
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \
+	  $(BIN)/python -c "import _trimtab_kernels as k; assert 'sanitize' in k.__file__, k.__file__"
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=build/sanitize $(BIN)/python -m pytest tests/runtime -k "not forked"

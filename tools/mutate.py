@@ -222,7 +222,12 @@ class First:
 def child(where: Path, arguments: list[str], answer: Connection) -> None:
     """pytest on the copy, in a process forked from one that holds the libraries but nothing of ours."""
     os.chdir(where)
-    os.environ |= {"PYTHONPATH": f"{where / 'src'}{os.pathsep}{where}", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {
+        "PYTHONPATH": f"{where / 'src'}{os.pathsep}{where}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # an editable install answers for trimtab before PYTHONPATH does, except inside its own builds
+        "SKBUILD_EDITABLE_SKIP": os.pathsep.join(str(path) for path in (ROOT / "build").glob("cp*")),
+    }
     sys.dont_write_bytecode = True
     with open(where / "output", "w", encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)

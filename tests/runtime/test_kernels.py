@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.core.types import BadInput
 from trimtab.runtime import layouts, names, native
+from trimtab.runtime.codes import BITS, Codes, nearest
 from trimtab.runtime.layouts import Packed
 
 BUILT = native.kernels()
@@ -25,9 +26,22 @@ def test_the_kernels_are_built_where_there_is_a_compiler():
     assert BUILT or not shutil.which("c++"), "a compiler is here, yet the kernels are not: run make setup"
 
 
-def packs(out: int, inputs: int, dtype: torch.dtype) -> Iterator[Packed]:
+def thin(out: int, inputs: int, gen: torch.Generator) -> Iterator[tuple[str, float, Tensor]]:
+    """Patterns of zeros, from none kept to all kept: name of the layout, share, what is kept [out, in]."""
+    for share in (0.0, 0.2, 1.0):
+        for rows, cols in ((16, 16), (32, 32), (64, 64), (32, 1), (16, 4), (32, inputs)):
+            if out % rows == 0 and inputs % cols == 0:
+                blocks = torch.rand(out // rows, inputs // cols, generator=gen) < share  # 0.0: all empty; 0.2: empty block rows
+                yield f"bsr {rows} {cols}", share, blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+
+
+def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     gen = torch.Generator().manual_seed(out * inputs)
-    w = torch.randn(out, inputs, generator=gen).to(dtype)
+    w = torch.randn(out, inputs, generator=gen)
+    if type_ in BITS:
+        yield from packs_of_codes(w, BITS[type_], gen)
+        return
+    w = w.to(dtype(type_))
     yield layouts.dense(w)
     yield layouts.dense(w[:, :max(1, inputs - 1)])  # an odd number of inputs: half a pair is left
     for share in (0.0, 0.07, 0.5, 1.0):
@@ -36,11 +50,43 @@ def packs(out: int, inputs: int, dtype: torch.dtype) -> Iterator[Packed]:
         kept = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < n
         yield layouts.nm(w * kept.reshape(w.shape), n, 4)
     yield layouts.nm(w * 0)
-    for rows, cols in ((16, 16), (32, 32), (64, 64), (32, 1), (16, 4), (32, inputs)):
-        if out % rows == 0 and inputs % cols == 0:
-            for share in (0.0, 0.2, 1.0):
-                blocks = torch.rand(out // rows, inputs // cols, generator=gen) < share  # 0.0: all empty; 0.2: empty block rows
-                yield layouts.bsr(w * blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1), rows, cols)
+    for name, _, kept in thin(out, inputs, gen):
+        yield layouts.bsr(w * kept, *map(int, name.split()[1:]))
+
+
+def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packed]:
+    out, inputs = w.shape
+    for asymmetric in (False, True):
+        for group in (0, 32, 64, 128):
+            if group < inputs:
+                yield layouts.dense(nearest(w, bits, group, asymmetric=asymmetric))
+                half = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2
+                if bits > 2:
+                    yield layouts.nm(nearest(w * half.reshape(w.shape), bits, group, asymmetric=asymmetric))
+        yield layouts.dense(nearest(w[:, :max(1, inputs - 1)], bits, asymmetric=asymmetric))
+        if bits > 2:
+            yield layouts.nm(nearest(w * 0, bits, asymmetric=asymmetric))
+            for name, _, kept in thin(out, inputs, gen):
+                rows, cols = map(int, name.split()[1:])
+                if rows == 32 and cols % 32 == 0:
+                    yield layouts.bsr(nearest(w * kept, bits, cols, asymmetric=asymmetric), rows, cols)
+
+
+def dtype(type_: str) -> torch.dtype:
+    return next(d for d, name in layouts.TYPES.items() if name == type_)
+
+
+def rounded(x: Tensor, p: Packed, activation: str) -> Tensor:
+    """x as a kernel with this activation multiplies it, float64."""
+    if activation == "bf16":
+        return x.bfloat16().double()
+    if activation == "f32":
+        return x.double()
+    group = p.group if p.group < p.shape[1] or p.format == "bsr" else min(256, p.shape[1])
+    grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    top = grouped.abs().amax(-1, keepdim=True)
+    codes = (grouped * torch.where(top > 1e-30, 127 / top, 0)).round()
+    return (codes.double() * (top / 127).double()).flatten(1)[:, : x.shape[1]]
 
 
 def guarded(batch: int, width: int) -> tuple[Tensor, Tensor]:
@@ -62,18 +108,17 @@ def close(got: Tensor, want: Tensor, terms: int) -> bool:
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_kernel_agrees_with_the_weight_it_was_packed_from(dtype):
+@pytest.mark.parametrize("type_", names.TYPES)
+def test_every_kernel_agrees_with_the_weight_it_was_packed_from(type_):
     ran = set()
     for out, inputs in SHAPES:
-        for p in packs(out, inputs, dtype):
+        for p in packs(out, inputs, type_):
             linear, w = native.Linear(p), layouts.restored(p).double()
             gen = torch.Generator().manual_seed(1)
             for batch in BATCHES:
                 x = torch.randn(batch, p.shape[1], generator=gen)
                 for kernel in linear.kernels:
-                    narrow = names.parse(kernel).activation == "bf16"
-                    want = (x.bfloat16() if narrow else x).double() @ w.T  # what it says it multiplies
+                    want = rounded(x, p, names.parse(kernel).activation) @ w.T  # what it says it multiplies
                     first = None
                     for threads in (1, 3):
                         whole, y = guarded(batch, out)
@@ -82,15 +127,14 @@ def test_every_kernel_agrees_with_the_weight_it_was_packed_from(dtype):
                         first = y if first is None else first
                         assert torch.equal(y, first), (kernel, threads)  # who computes a panel changes nothing
                     ran.add(kernel)
-    type_ = layouts.TYPES[dtype]
     assert ran == {k["name"] for k in BUILT if k["here"] and k["type"] == type_}  # not one was left out
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row_and_is_not_lost(value):
-    for dtype in layouts.TYPES:
-        for p in packs(64, 128, dtype):
+    for type_ in names.TYPES:
+        for p in packs(64, 128, type_):
             linear, w = native.Linear(p), layouts.restored(p)
             x = torch.ones(14, p.shape[1])
             x[5, 17] = value
@@ -101,21 +145,59 @@ def test_what_is_not_finite_stays_in_its_row_and_is_not_lost(value):
                 assert torch.isfinite(y[torch.arange(14) != 5]).all(), kernel
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packing_loses_nothing(dtype):
+@pytest.mark.parametrize("type_", names.TYPES)
+def test_packing_loses_nothing(type_):
     gen = torch.Generator().manual_seed(3)
     for out, inputs in SHAPES:
-        w = torch.randn(out, inputs, generator=gen).to(dtype)
-        assert torch.equal(layouts.restored(layouts.dense(w)), w)
-        thin = w * (torch.rand(w.shape, generator=gen) < 0.3)
-        assert torch.equal(layouts.restored(layouts.bitmask(thin)), thin)
+        w = torch.randn(out, inputs, generator=gen)
+        few = w * (torch.rand(w.shape, generator=gen) < 0.3)
         pair = w * (torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2).reshape(w.shape)
-        assert torch.equal(layouts.restored(layouts.nm(pair)), pair)
         wide = w * (torch.rand(out, inputs // 2, 2, generator=gen).argsort(-1) < 1).reshape(w.shape)
+        if type_ in BITS:
+            for asymmetric in (False, True):
+                for group in (0, 32, 64):
+                    if group < inputs:
+                        for pack, t in ((layouts.dense, w), (layouts.dense, few), (layouts.nm, pair)):
+                            if pack is layouts.dense or type_ != "i2":
+                                codes = nearest(t, BITS[type_], group, asymmetric=asymmetric)
+                                assert torch.equal(layouts.restored(pack(codes)), codes.weight())
+            continue
+        w, few, pair, wide = (t.to(dtype(type_)) for t in (w, few, pair, wide))
+        assert torch.equal(layouts.restored(layouts.dense(w)), w)
+        assert torch.equal(layouts.restored(layouts.bitmask(few)), few)
+        assert torch.equal(layouts.restored(layouts.nm(pair)), pair)
         assert torch.equal(layouts.restored(layouts.nm(wide, 1, 2)), wide)
-        for p in packs(out, inputs, dtype):
+        for p in packs(out, inputs, type_):
             again = layouts.restored(p)
-            assert again.shape == p.shape and again.dtype == dtype and again.is_contiguous()
+            assert again.shape == p.shape and again.dtype == dtype(type_) and again.is_contiguous()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_codes_stand_for_the_nearest_weight_they_can(bits, asymmetric):
+    w = torch.randn(24, 200, generator=torch.Generator().manual_seed(bits))
+    w[:, ::7] = 0
+    for group in (0, 32):
+        codes = nearest(w, bits, group, asymmetric=asymmetric)
+        again = codes.weight()
+        assert bool((again[:, ::7] == 0).all())  # a zero stays one, whatever the grid
+        step = codes.each(codes.scales.float())
+        # half a step, and as much again where a zero point was rounded or a scale lost its last bits
+        assert bool(((again - w).abs() <= step * (1.01 if asymmetric else 0.51) + 1e-6).all())
+        assert bits < 8 or float((again - w).norm() / w.norm()) < 0.01
+
+
+def test_bytes_of_codes_are_what_they_say():
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    assert layouts.dense(nearest(w, 8)).nbytes == 64 * 256 + 64 * 4
+    assert layouts.dense(nearest(w, 4, 128)).nbytes == 64 * 256 // 2 + 64 * 2 * 2
+    assert layouts.dense(nearest(w, 4, 128, asymmetric=True)).nbytes == 64 * 256 // 2 + 64 * 2 * 3
+    assert layouts.dense(nearest(w, 2, 64)).nbytes == 64 * 256 // 4 + 64 * 4 * 2
+    pair = w * (torch.rand(64, 64, 4, generator=torch.Generator().manual_seed(1)).argsort(-1) < 2).reshape(w.shape)
+    assert layouts.nm(nearest(pair, 4, 128)).nbytes == 64 * 128 // 2 + 64 * 128 // 4 + 64 * 2 * 2
+    block = torch.zeros(64, 256)
+    block[:32, 64:96] = w[:32, :32]
+    assert layouts.bsr(nearest(block, 4, 32)).nbytes == 32 * 32 // 2 + 32 * 2 + 4 + 3 * 8
 
 
 def test_bytes_are_what_the_layout_says():
@@ -132,7 +214,12 @@ def test_bytes_are_what_the_layout_says():
 def test_what_does_not_fit_is_refused():
     w = torch.ones(48, 64)
     for refused in (lambda: layouts.bsr(w), lambda: layouts.bsr(w, 16, 0), lambda: layouts.nm(w), lambda: layouts.nm(w, 2, 5),
-                    lambda: layouts.dense(w.half()), lambda: layouts.dense(w[0]), lambda: layouts.dense(w[:0])):
+                    lambda: layouts.dense(w.half()), lambda: layouts.dense(w[0]), lambda: layouts.dense(w[:0]),
+                    lambda: layouts.nm(nearest(w, 4), 2, 4), lambda: layouts.nm(nearest(w * 0, 4), 1, 4),
+                    lambda: layouts.bsr(nearest(w, 4, 64), 16, 32), lambda: nearest(w / 0, 4),
+                    lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), torch.ones(2, 1), 4, 32),
+                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2), 4, 32),
+                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), 4, 32, torch.zeros(2, 1))):
         with pytest.raises(BadInput):
             refused()
     with pytest.raises(BadInput, match="features"):
@@ -160,6 +247,17 @@ def test_buffers_that_contradict_each_other_are_refused():
         replace(layouts.dense(w), shape=(64, 256)), replace(layouts.dense(w), shape=(0, 128)),
         broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
     ]
+    four = layouts.dense(nearest(w, 4, 32, asymmetric=True))
+    two = layouts.nm(nearest(w * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 32))
+    bad += [
+        broken(four, values=four.buffers["values"][1:]), broken(four, scales=four.buffers["scales"][1:]),
+        broken(four, scales=four.buffers["scales"].float()[:, :2]), broken(four, scales=four.buffers["scales"].double()),
+        broken(four, zeros=four.buffers["zeros"][1:]), replace(four, group=16), replace(four, group=0), replace(four, group=256),
+        replace(four, type="i8"), replace(four, type="i3"), replace(four, type="f16"), replace(four, format="bitmask"),
+        broken(two, bits=two.buffers["bits"][1:]), replace(two, n=1), replace(two, type="i2"),
+        broken(layouts.dense(w), scales=torch.ones(64)),
+        replace(layouts.bsr(nearest(torch.ones(64, 128), 4, 32)), group=64),
+    ]
     for p in bad:
         with pytest.raises(ValueError):
             native.Linear(p)
@@ -167,8 +265,9 @@ def test_buffers_that_contradict_each_other_are_refused():
     for x, y in (((2, 127), (2, 64)), ((2, 128), (3, 64)), ((2, 128), (2, 63))):
         with pytest.raises(ValueError):
             linear._native.run(torch.zeros(x), torch.zeros(y), 1, "")
-    with pytest.raises(ValueError):
-        linear._native.run(torch.zeros(2, 128), torch.zeros(2, 64), 1, "linear_f32_dense-f32_abacus")
+    for wrong in ({"kernel": "linear_f32_dense-f32_abacus"}, {"narrowest": "i4"}, {"threads": 0}):
+        with pytest.raises(ValueError):
+            linear._native.run(torch.zeros(2, 128), torch.zeros(2, 64), **{"threads": 1, **wrong})
     assert native.Linear(layouts.dense(w))(torch.zeros(0, 128)).shape == (0, 64)
 
 
@@ -196,6 +295,12 @@ def test_x_is_rounded_only_where_that_loses_nothing():
     assert close(linear(x.bfloat16()), x.bfloat16().double() @ w.double().T, 128)
     rounding = [k for k in linear.kernels if names.parse(k).activation == "bf16"]
     assert all(not close(linear(x, k), exact, 128) for k in rounding)
+    four = native.Linear(layouts.dense(nearest(w, 4, 32)))
+    exact = x.double() @ layouts.restored(four.packed).double().T
+    assert close(four(x), exact, 128) and close(four(x.bfloat16()), x.bfloat16().double() @ layouts.restored(four.packed).double().T, 128)
+    assert not close(four(x, narrowest="i8"), exact, 128)
+    error = (four(x, narrowest="i8") - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.01  # eight bits: half a step of max / 127, over inputs that are not all the largest
 
 
 def test_without_the_extension_torch_does_it_and_says_so(monkeypatch):

@@ -24,13 +24,13 @@ struct Flags { bool avx2, avx512, avx512bf16; };
 Flags look() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return {};  // osxsave
-    const bool fma = c >> 12 & 1, popcnt = c >> 23 & 1;
+    const bool fma = c >> 12 & 1, popcnt = c >> 23 & 1, f16c = c >> 29 & 1;
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     const bool ymm = (low & 6) == 6, zmm = (low & 0xe6) == 0xe6;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
     Flags f{};
-    f.avx2 = ymm && fma && popcnt && (b >> 5 & 1) && (b >> 8 & 1);                                              // avx2, bmi2
+    f.avx2 = ymm && fma && popcnt && f16c && (b >> 5 & 1) && (b >> 8 & 1);                                              // avx2, bmi2
     f.avx512 = f.avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);              // f, dq, bw, vl
     const bool vbmi2 = c >> 6 & 1, vnni = c >> 11 & 1;
     f.avx512bf16 = f.avx512 && vbmi2 && vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);

@@ -11,23 +11,42 @@ constexpr int PANEL = 32;
 constexpr int SLACK = 64;
 
 enum class Isa { portable, avx2, avx512, avx512bf16, neon };
-enum class Type { f32, bf16 };
+// i8, i4, i2: codes, one group of inputs and one output sharing a scale and a zero point: weight = scale * (code - zero).
+enum class Type { f32, bf16, f16, i8, i4, i2 };
+
+constexpr int code_bits(Type t) { return t == Type::i8 ? 8 : t == Type::i4 ? 4 : t == Type::i2 ? 2 : 0; }
+constexpr int in_a_word(Type t) { return 32 / code_bits(t); }  // inputs a 32-bit word of codes holds
 
 // One linear map [out, in] as its format lays it out; see layouts.py for the layouts. Pointers need no alignment.
 struct Weights {
     int64_t out, in;
     int rows, cols;            // of a block; a dense panel is one block: rows = PANEL, cols = in
     int n, m;                  // n:m
+    int64_t group;             // codes: inputs that share a scale
     Type type;                 // of the values
+    Type scale_type;           // f32 or f16
     const std::byte* values;
-    const std::byte* bits;     // bitmask: one bit a place; n:m: two bits a value
+    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has
     const int32_t* columns;    // blocks: block column of each
     const int64_t* pointers;   // where a panel's blocks (or values) begin, [panels + 1]
+    const std::byte* scales;   // [panels or blocks, groups, rows]
+    const uint8_t* zeros;      // as scales; null: the middle code everywhere
     int64_t panels() const { return (out + rows - 1) / rows; }
+    int64_t groups() const { return (in + group - 1) / group; }
 };
 
-// Panels begin .. end of y [batch, out] = x [batch, in] W^T. `scratch` holds `Kernel::scratch` floats and is this thread's own.
-using Run = void (*)(const Weights& w, const float* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch);
+// What a kernel wants of x: as it is, or made ready once for all panels. Maps with equal inputs can share it.
+struct Input {
+    Type type;                 // f32 as it is; bf16: rounded, rows filled up to pairs; i8: rounded by groups
+    int64_t group;             // i8: inputs that share a scale
+    bool operator==(const Input&) const = default;
+    int64_t bytes(int64_t in, int64_t batch) const;  // 0: x itself is read
+};
+
+// Rows begin .. end of x [batch, in] are made ready.
+using Prepare = void (*)(const Input&, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to);
+// Panels begin .. end of y [batch, out]. `scratch` holds `Kernel::scratch` floats and is this thread's own.
+using Run = void (*)(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch);
 
 struct Kernel {
     const char* name;          // <op>_<activation>_<format>-<type>_<isa>: names.py has the grammar
@@ -37,11 +56,13 @@ struct Kernel {
     Type activation;           // what x is rounded to before it is multiplied
     Isa isa;
     bool (*takes)(const Weights&);
+    Input (*input)(const Weights&);
     int64_t (*scratch)(const Weights&, int64_t batch);
     Run run;
+    int64_t from = 1;          // rows of x from which it is chosen before the ones above it
 };
 
-struct Table { const Kernel* first; int64_t count; };
+struct Table { const Kernel* first; int64_t count; Prepare prepare; };
 // One a translation unit; the flags it was compiled with are its instruction set.
 Table portable_kernels();
 Table avx2_kernels();
@@ -50,5 +71,6 @@ Table avx512bf16_kernels();
 
 bool has(Isa isa);             // whether this processor (and the operating system) can run it
 const char* isa_name(Isa isa);
+const char* type_name(Type type);
 
 }  // namespace trimtab

@@ -41,7 +41,8 @@ constexpr int64_t SPREAD = 128;  // inputs that are spread at once: 16 KB, which
 inline int64_t bitmask_scratch(const Weights&, int64_t) { return SPREAD * PANEL; }
 
 template <class T>
-void linear_bitmask(const Weights& w, const float* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
+void linear_bitmask(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
+    const float* x = static_cast<const float*>(ready);
     for (int64_t p = begin; p < end; ++p) {
         const T* values = reinterpret_cast<const T*>(w.values) + w.pointers[p];
         const std::byte* bits = w.bits + p * w.in * int64_t(sizeof(uint32_t));

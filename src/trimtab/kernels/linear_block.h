@@ -1,5 +1,6 @@
 // Blocks of HEIGHT outputs by `cols` inputs, each block's weights stored input by input. Dense is one block a panel.
 #pragma once
+#include "input.h"
 #include "tile.h"
 
 namespace trimtab::ISA {
@@ -38,30 +39,15 @@ inline void blocks(const Weights& w, const X* x, int64_t stride, int64_t batch, 
 }
 
 template <int HEIGHT, class T>
-void linear_block(const Weights& w, const float* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    blocks<HEIGHT, T>(w, x, w.in, batch, y, begin, end);
+void linear_block(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+    blocks<HEIGHT, T>(w, static_cast<const float*>(x), w.in, batch, y, begin, end);
 }
 
 #if defined(__AVX512BF16__)
-inline int64_t paired(int64_t in) { return (in + 1) / 2 * 2; }
-inline int64_t bf16_scratch(const Weights& w, int64_t batch) { return batch * paired(w.in) / 2; }
-
-// x is rounded to bfloat16 first, which loses nothing where it came as bfloat16: two products an instruction and lane.
+// x was rounded to bfloat16, which loses nothing where it came as bfloat16: two products an instruction and lane.
 template <int HEIGHT>
-void linear_block_bf16(const Weights& w, const float* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(scratch);
-    const int64_t stride = paired(w.in);
-    for (int64_t r = 0; r < batch; ++r) {
-        int64_t i = 0;
-        for (; i + 16 <= w.in; i += 16)
-            _mm256_storeu_si256((__m256i*)(to + r * stride + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + r * w.in + i)));
-        if (const int left = int(w.in - i)) {
-            const __mmask16 some = __mmask16((1u << left) - 1);
-            _mm256_mask_storeu_epi16(to + r * stride + i, __mmask16((1u << (left + left % 2)) - 1),
-                                     (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + r * w.in + i)));
-        }
-    }
-    blocks<HEIGHT, uint16_t>(w, static_cast<const uint16_t*>(to), stride, batch, y, begin, end);
+void linear_block_bf16(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+    blocks<HEIGHT, uint16_t>(w, static_cast<const uint16_t*>(x), paired(w.in), batch, y, begin, end);
 }
 #endif
 

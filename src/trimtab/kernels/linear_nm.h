@@ -28,7 +28,8 @@ inline void nm_tile(const Weights& w, const T* values, const std::byte* bits, co
 }
 
 template <class T>
-void linear_nm(const Weights& w, const float* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+void linear_nm(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+    const float* x = static_cast<const float*>(ready);
     const int64_t each = w.in / 4 * w.n * PANEL;  // values a panel has
     for (int64_t p = begin; p < end; ++p) {
         const T* values = reinterpret_cast<const T*>(w.values) + p * each;

@@ -8,6 +8,9 @@
 
 namespace trimtab::ISA {
 
+// Bytes from what is multiplied now to what is asked of memory: the hardware stops at the end of a page.
+constexpr int64_t AHEAD = 4096;
+
 // Rows of x a tile takes: as many sums as there are registers, two vectors left for weights.
 template <int HEIGHT>
 constexpr int tile_rows() {

@@ -25,6 +25,8 @@ struct Vec {
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
     Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
+    Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
+    Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
 #if defined(__AVX512BF16__)
     // Adds the products of pairs: w holds one a lane, x is the same for all.
     Vec dot(const uint16_t* w, const uint16_t* x) const {
@@ -35,6 +37,7 @@ struct Vec {
     static Vec bf16(const uint16_t* p) {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
     }
+    static Vec f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
     // Of pairs that lie side by side: the first and the second of each.
     static Vec low(const uint16_t* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
     static Vec high(const uint16_t* p) {
@@ -57,9 +60,12 @@ struct Vec {
     void store(float* p) const { _mm256_storeu_ps(p, v); }
     Vec fma(Vec a, Vec b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
     Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
+    Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
+    Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
     static Vec bf16(const uint16_t* p) {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
     }
+    static Vec f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
     static Vec low(const uint16_t* p) {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
     }
@@ -82,8 +88,18 @@ struct Vec {
     void store(float* p) const { std::memcpy(p, v, sizeof v); }
     Vec fma(Vec a, Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] + a.v[i] * b.v[i]; return r; }
     Vec operator+(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] + b.v[i]; return r; }
+    Vec operator-(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] - b.v[i]; return r; }
+    Vec operator*(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] * b.v[i]; return r; }
     static float wide(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
     static Vec bf16(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + i)); return r; }
+    static float whole(uint16_t h) {  // of a half: 5 bits of exponent, 10 of fraction
+        const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+        if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+        if (rest >= 0x400) return std::bit_cast<float>(sign | ((rest << 13) + (112u << 23)));
+        const float tiny = float(rest) * 0x1p-24f;
+        return sign ? -tiny : tiny;
+    }
+    static Vec f16(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = whole(peek<uint16_t>(p + i)); return r; }
     static Vec low(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i)); return r; }
     static Vec high(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i + 1)); return r; }
     static Vec pick(const float* four, const std::byte* bits) {

@@ -27,7 +27,7 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         p = self.linear.packed
-        return f"{self.in_features} -> {self.out_features}, {p.format} {layouts.TYPES[p.dtype]}, {p.nbytes:,} bytes"
+        return f"{self.in_features} -> {self.out_features}, {p.format} {p.type}, {p.nbytes:,} bytes"
 
 
 def pack_linears(model: nn.Module, names: Iterable[str], dtype: torch.dtype,

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OPS = ("linear",)
-TYPES = ("f32", "bf16")
+ACTIVATIONS = ("f32", "bf16", "i8")
+TYPES = ("f32", "bf16", "i8", "i4", "i2")
 FORMATS = r"dense|bsr(?:16|32|64)|bitmask|nm4"
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
-NAME = re.compile(rf"({'|'.join(OPS)})_({'|'.join(TYPES)})_({FORMATS})-({'|'.join(TYPES)})_({'|'.join(ISAS)})")
+NAME = re.compile(rf"({'|'.join(OPS)})_({'|'.join(ACTIVATIONS)})_({FORMATS})-({'|'.join(TYPES)})_({'|'.join(ISAS)})")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Name:
 
 def of_source(folder: Path) -> list[str]:
     """The names of all kernels for all processors, as the C++ table in `folder` has them."""
-    kinds = re.findall(r'\{(NAME|BF16)\("([^"]+)"\)', (folder / "isa" / "table.inc").read_text(encoding="utf-8"))
-    return [f"linear_{'f32' if macro == 'NAME' else 'bf16'}_{kind}_{isa}" for isa in ISAS
-            if (folder / "isa" / f"{isa}.cpp").exists() for macro, kind in kinds if macro == "NAME" or isa == "avx512bf16"]
+    kinds = re.findall(r'\{(F32|BF16|I8)\("([^"]+)"\)', (folder / "isa" / "table.inc").read_text(encoding="utf-8"))
+    return [f"linear_{macro.lower()}_{kind}_{isa}" for isa in ISAS if (folder / "isa" / f"{isa}.cpp").exists()
+            for macro, kind in kinds if macro != "BF16" or isa == "avx512bf16"]
 
 
 def parse(text: str) -> Name:

@@ -44,8 +44,7 @@ def level() -> str:
 class Linear:
     """A packed weight ready to run: y [batch, out] = x [batch, in] W^T in float32.
 
-    `kernels`: names of those that can run it here, best last (linear_bf16_* round x to bfloat16 and are chosen by
-    themselves only where x is bfloat16); empty where torch does it. ValueError if the buffers
+    `kernels`: names of those that can run it here, best last; empty where torch does it. ValueError if the buffers
     contradict each other: every index and length is checked once, here.
     """
 
@@ -55,22 +54,29 @@ class Linear:
             warnings.warn(NONE, stacklevel=2)
             self.kernels: list[str] = []
         else:
-            none = torch.empty(0, dtype=torch.uint8)
             raw = {k: t.contiguous().view(-1).view(torch.uint8) for k, t in packed.buffers.items()}
+            none = torch.empty(0, dtype=torch.uint8)
+            scale_type = {torch.float32: "f32", torch.float16: "f16"}.get(packed.buffers.get("scales", none).dtype, "")
             self._native = core().Linear(
-                packed.format, layouts.TYPES[packed.dtype], *packed.shape, packed.rows, packed.cols, packed.n, packed.m,
-                *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers")))
-            self.kernels = list(self._native.kernels)
+                packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
+                *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "scales", "zeros")))
+            exact, bf16, i8 = (self._native.kernels(t) for t in ("f32", "bf16", "i8"))
+            self.kernels = exact + [k for k in bf16 + i8 if k not in exact]
         if not self.kernels:  # a shape no kernel takes
             self._weight = layouts.restored(packed).float()
 
-    def __call__(self, x: Tensor, kernel: str = "", threads: int = 0) -> Tensor:
-        """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0."""
+    def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:
+        """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
+
+        `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs,
+        only where the weights are codes); bf16 where x is bfloat16 and f32 elsewhere if not said.
+        """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
         if self._weight is not None:
             return torch.nn.functional.linear(x.float(), self._weight)
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.packed.shape[0])
-        self._native.run(rows, y, threads or torch.get_num_threads(), kernel, x.dtype == torch.bfloat16)
+        narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
+        self._native.run(rows, y, threads or torch.get_num_threads(), kernel, narrowest)
         return y.view(*x.shape[:-1], self.packed.shape[0])

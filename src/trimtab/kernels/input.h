@@ -1,0 +1,79 @@
+// x made ready once for all panels: rounded to bfloat16, or to eight bits with a scale a group.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "kernel.h"
+#include "vec.h"
+
+namespace trimtab::ISA {
+
+// Inputs that share a scale of x where the weights' groups do not say.
+constexpr int64_t GROUP = 256;
+
+inline int64_t paired(int64_t in) { return (in + 1) / 2 * 2; }
+
+// x in eight bits: codes [batch, stride], zeros behind the last input; a scale and the sum of codes, [batch, groups] each.
+struct Codes {
+    int64_t stride, groups;
+    const int8_t* x;
+    const float* scales;
+    const float* sums;
+    Codes(const void* at, int64_t in, int64_t group, int64_t batch) : stride((in + 63) / 64 * 64), groups((in + group - 1) / group) {
+        x = static_cast<const int8_t*>(at);
+        scales = reinterpret_cast<const float*>(x + batch * stride);
+        sums = scales + batch * groups;
+    }
+};
+
+inline void to_bf16(const float* x, int64_t in, uint16_t* to) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 16 <= in; i += 16) _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+    if (const int left = int(in - i)) {
+        const __mmask16 some = __mmask16((1u << left) - 1);
+        _mm256_mask_storeu_epi16(to + i, __mmask16((1u << (left + left % 2)) - 1), (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + i)));
+    }
+#else
+    for (; i < in; ++i) {
+        const uint32_t bits = peek<uint32_t>(x + i);
+        to[i] = (bits & 0x7fffffff) > 0x7f800000 ? uint16_t(bits >> 16 | 64) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+    if (in % 2) to[in] = 0;
+#endif
+}
+
+// code = x / scale to the nearest, scale = max |x| / 127. A group that holds what is not finite gets a scale of NaN.
+inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, int64_t stride, float* scales, float* sums) {
+    for (int64_t begin = 0; begin < in; begin += group) {
+        const int64_t end = std::min(in, begin + group);
+        uint32_t most = 0;  // as bits: what is not finite is above all that is
+        for (int64_t i = begin; i < end; ++i) most = std::max(most, peek<uint32_t>(x + i) & 0x7fffffff);
+        const bool finite = most < 0x7f800000;
+        const float top = std::bit_cast<float>(most), inverse = finite && top > 1e-30f ? 127.0f / top : 0.0f;
+        int32_t sum = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            const float shifted = (finite ? x[i] : 0.0f) * inverse + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
+            const int32_t code = std::bit_cast<int32_t>(shifted) - 0x4b400000;
+            codes[i] = int8_t(code);
+            sum += code;
+        }
+        *scales++ = finite ? (inverse > 0 ? top / 127.0f : 0.0f) : std::nanf("");
+        *sums++ = float(sum);
+    }
+    std::fill(codes + in, codes + stride, int8_t(0));
+}
+
+inline void prepare(const Input& input, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to) {
+    if (input.type == Type::bf16) {
+        uint16_t* at = reinterpret_cast<uint16_t*>(to);
+        for (int64_t r = begin; r < end; ++r) to_bf16(x + r * in, in, at + r * paired(in));
+    } else {
+        const Codes c(to, in, input.group, batch);
+        for (int64_t r = begin; r < end; ++r)
+            to_codes(x + r * in, in, input.group, const_cast<int8_t*>(c.x) + r * c.stride, c.stride,
+                     const_cast<float*>(c.scales) + r * c.groups, const_cast<float*>(c.sums) + r * c.groups);
+    }
+}
+
+}  // namespace trimtab::ISA

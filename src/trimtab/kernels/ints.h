@@ -1,0 +1,111 @@
+// As many 32-bit integers as a Vec has floats; codes of 8, 4 or 2 bits lie in them four inputs side by side.
+#pragma once
+#include "vec.h"
+
+namespace trimtab::ISA {
+
+// A word holds 32 / BITS inputs of one output: byte b of field f is input 4 f + b.
+template <int BITS>
+constexpr int shift_of(int input) { return 8 * (input % 4) + BITS * (input / 4); }
+
+#if defined(__AVX512F__)
+struct Ints {
+    __m512i v;
+    static Ints zero() { return {_mm512_setzero_si512()}; }
+    static Ints all(int x) { return {_mm512_set1_epi32(x)}; }
+    static Ints load(const void* p) { return {_mm512_loadu_si512(p)}; }
+    static Ints bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+    Vec floats() const { return {_mm512_cvtepi32_ps(v)}; }
+    Ints operator>>(int n) const { return {_mm512_srli_epi32(v, unsigned(n))}; }
+    Ints operator&(int m) const { return {_mm512_and_si512(v, _mm512_set1_epi32(m))}; }
+    Ints operator|(int m) const { return {_mm512_or_si512(v, _mm512_set1_epi32(m))}; }
+    // Eight bytes everywhere, and of them those that the bytes of `which` (below 8) say.
+    static Ints pick(const int8_t* eight, Ints which) { return {_mm512_shuffle_epi8(_mm512_set1_epi64(peek<long long>(eight)), which.v)}; }
+    // x in the lanes that equal n, zero in the others.
+    Vec where(int n, Vec x) const { return {_mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(v, _mm512_set1_epi32(n)), x.v)}; }
+    // Adds the products of four unsigned bytes below 2^BITS with four signed ones, in every lane.
+    template <int BITS>
+    Ints dot(Ints codes, Ints x) const {
+#if defined(__AVX512VNNI__)
+        return {_mm512_dpbusd_epi32(v, codes.v, x.v)};
+#else
+        if constexpr (BITS < 8) {
+            return {_mm512_add_epi32(v, _mm512_madd_epi16(_mm512_maddubs_epi16(codes.v, x.v), _mm512_set1_epi16(1)))};
+        } else {  // pairs would overflow 16 bits: even and odd bytes one after the other
+            const __m512i low = _mm512_set1_epi16(255);
+            const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes.v, low), _mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8));
+            const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(codes.v, 8), _mm512_srai_epi16(x.v, 8));
+            return {_mm512_add_epi32(v, _mm512_add_epi32(even, odd))};
+        }
+#endif
+    }
+};
+#elif defined(__AVX2__)
+struct Ints {
+    __m256i v;
+    static Ints zero() { return {_mm256_setzero_si256()}; }
+    static Ints all(int x) { return {_mm256_set1_epi32(x)}; }
+    static Ints load(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+    static Ints bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
+    Vec floats() const { return {_mm256_cvtepi32_ps(v)}; }
+    Ints operator>>(int n) const { return {_mm256_srli_epi32(v, n)}; }
+    Ints operator&(int m) const { return {_mm256_and_si256(v, _mm256_set1_epi32(m))}; }
+    Ints operator|(int m) const { return {_mm256_or_si256(v, _mm256_set1_epi32(m))}; }
+    static Ints pick(const int8_t* eight, Ints which) { return {_mm256_shuffle_epi8(_mm256_set1_epi64x(peek<long long>(eight)), which.v)}; }
+    Vec where(int n, Vec x) const {
+        return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(v, _mm256_set1_epi32(n))), x.v)};
+    }
+    template <int BITS>
+    Ints dot(Ints codes, Ints x) const {
+        if constexpr (BITS < 8) {
+            return {_mm256_add_epi32(v, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.v, x.v), _mm256_set1_epi16(1)))};
+        } else {
+            const __m256i low = _mm256_set1_epi16(255);
+            const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes.v, low), _mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8));
+            const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes.v, 8), _mm256_srai_epi16(x.v, 8));
+            return {_mm256_add_epi32(v, _mm256_add_epi32(even, odd))};
+        }
+    }
+};
+#else
+struct Ints {
+    static constexpr int N = Vec::N;
+    uint32_t v[N];
+    template <class F>
+    static Ints each(const F& f) { Ints r; for (int i = 0; i < N; ++i) r.v[i] = uint32_t(f(i)); return r; }
+    static Ints zero() { return all(0); }
+    static Ints all(int x) { return each([&](int) { return x; }); }
+    static Ints load(const void* p) { Ints r; std::memcpy(r.v, p, sizeof r.v); return r; }
+    static Ints bytes(const uint8_t* p) { return each([&](int i) { return p[i]; }); }
+    Vec floats() const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = float(int32_t(v[i])); return r; }
+    Ints operator>>(int n) const { return each([&](int i) { return v[i] >> n; }); }
+    Ints operator&(int m) const { return each([&](int i) { return v[i] & uint32_t(m); }); }
+    Ints operator|(int m) const { return each([&](int i) { return v[i] | uint32_t(m); }); }
+    static Ints pick(const int8_t* eight, Ints which) {
+        return each([&](int i) {
+            uint32_t r = 0;
+            for (int b = 0; b < 4; ++b) r |= uint32_t(uint8_t(eight[which.v[i] >> 8 * b & 7])) << 8 * b;
+            return r;
+        });
+    }
+    Vec where(int n, Vec x) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] == uint32_t(n) ? x.v[i] : 0.0f; return r; }
+    template <int BITS>
+    Ints dot(Ints codes, Ints x) const {
+        return each([&](int i) {
+            int32_t sum = int32_t(v[i]);
+            for (int b = 0; b < 4; ++b) sum += int32_t(codes.v[i] >> 8 * b & 255) * int8_t(x.v[i] >> 8 * b);
+            return sum;
+        });
+    }
+};
+#endif
+
+// Field f of a word of codes: four inputs, a byte each.
+template <int BITS>
+inline Ints field(Ints word, int f) {
+    constexpr int ones = int(0x01010101u * ((1u << BITS) - 1));
+    if constexpr (BITS == 8) return word;
+    else return (word >> BITS * f) & ones;
+}
+
+}  // namespace trimtab::ISA

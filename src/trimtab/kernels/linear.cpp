@@ -1,0 +1,218 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <stdexcept>
+
+#include "pool.h"
+
+namespace trimtab {
+namespace {
+
+[[noreturn]] void bad(const std::string& what) { throw std::invalid_argument(what); }
+
+std::vector<Table> tables() {
+    return {portable_kernels(),
+#if defined(__x86_64__)
+            avx2_kernels(), avx512_kernels(), avx512bf16_kernels(),
+#endif
+    };
+}
+
+Type type_of(const std::string& name) {
+    for (Type t : {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i2})
+        if (name == type_name(t)) return t;
+    bad("unknown type " + name + "; there are f32, bf16, i8, i4 and i2");
+}
+
+int64_t size_of(Type t) { return t == Type::f32 ? 4 : 2; }
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+void copy(std::span<const std::byte> from, std::vector<T>& to, int64_t count, const std::string& what) {
+    if (int64_t(from.size()) != count * int64_t(sizeof(T)))
+        bad(std::to_string(count) + " " + what + " expected, " + std::to_string(from.size() / sizeof(T)) + " given");
+    to.resize(size_t(count));
+    if (count) std::memcpy(to.data(), from.data(), from.size());
+}
+
+}  // namespace
+
+const char* type_name(Type type) {
+    switch (type) {
+        case Type::f32: return "f32";
+        case Type::bf16: return "bf16";
+        case Type::f16: return "f16";
+        case Type::i8: return "i8";
+        case Type::i4: return "i4";
+        default: return "i2";
+    }
+}
+
+int64_t Input::bytes(int64_t in, int64_t batch) const {
+    if (type == Type::bf16) return batch * up(in, 2) * 4;
+    // codes, filled up to whole words of the smallest type, then a scale and a sum a group
+    if (type == Type::i8) return batch * (up(in, 64) * 64 + up(in, group) * 8);
+    return 0;
+}
+
+std::vector<const Kernel*> all_kernels() {
+    std::vector<const Kernel*> found;
+    for (const Table& t : tables())
+        for (int64_t i = 0; i < t.count; ++i) found.push_back(t.first + i);
+    return found;
+}
+
+Linear::Linear(const Layout& l, const Buffers& b) {
+    if (l.out < 1 || l.in < 1 || l.out > INT32_MAX || l.in > INT32_MAX) bad("a linear map needs 1 to 2^31 - 1 outputs and inputs");
+    const Type type = type_of(l.type);
+    if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16, i8, i4 and i2");
+    w_ = {l.out, l.in, l.rows, l.cols, l.n, l.m, l.group, type, Type::f32, b.values.data(), b.bits.data(), nullptr, nullptr, nullptr, nullptr};
+    if (l.rows < 1 || l.rows > 1024 || l.cols < 1 || l.cols > l.in) bad("a panel is 1 to 1024 outputs high and at most as wide as the matrix");
+    const bool codes = code_bits(type) > 0;
+    const std::string& f = l.format;
+    auto want = [&](std::span<const std::byte> have, int64_t bytes, const char* what) {
+        if (int64_t(have.size()) != bytes) bad(f + ": " + std::to_string(bytes) + " bytes of " + what + " expected, " + std::to_string(have.size()) + " given");
+    };
+    // Bytes of `inputs` values of `rows` outputs.
+    auto size = [&](int64_t inputs) {
+        if (codes) return up(inputs, in_a_word(type)) * 4 * l.rows;
+        return (type == Type::bf16 ? up(inputs, 2) * 2 : inputs) * size_of(type) * l.rows;
+    };
+    int64_t scaled = w_.panels();  // things that have scales of their own: panels, or blocks
+    if (codes) {
+        if (l.group < 1 || l.group > l.in || (l.group < l.in && l.group % 32)) bad(f + ": a group of codes is a multiple of 32 inputs, or all of them");
+        w_.scale_type = type_of(l.scale_type);
+        if (w_.scale_type != Type::f32 && w_.scale_type != Type::f16) bad(f + ": scales are f32 or f16");
+    } else if (!b.scales.empty() || !b.zeros.empty()) {
+        bad(f + ": only codes have scales and zero points");
+    }
+    if (f == "dense") {
+        if (l.cols != l.in || l.rows != PANEL) bad("dense: a panel is 32 outputs high and as wide as the matrix");
+        want(b.values, w_.panels() * size(l.in), "values");
+    } else if (f == "bsr") {
+        copy(b.pointers, pointers_, w_.panels() + 1, "pointers");
+        if (pointers_.front() != 0) bad("bsr: the first panel does not begin at block 0");
+        for (size_t i = 1; i < pointers_.size(); ++i)
+            if (pointers_[i] < pointers_[i - 1]) bad("bsr: pointers fall");
+        const int64_t blocks = pointers_.back();
+        if (l.in % l.cols || l.out % l.rows) bad("bsr: the blocks do not divide the matrix");
+        if (blocks > w_.panels() * (l.in / l.cols)) bad("bsr: more blocks than places");
+        copy(b.columns, columns_, blocks, "columns");
+        for (int32_t c : columns_)
+            if (c < 0 || c >= l.in / l.cols) bad("bsr: a block lies outside the matrix");
+        want(b.values, blocks * size(l.cols), "values");
+        if (codes && l.group != l.cols) bad("bsr: a block's codes share one scale an output");
+        scaled = blocks;
+        w_.columns = columns_.data();
+    } else if (f == "bitmask") {
+        if (codes) bad("bitmask: codes have no kernel");
+        if (l.rows != PANEL) bad("bitmask: panels are 32 outputs high");
+        if (int64_t(b.bits.size()) != w_.panels() * l.in * 4) bad("bitmask: the bits do not cover the matrix");
+        pointers_.assign(1, 0);
+        for (int64_t p = 0; p < w_.panels(); ++p) {
+            int64_t kept = 0;
+            for (int64_t i = 0; i < l.in; ++i) {
+                uint32_t mask;
+                std::memcpy(&mask, w_.bits + (p * l.in + i) * 4, 4);
+                kept += std::popcount(mask);
+            }
+            pointers_.push_back(pointers_.back() + kept);
+        }
+        if (int64_t(b.values.size()) < pointers_.back() * size_of(type) + SLACK) bad("bitmask: fewer values than bits, or no slack behind them");
+    } else if (f == "nm") {
+        if (l.m < 2 || l.n < 1 || l.n > l.m || l.in % l.m) bad("nm: want 0 < n <= m, and m to divide the inputs");
+        if (l.rows != PANEL) bad("nm: panels are 32 outputs high");
+        if (codes) {
+            if (l.m != 4 || l.n != 2) bad("nm: codes have a kernel as 2:4 only");
+            // Of every 4 inputs two codes; eight inputs to a dword of four.
+            want(b.values, w_.panels() * up(l.in / 2, in_a_word(type)) * 4 * PANEL, "values");
+            want(b.bits, w_.panels() * up(l.in / 2, 16) * 4 * PANEL, "bits");
+        } else {
+            const int64_t stored = w_.panels() * PANEL * (l.in / l.m) * l.n;
+            want(b.values, stored * size_of(type), "values");
+            if (l.m != 4) bad("nm: only groups of 4 have a kernel");
+            want(b.bits, stored / 4, "bits");
+        }
+    } else {
+        bad("unknown format " + f + "; there are dense, bsr, bitmask and nm");
+    }
+    if (codes) {
+        const int64_t count = scaled * (f == "bsr" ? 1 : w_.groups()) * l.rows;
+        want(b.scales, count * size_of(w_.scale_type), "scales");
+        w_.scales = b.scales.data();
+        if (!b.zeros.empty()) {
+            want(b.zeros, count, "zero points");
+            w_.zeros = reinterpret_cast<const uint8_t*>(b.zeros.data());
+        }
+    }
+    if (f == "bsr" || f == "bitmask") w_.pointers = pointers_.data();
+    for (const Kernel* k : all_kernels()) {
+        if (k->format != f || k->type != w_.type || !has(k->isa) || !k->takes(w_)) continue;
+        if (k->activation == Type::f32) kernels_[0].push_back(k);
+        if (k->activation != Type::i8) kernels_[1].push_back(k);
+        if (k->activation != Type::bf16) kernels_[2].push_back(k);
+    }
+}
+
+const std::vector<const Kernel*>& Linear::kernels(Type narrowest) const {
+    return kernels_[narrowest == Type::i8 ? 2 : narrowest == Type::bf16 ? 1 : 0];
+}
+
+const Kernel* Linear::best(Type narrowest, int64_t batch) const {
+    const Kernel* found = nullptr;
+    for (const Kernel* k : kernels(narrowest))
+        if (std::max<int64_t>(batch, 1) >= k->from) found = k;
+    return found;
+}
+
+void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) {
+    if (!batch || jobs.empty()) return;
+    struct Ready { Input input; std::byte* at; };
+    thread_local std::vector<std::byte> memory;
+    std::vector<Ready> ready;
+    const int64_t in = jobs[0].weights->in;
+    int64_t bytes = 0, panels = 0;
+    for (const Job& j : jobs) {
+        panels += j.weights->panels();
+        const Input input = j.kernel->input(*j.weights);
+        if (std::none_of(ready.begin(), ready.end(), [&](const Ready& r) { return r.input == input; })) {
+            ready.push_back({input, nullptr});
+            bytes += (input.bytes(in, batch) + 63) / 64 * 64;
+        }
+    }
+    memory.resize(size_t(bytes) + 64);
+    std::byte* at = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
+    static const Prepare prepare = [] {
+        Prepare best = nullptr;
+        for (const Table& t : tables())
+            if (has(t.first->isa)) best = t.prepare;
+        return best;
+    }();
+    for (Ready& r : ready) {
+        const int64_t size = r.input.bytes(in, batch);
+        if (!size) continue;
+        r.at = at;
+        at += (size + 63) / 64 * 64;
+        // A few rows are ready before the other threads have woken up.
+        parallel(batch, batch * in < (64 << 10) ? 1 : threads, [&](int64_t begin, int64_t end, int) { prepare(r.input, x, in, batch, begin, end, r.at); });
+    }
+    parallel(panels, threads, [&](int64_t begin, int64_t end, int) {
+        thread_local std::vector<float> scratch;
+        int64_t first = 0;
+        for (const Job& j : jobs) {
+            const int64_t count = j.weights->panels(), from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
+            first += count;
+            if (from >= to) continue;
+            const Input input = j.kernel->input(*j.weights);
+            const void* its = x;
+            for (const Ready& r : ready)
+                if (r.at && r.input == input) its = r.at;
+            scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch))));
+            j.kernel->run(*j.weights, its, batch, j.y, from, to, scratch.data());
+        }
+    });
+}
+
+}  // namespace trimtab

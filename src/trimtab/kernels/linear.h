@@ -1,0 +1,47 @@
+// A linear map whose buffers were checked, and the calls that run it.
+#pragma once
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace trimtab {
+
+struct Layout {
+    std::string format;        // dense, bsr, bitmask, nm
+    std::string type;          // f32, bf16, i8, i4, i2
+    int64_t out, in;
+    int rows, cols, n, m;
+    int64_t group;
+    std::string scale_type;    // f32, f16; empty where there are no codes
+};
+
+struct Buffers { std::span<const std::byte> values, bits, columns, pointers, scales, zeros; };
+
+// The buffers are checked here, once, so that no kernel has to: every index is inside, every count is the sum of its parts.
+// They are not copied, the index arrays of blocks excepted, and must outlive the map, which stays where it is. Throws std::invalid_argument.
+class Linear {
+public:
+    Linear(const Layout& layout, const Buffers& buffers);
+    Linear(const Linear&) = delete;
+    const Weights& weights() const { return w_; }
+    // Kernels that can run it here, best last. `narrowest`: x may be rounded to this type (f32: not at all).
+    const std::vector<const Kernel*>& kernels(Type narrowest) const;
+    // The one for this many rows of x; null if there is none.
+    const Kernel* best(Type narrowest, int64_t batch) const;
+
+private:
+    std::vector<const Kernel*> kernels_[3];  // x as it is, or in bf16, or in i8
+    std::vector<int32_t> columns_;
+    std::vector<int64_t> pointers_;
+    Weights w_;
+};
+
+struct Job { const Weights* weights; const Kernel* kernel; float* y; };
+// Maps of the same x [batch, in] in one go: x is made ready once for all that want it alike.
+void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads);
+
+std::vector<const Kernel*> all_kernels();
+
+}  // namespace trimtab

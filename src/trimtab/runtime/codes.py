@@ -1,0 +1,80 @@
+"""Weights as small whole numbers: weight = scale * (code - zero), one scale for some inputs of an output."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import BadInput
+
+BITS = {"i8": 8, "i4": 4, "i2": 2}
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight [out, in].
+
+    `codes` uint8 [out, in], each below 2^bits; `scales` float32 or float16 [out, groups]; `zeros` uint8 [out, groups], or
+    None for the middle code 2^(bits - 1) everywhere. Every `group` inputs share a scale, the last group may be shorter.
+    `kept` bool [out, in]: what pruning left; None for all. What was dropped has the zero point as its code.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    group: int
+    zeros: Tensor | None = None
+    kept: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        out, inputs = self.codes.shape
+        want = (out, -(-inputs // self.group))
+        if self.bits not in BITS.values() or self.codes.dtype != torch.uint8 or int(self.codes.max()) >> self.bits:
+            raise BadInput(f"codes are uint8 below 2^bits with 8, 4 or 2 bits, not {self.codes.dtype} with {self.bits} bits")
+        if self.scales.shape != want or self.scales.dtype not in (torch.float32, torch.float16):
+            raise BadInput(f"scales are float32 or float16 {list(want)}, not {self.scales.dtype} {list(self.scales.shape)}")
+        if self.zeros is not None and (self.zeros.shape != want or self.zeros.dtype != torch.uint8):
+            raise BadInput(f"zero points are uint8 {list(want)}, not {self.zeros.dtype} {list(self.zeros.shape)}")
+
+    @property
+    def type(self) -> str:
+        return next(name for name, bits in BITS.items() if bits == self.bits)
+
+    def zero(self) -> Tensor:
+        """The zero points, uint8 [out, groups]."""
+        return torch.full(self.scales.shape, 1 << self.bits - 1, dtype=torch.uint8) if self.zeros is None else self.zeros
+
+    def each(self, per_group: Tensor) -> Tensor:
+        """[out, groups] -> [out, in]."""
+        return per_group.repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
+
+    def weight(self) -> Tensor:
+        """What it stands for, float32 [out, in]."""
+        return self.each(self.scales.float()) * (self.codes.float() - self.each(self.zero().float()))
+
+
+def nearest(w: Tensor, bits: int, group: int = 0, *, asymmetric: bool = False) -> Codes:
+    """Every weight rounded to the nearest code of a grid over its group (0: the row). A weight of zero stays zero.
+
+    Symmetric: scale = max |w| / (2^(bits - 1) - 1); asymmetric: from min(w, 0) to max(w, 0). The scale of a row is
+    float32, of a group float16, rounded before the weights are.
+    """
+    out, inputs = w.shape
+    group = group or inputs
+    if not bool(torch.isfinite(w).all()):
+        raise BadInput("a weight is not finite: there is no code for it")
+    padded = torch.nn.functional.pad(w.float(), (0, -inputs % group)).view(out, -1, group)
+    top = (1 << bits) - 1
+    if asymmetric:
+        low, high = padded.amin(-1).clamp_max(0), padded.amax(-1).clamp_min(0)
+        scales = (high - low) / top
+    else:
+        scales = padded.abs().amax(-1) / max(1, (1 << bits - 1) - 1)
+    scales = scales if group == inputs else scales.clamp_max(65504).half()
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
+    zeros = (-low * inverse).round().clamp(0, top) if asymmetric else torch.full(scales.shape, float(1 << bits - 1))
+    codes = (padded * inverse[..., None]).round().add_(zeros[..., None]).clamp_(0, top)
+    kept = (w != 0) if bool((w == 0).any()) else None
+    return Codes(codes.to(torch.uint8).view(out, -1)[:, :inputs].contiguous(), scales, bits, group,
+                 zeros.to(torch.uint8) if asymmetric else None, kept)
