@@ -52,7 +52,7 @@ if __name__ == "__main__":
         print(f"{equal} of {a.kills} equal")
         from trimtab.demo import machine
 
-        row = {"recipe": a.recipe, "model": "builtin:lm", "setting": f"{a.kills} kills at random moments", "metric": "share equal",
+        row = {"recipe": a.recipe, "model": "builtin:lm", "setting": f"{a.kills} kills at random moments", "metric": "share_equal",
                "value": equal / a.kills, "seed": a.seed, "methods": {}, "seconds_uninterrupted": round(length, 1), "machine": machine(),
                "date": time.strftime("%Y-%m-%d")}
         with a.out.open("a", encoding="utf-8") as f:
