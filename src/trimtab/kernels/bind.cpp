@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bandwidth.h"
 #include "linear.h"
 
 namespace nb = nanobind;
@@ -80,6 +81,8 @@ NB_MODULE(_trimtab_kernels, m) {
         }
         return found;
     }, "Every kernel that was built, and whether it runs here.");
+    m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Bytes a second that can be read: the best of several numbers of streams, small and huge pages.");
     nb::class_<Bound>(m, "Linear")
         .def(nb::init<const std::string&, const std::string&, int64_t, int64_t, int, int, int, int, int64_t, const std::string&, Bytes, Bytes,
                       Bytes, Bytes, Bytes, Bytes>(),

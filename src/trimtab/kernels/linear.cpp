@@ -109,13 +109,14 @@ Linear::Linear(const Layout& l, const Buffers& b) {
     } else if (f == "bitmask") {
         if (codes) bad("bitmask: codes have no kernel");
         if (l.rows != PANEL) bad("bitmask: panels are 32 outputs high");
-        if (int64_t(b.bits.size()) != w_.panels() * l.in * 4) bad("bitmask: the bits do not cover the matrix");
+        const int64_t masks = type == Type::bf16 ? up(l.in, 2) * 2 : l.in;  // of 32 places, a panel
+        if (int64_t(b.bits.size()) != w_.panels() * masks * 4) bad("bitmask: the bits do not cover the matrix");
         pointers_.assign(1, 0);
         for (int64_t p = 0; p < w_.panels(); ++p) {
             int64_t kept = 0;
-            for (int64_t i = 0; i < l.in; ++i) {
+            for (int64_t i = 0; i < masks; ++i) {
                 uint32_t mask;
-                std::memcpy(&mask, w_.bits + (p * l.in + i) * 4, 4);
+                std::memcpy(&mask, w_.bits + (p * masks + i) * 4, 4);
                 kept += std::popcount(mask);
             }
             pointers_.push_back(pointers_.back() + kept);

@@ -1,38 +1,43 @@
-// Unstructured zeros: of the 32 weights an input has in a panel, a word says which are there; they are spread in registers.
+// Unstructured zeros: a bit a place says which of a panel's weights are there; they are spread in registers.
 #pragma once
 #include <algorithm>
 
+#include "input.h"
 #include "tile.h"
 
 namespace trimtab::ISA {
 
-// The next `popcount(mask)` values, each at the place of its bit, as floats.
-inline void spread(uint32_t mask, const uint16_t* values, float* to) {
-#if defined(__AVX512VBMI2__)
-    const __m512i all = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
-    _mm512_storeu_si512(to, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
-    _mm512_storeu_si512(to + 16, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
-#elif defined(__AVX512F__)
-    const int low = std::popcount(mask & 0xffff);
-    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values));
-    const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(values + low)));
-    _mm512_storeu_si512(to, _mm512_slli_epi32(_mm512_maskz_expand_epi32(__mmask16(mask), a), 16));
-    _mm512_storeu_si512(to + 16, _mm512_slli_epi32(_mm512_maskz_expand_epi32(__mmask16(mask >> 16), b), 16));
+// Floats lie [in, 32]: 32 places an input. bfloat16 lies [in / 2, 32, 2] as in a dense panel: 64 places a pair of inputs.
+template <class T>
+constexpr int STEP = sizeof(T) == 2 ? 2 : 1;  // inputs of a step
+
+// The next values, each at the place of its bit: 16 floats or 32 bfloat16 a vector, those of a step in turn.
+#if defined(__AVX512F__)
+inline Vec spread16(uint32_t mask, const float* values) { return {_mm512_maskz_expandloadu_ps(__mmask16(mask), values)}; }
+#endif
+
+inline void spread(uint32_t mask, const float*& values, float* to) {
+#if defined(__AVX512F__)
+    spread16(mask & 0xffff, values).store(to);
+    spread16(mask >> 16, values + std::popcount(mask & 0xffff)).store(to + 16);
+    values += std::popcount(mask);
 #else
-    for (int i = 0; i < PANEL; ++i, mask >>= 1) {
-        const uint32_t wide = mask & 1 ? uint32_t(peek<uint16_t>(values++)) << 16 : 0;
-        std::memcpy(to + i, &wide, sizeof wide);
-    }
+    for (int i = 0; i < 32; ++i, mask >>= 1) to[i] = mask & 1 ? *values++ : 0.0f;
 #endif
 }
 
-inline void spread(uint32_t mask, const float* values, float* to) {
-#if defined(__AVX512F__)
-    const int low = std::popcount(mask & 0xffff);
-    _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(mask), _mm512_loadu_ps(values)));
-    _mm512_storeu_ps(to + 16, _mm512_maskz_expand_ps(__mmask16(mask >> 16), _mm512_loadu_ps(values + low)));
+inline void spread(uint32_t mask, const uint16_t*& values, uint16_t* to) {
+#if defined(__AVX512VBMI2__)
+    _mm512_storeu_si512(to, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)));
+    values += std::popcount(mask);
+#elif defined(__AVX512F__)
+    for (int half = 0; half < 2; ++half, mask >>= 16, to += 16) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values));
+        _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(__mmask16(mask), wide)));
+        values += std::popcount(mask & 0xffff);
+    }
 #else
-    for (int i = 0; i < PANEL; ++i, mask >>= 1) to[i] = mask & 1 ? *values++ : 0.0f;
+    for (int i = 0; i < 32; ++i, mask >>= 1) to[i] = mask & 1 ? peek<uint16_t>(values++) : uint16_t(0);
 #endif
 }
 
@@ -40,27 +45,98 @@ constexpr int64_t SPREAD = 128;  // inputs that are spread at once: 16 KB, which
 
 inline int64_t bitmask_scratch(const Weights&, int64_t) { return SPREAD * PANEL; }
 
-template <class T>
-void linear_bitmask(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
-    const float* x = static_cast<const float*>(ready);
-    for (int64_t p = begin; p < end; ++p) {
-        const T* values = reinterpret_cast<const T*>(w.values) + w.pointers[p];
-        const std::byte* bits = w.bits + p * w.in * int64_t(sizeof(uint32_t));
-        for (int64_t k = 0; k < w.in; k += SPREAD) {
-            const int64_t some = std::min(SPREAD, w.in - k);
-            for (int64_t i = 0; i < some; ++i) {
-                const uint32_t mask = peek<uint32_t>(bits + (k + i) * int64_t(sizeof(uint32_t)));
-                spread(mask, values, scratch + i * PANEL);
-                values += std::popcount(mask);
-            }
-            tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-                Tile<PANEL, ROWS> tile;
-                tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-                tile.add(scratch, x + row * w.in + k, w.in, some);
-                tile.close(y + row * w.out, w.out, p * PANEL);
-            });
-        }
+// Some rows of x: the weights are spread once, for all of them.
+template <class T, class X>
+inline void spread_panel(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t p, float* scratch) {
+    const T* values = reinterpret_cast<const T*>(w.values) + w.pointers[p];
+    const int64_t steps = (w.in + STEP<T> - 1) / STEP<T>;
+    const std::byte* bits = w.bits + p * steps * 4 * STEP<T>;
+    T* spaced = reinterpret_cast<T*>(scratch);
+    for (int64_t k = 0; k < w.in; k += SPREAD) {
+        const int64_t some = std::min(SPREAD, w.in - k), masks = (some + STEP<T> - 1) / STEP<T> * STEP<T>;
+        for (int64_t i = 0; i < masks; ++i, bits += 4) spread(peek<uint32_t>(bits), values, spaced + i * 32);
+        tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
+            Tile<PANEL, ROWS> tile;
+            tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
+            tile.add(spaced, x + row * stride + k, stride, some);
+            tile.close(y + row * w.out, w.out, p * PANEL);
+        });
     }
 }
+
+#if defined(__AVX512VBMI2__)
+// One row of x: from the stream into the sums, some panels at once.
+template <class T, class X, int STREAMS>
+inline void spread_streams(const Weights& w, const X* x, float* y, int64_t p, int64_t step) {
+    const int64_t steps = (w.in + STEP<T> - 1) / STEP<T>;
+    const T* values[STREAMS];
+    const std::byte* bits[STREAMS];
+    Tile<PANEL, 1> tile[STREAMS];
+    for (int s = 0; s < STREAMS; ++s) {
+        values[s] = reinterpret_cast<const T*>(w.values) + w.pointers[p + s * step];
+        bits[s] = w.bits + (p + s * step) * steps * 4 * STEP<T>;
+        tile[s].open(y, w.out, 0, true);
+    }
+    auto pairs = [&](int64_t i, auto both) {  // of bfloat16; `both`: the second input is there
+        for (int s = 0; s < STREAMS; ++s) {
+            __builtin_prefetch(bits[s] + i * 4 + AHEAD / 8);
+            __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD);
+            __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD + 64);
+            for (int v = 0; v < 2; ++v) {
+                const uint32_t mask = peek<uint32_t>(bits[s] + (i + v) * 4);
+                const __m512i w32 = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values[s]));
+                values[s] += std::popcount(mask);
+                if constexpr (sizeof(X) == 2) {
+                    tile[s].sum[0][v].v = _mm512_dpbf16_ps(tile[s].sum[0][v].v, (__m512bh)w32, (__m512bh)_mm512_set1_epi32(peek<int>(x + i)));
+                } else {
+                    tile[s].sum[0][v] = tile[s].sum[0][v].fma({_mm512_castsi512_ps(_mm512_slli_epi32(w32, 16))}, Vec::all(x[i]));
+                    if (both)
+                        tile[s].sum[0][v] = tile[s].sum[0][v].fma({_mm512_castsi512_ps(_mm512_and_si512(w32, _mm512_set1_epi32(int(0xffff0000))))},
+                                                                 Vec::all(x[i + 1]));
+                }
+            }
+        }
+    };
+    if constexpr (sizeof(T) == 2) {
+        int64_t i = 0;
+        for (; i + 1 < w.in; i += 2) pairs(i, std::true_type());
+        if (i < w.in) pairs(i, std::false_type());
+    } else {
+        for (int64_t i = 0; i < w.in; ++i)
+            for (int s = 0; s < STREAMS; ++s) {
+                __builtin_prefetch(bits[s] + i * 4 + AHEAD / 8);
+                __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD);
+                __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD + 64);
+                const uint32_t mask = peek<uint32_t>(bits[s] + i * 4), low = mask & 0xffff;
+                tile[s].sum[0][0] = tile[s].sum[0][0].fma(spread16(low, values[s]), Vec::all(x[i]));
+                tile[s].sum[0][1] = tile[s].sum[0][1].fma(spread16(mask >> 16, values[s] + std::popcount(low)), Vec::all(x[i]));
+                values[s] += std::popcount(mask);
+            }
+    }
+    for (int s = 0; s < STREAMS; ++s) tile[s].close(y, w.out, (p + s * step) * PANEL);
+}
+#endif
+
+template <class T, class X>
+inline void spread_all(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
+#if defined(__AVX512VBMI2__)
+    if (batch == 1) {
+        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { spread_streams<T, X, STREAMS>(w, x, y, p, step); });
+        return;
+    }
+#endif
+    for (int64_t p = begin; p < end; ++p) spread_panel<T>(w, x, stride, batch, y, p, scratch);
+}
+
+template <class T>
+void linear_bitmask(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
+    spread_all<T>(w, static_cast<const float*>(ready), w.in, batch, y, begin, end, scratch);
+}
+
+#if defined(__AVX512BF16__)
+inline void linear_bitmask_bf16(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
+    spread_all<uint16_t>(w, static_cast<const uint16_t*>(ready), paired(w.in), batch, y, begin, end, scratch);
+}
+#endif
 
 }  // namespace trimtab::ISA

@@ -38,6 +38,37 @@ inline void blocks(const Weights& w, const X* x, int64_t stride, int64_t batch, 
     }
 }
 
+// Dense with one row of x: some panels at once, `step` apart.
+template <class T, class X, int STREAMS>
+inline void stream_dense(const Weights& w, const X* x, float* y, int64_t p, int64_t step) {
+    constexpr int64_t some = sizeof(T) == 2 ? 2 : 1;  // inputs that lie side by side
+    const int64_t each = (w.in + some - 1) / some * some * PANEL;
+    const T* at = reinterpret_cast<const T*>(w.values) + p * each;
+    Tile<PANEL, 1> tile[STREAMS];
+    for (int s = 0; s < STREAMS; ++s) tile[s].open(y, w.out, 0, true);
+    for (int64_t i = 0; i + some <= w.in; i += some)
+        for (int s = 0; s < STREAMS; ++s) {
+            const T* here = at + s * step * each + i * PANEL;
+            for (int k = 0; k < some * PANEL * int(sizeof(T)); k += 64)
+                __builtin_prefetch(reinterpret_cast<const std::byte*>(here) + AHEAD + k);
+            tile[s].add(here, x + i, 0, some);
+        }
+    if (const int64_t left = w.in % some)
+        for (int s = 0; s < STREAMS; ++s) tile[s].add(at + s * step * each + (w.in - left) * PANEL, x + w.in - left, 0, left);
+    for (int s = 0; s < STREAMS; ++s) tile[s].close(y, w.out, (p + s * step) * PANEL);
+}
+
+template <class T, class X>
+inline void dense(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t begin, int64_t end) {
+    if (batch == 1) streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_dense<T, X, STREAMS>(w, x, y, p, step); });
+    else blocks<PANEL, T>(w, x, stride, batch, y, begin, end);
+}
+
+template <class T>
+void linear_dense(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+    dense<T>(w, static_cast<const float*>(x), w.in, batch, y, begin, end);
+}
+
 template <int HEIGHT, class T>
 void linear_block(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
     blocks<HEIGHT, T>(w, static_cast<const float*>(x), w.in, batch, y, begin, end);
@@ -45,6 +76,10 @@ void linear_block(const Weights& w, const void* x, int64_t batch, float* y, int6
 
 #if defined(__AVX512BF16__)
 // x was rounded to bfloat16, which loses nothing where it came as bfloat16: two products an instruction and lane.
+inline void linear_dense_bf16(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+    dense<uint16_t>(w, static_cast<const uint16_t*>(x), paired(w.in), batch, y, begin, end);
+}
+
 template <int HEIGHT>
 void linear_block_bf16(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
     blocks<HEIGHT, uint16_t>(w, static_cast<const uint16_t*>(x), paired(w.in), batch, y, begin, end);

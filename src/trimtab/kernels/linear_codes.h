@@ -30,8 +30,6 @@ inline void add_codes(Tile<HEIGHT, ROWS>& tile, const Weights& w, const std::byt
         for (int v = 0; v < V; ++v) sum[r][v] = Ints::zero();
     const int8_t* at = x.x + row * x.stride + input;
     for (int64_t i = 0; i < count; ++i, words += HEIGHT * 4, at += 4 * FIELDS) {
-        if constexpr (ROWS == 1) __builtin_prefetch(words + AHEAD);
-        if constexpr (ROWS == 1 && HEIGHT * 4 > 64) __builtin_prefetch(words + AHEAD + 64);
         for (int v = 0; v < V; ++v) {
             const Ints word = Ints::load(words + v * Vec::N * 4);
             for (int f = 0; f < FIELDS; ++f) {
@@ -50,12 +48,58 @@ inline void add_codes(Tile<HEIGHT, ROWS>& tile, const Weights& w, const std::byt
     }
 }
 
+// One row of x with some panels, `step` apart.
+template <int BITS, int STREAMS>
+inline void stream_codes(const Weights& w, const Codes& x, int64_t group, float* y, int64_t p, int64_t step) {
+    constexpr int P = 32 / BITS, FIELDS = 8 / BITS, V = PANEL / Vec::N;
+    const int64_t words = (w.in + P - 1) / P, groups = w.groups();
+    const std::byte* at[STREAMS];
+    Vec total[STREAMS][V];
+    for (int s = 0; s < STREAMS; ++s) {
+        at[s] = w.values + (p + s * step) * words * PANEL * 4;
+        for (int v = 0; v < V; ++v) total[s][v] = Vec::zero();
+    }
+    for (int64_t g = 0; g < x.groups; ++g) {
+        Ints sum[STREAMS][V];
+        for (int s = 0; s < STREAMS; ++s)
+            for (int v = 0; v < V; ++v) sum[s][v] = Ints::zero();
+        const int64_t from = g * group / P, until = (std::min(w.in, (g + 1) * group) + P - 1) / P;
+        for (int64_t i = from; i < until; ++i) {
+            Ints its[FIELDS];
+            for (int f = 0; f < FIELDS; ++f) its[f] = Ints::all(peek<int>(x.x + i * P + 4 * f));
+            for (int s = 0; s < STREAMS; ++s) {
+                const std::byte* here = at[s] + i * PANEL * 4;
+                for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
+                for (int v = 0; v < V; ++v) {
+                    const Ints word = Ints::load(here + v * Vec::N * 4);
+                    for (int f = 0; f < FIELDS; ++f) sum[s][v] = sum[s][v].template dot<BITS>(field<BITS>(word, f), its[f]);
+                }
+            }
+        }
+        for (int s = 0; s < STREAMS; ++s)
+            for (int v = 0; v < V; ++v) {
+                const int64_t side = ((p + s * step) * groups + (groups > 1 ? g : 0)) * PANEL + v * Vec::N;
+                const Vec whole = sum[s][v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[g]);
+                total[s][v] = total[s][v].fma(whole, scale_at(w, side) * Vec::all(x.scales[g]));
+            }
+    }
+    for (int s = 0; s < STREAMS; ++s) {
+        Tile<PANEL, 1> tile;
+        for (int v = 0; v < V; ++v) tile.sum[0][v] = total[s][v];
+        tile.close(y, w.out, (p + s * step) * PANEL);
+    }
+}
+
 // Dense: a panel is all inputs of 32 outputs.
 template <int BITS>
 void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
     constexpr int P = 32 / BITS;
     const Input input = in_groups(w);
     const Codes x(ready, w.in, input.group, batch);
+    if (batch == 1) {
+        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_codes<BITS, STREAMS>(w, x, input.group, y, p, step); });
+        return;
+    }
     const int64_t words = (w.in + P - 1) / P, groups = w.groups();
     for (int64_t p = begin; p < end; ++p) {
         const std::byte* at = w.values + p * words * PANEL * 4;
@@ -91,50 +135,77 @@ void linear_codes_bsr(const Weights& w, const void* ready, int64_t batch, float*
 }
 
 // 2:4. A lane holds two codes of each of two groups of four, and two bits each say which of the eight x they meet.
+struct Pairs {
+    int64_t words, places;  // of a panel: words of codes, words of places
+    Pairs(const Weights& w) : words((w.in / 2 + in_a_word(w.type) - 1) / in_a_word(w.type)), places((w.in / 2 + 15) / 16) {}
+};
+
+// Up to four steps (eight inputs each, from step `t` on, a multiple of four) of one vector of outputs, for ROWS rows of x.
+// sum: products with the codes; met: the sum of the x met, of which the zero point is taken off.
+template <int BITS, int ROWS>
+inline void pair_steps(const std::byte* values, const std::byte* bits, const int8_t* x, int64_t stride, int64_t t, int steps, Ints* sum, Ints* met) {
+    constexpr int FIELDS = 8 / BITS;
+    const Ints which = Ints::load(bits + t / 4 * PANEL * 4);
+    for (int i = 0; i < steps; ++i) {
+        const Ints codes = field<BITS>(Ints::load(values + (t + i) / FIELDS * PANEL * 4), (int(t) + i) % FIELDS);
+        const Ints at = ((which >> 2 * i) & 0x03030303) | 0x04040000;
+        for (int r = 0; r < ROWS; ++r) {
+            const Ints its = Ints::pick(x + r * stride + 8 * (t + i), at);
+            sum[r] = sum[r].template dot<BITS>(codes, its);
+            met[r] = met[r].template dot<1>(Ints::all(0x01010101), its);
+        }
+    }
+}
+
+template <int BITS, int ROWS>
+inline void pair_group(const Weights& w, const Pairs& pairs, const Codes& x, int64_t row, int64_t p, int64_t g, int64_t group, Tile<PANEL, ROWS>& tile) {
+    constexpr int V = PANEL / Vec::N;
+    const std::byte* values = w.values + p * pairs.words * PANEL * 4;
+    const std::byte* bits = w.bits + p * pairs.places * PANEL * 4;
+    const int64_t from = g * group / 8, until = (std::min(w.in, (g + 1) * group) + 7) / 8;
+    Ints sum[V][ROWS], met[V][ROWS];
+    for (int v = 0; v < V; ++v)
+        for (int r = 0; r < ROWS; ++r) sum[v][r] = met[v][r] = Ints::zero();
+    for (int64_t t = from; t < until; t += 4) {
+        if constexpr (ROWS == 1) {
+            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(bits + t * PANEL + AHEAD + k);
+            for (int k = 0; k < PANEL * 4 * BITS / 2; k += 64) __builtin_prefetch(values + t * PANEL * BITS / 2 + AHEAD + k);
+        }
+        for (int v = 0; v < V; ++v) {
+            const int64_t lane = v * Vec::N * 4;
+            const int8_t* at = x.x + row * x.stride;
+            if (t + 4 <= until) pair_steps<BITS, ROWS>(values + lane, bits + lane, at, x.stride, t, 4, sum[v], met[v]);
+            else pair_steps<BITS, ROWS>(values + lane, bits + lane, at, x.stride, t, int(until - t), sum[v], met[v]);
+        }
+    }
+    for (int v = 0; v < V; ++v) {
+        const int64_t side = (p * w.groups() + (w.groups() > 1 ? g : 0)) * PANEL + v * Vec::N;
+        const Vec scale = scale_at(w, side), zero = zero_at<BITS>(w, side);
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec whole = sum[v][r].floats() - zero * met[v][r].floats();
+            tile.sum[r][v] = tile.sum[r][v].fma(whole, scale * Vec::all(x.scales[(row + r) * x.groups + g]));
+        }
+    }
+}
+
 template <int BITS>
 void linear_codes_nm(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    constexpr int P = 32 / BITS, FIELDS = 8 / BITS, V = PANEL / Vec::N;
     const Input input = in_groups(w);
     const Codes x(ready, w.in, input.group, batch);
-    const int64_t steps = (w.in + 7) / 8;  // of four codes, eight inputs
-    const int64_t words = (w.in / 2 + P - 1) / P, places = (w.in / 2 + 15) / 16, groups = w.groups();
-    for (int64_t p = begin; p < end; ++p) {
-        const std::byte* values = w.values + p * words * PANEL * 4;
-        const std::byte* bits = w.bits + p * places * PANEL * 4;
-        tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-            Tile<PANEL, ROWS> tile;
-            tile.open(y, w.out, p * PANEL, true);
-            for (int64_t g = 0; g < x.groups; ++g) {
-                const int64_t from = g * input.group / 8, until = std::min(steps, from + input.group / 8 + (input.group % 8 != 0));
-                for (int v = 0; v < V; ++v) {
-                    Ints sum[ROWS], met[ROWS];  // products with the codes, and of what the zero point is taken off
-                    for (int r = 0; r < ROWS; ++r) sum[r] = met[r] = Ints::zero();
-                    for (int64_t s = from; s < until; s += 4) {
-                        const Ints which = Ints::load(bits + (s / 4 * PANEL + v * Vec::N) * 4);
-                        if constexpr (ROWS == 1) __builtin_prefetch(bits + (s / 4 * PANEL + v * Vec::N) * 4 + AHEAD);
-                        for (int64_t t = s; t < std::min(until, s + 4); ++t) {
-                            const std::byte* word = values + (t / FIELDS * PANEL + v * Vec::N) * 4;
-                            if constexpr (ROWS == 1) __builtin_prefetch(word + AHEAD);
-                            const Ints codes = field<BITS>(Ints::load(word), int(t % FIELDS));
-                            const Ints at = ((which >> int(2 * (t - s))) & 0x03030303) | 0x04040000;
-                            for (int r = 0; r < ROWS; ++r) {
-                                const Ints its = Ints::pick(x.x + (row + r) * x.stride + 8 * t, at);
-                                sum[r] = sum[r].template dot<BITS>(codes, its);
-                                met[r] = met[r].template dot<1>(Ints::all(0x01010101), its);
-                            }
-                        }
-                    }
-                    const int64_t first = (p * groups + (groups > 1 ? g : 0)) * PANEL + v * Vec::N;
-                    const Vec scale = scale_at(w, first), zero = zero_at<BITS>(w, first);
-                    for (int r = 0; r < ROWS; ++r) {
-                        const Vec whole = sum[r].floats() - zero * met[r].floats();
-                        tile.sum[r][v] = tile.sum[r][v].fma(whole, scale * Vec::all(x.scales[(row + r) * x.groups + g]));
-                    }
-                }
-            }
-            tile.close(y + row * w.out, w.out, p * PANEL);
-        });
+    const Pairs pairs(w);
+    auto panels = [&]<int ROWS, int STREAMS>(int64_t row, int64_t p, int64_t step) {
+        Tile<PANEL, ROWS> tile[STREAMS];
+        for (int s = 0; s < STREAMS; ++s) tile[s].open(y, w.out, 0, true);
+        for (int64_t g = 0; g < x.groups; ++g)
+            for (int s = 0; s < STREAMS; ++s) pair_group<BITS, ROWS>(w, pairs, x, row, p + s * step, g, input.group, tile[s]);
+        for (int s = 0; s < STREAMS; ++s) tile[s].close(y + row * w.out, w.out, (p + s * step) * PANEL);
+    };
+    if (batch == 1) {
+        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { panels.template operator()<1, STREAMS>(0, p, step); });
+        return;
     }
+    for (int64_t p = begin; p < end; ++p)
+        tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) { panels.template operator()<ROWS, 1>(row, p, 0); });
 }
 
 }  // namespace trimtab::ISA

@@ -97,4 +97,14 @@ inline void tiles(int64_t batch, const F& f) {
     for (; row < batch; ++row) f.template operator()<1>(row);
 }
 
+// One row of x: memory gives more to a thread that reads several panels at once. Calls f<STREAMS>(panel, step) for the
+// panels panel, panel + step, ... until begin .. end are done.
+template <class F>
+inline void streams(int64_t begin, int64_t end, const F& f) {
+    constexpr int most = Vec::N == 16 ? 4 : 1;
+    const int64_t step = (end - begin) / most;
+    for (int64_t p = begin; p < begin + step; ++p) f.template operator()<most>(p, step);
+    for (int64_t p = begin + step * most; p < end; ++p) f.template operator()<1>(p, 0);
+}
+
 }  // namespace trimtab::ISA

@@ -142,7 +142,7 @@ def bsr(w: Tensor | Codes, rows: int = 32, cols: int = 32) -> Packed:
 def bitmask(w: Tensor) -> Packed:
     """What is not zero, and a bit a place."""
     _checked(w)
-    panels = _panels(w.detach())
+    panels = _interleaved(_panels(w.detach()))
     kept = panels != 0
     values = torch.nn.functional.pad(panels[kept], (0, SLACK // w.dtype.itemsize))
     return Packed("bitmask", _shape(w), TYPES[w.dtype], {"values": values, "bits": pack_bits(kept)})
@@ -205,8 +205,10 @@ def restored(p: Packed) -> Tensor:
     if p.format == "dense":
         panels = _straight(values, inputs) if codes is None else codes
     elif p.format == "bitmask":
-        kept = unpack_bits(p.buffers["bits"], 1, count * inputs * PANEL).bool().view(count, inputs, PANEL)
+        wide = inputs + inputs % 2 if p.type == "bf16" else inputs
+        kept = unpack_bits(p.buffers["bits"], 1, count * wide * PANEL).bool()
         panels = torch.zeros(kept.shape, dtype=values.dtype).masked_scatter_(kept, values)
+        panels = _straight(panels.view((count, wide // 2, PANEL, 2) if p.type == "bf16" else (count, inputs, PANEL)), inputs)
     else:
         if codes is None:
             at = unpack_bits(p.buffers["bits"], (p.m - 1).bit_length(), values.numel()).long().view(values.shape)
