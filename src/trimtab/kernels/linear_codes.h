@@ -30,11 +30,14 @@ inline void add_codes(Tile<HEIGHT, ROWS>& tile, const Weights& w, const std::byt
         for (int v = 0; v < V; ++v) sum[r][v] = Ints::zero();
     const int8_t* at = x.x + row * x.stride + input;
     for (int64_t i = 0; i < count; ++i, words += HEIGHT * 4, at += 4 * FIELDS) {
-        for (int v = 0; v < V; ++v) {
-            const Ints word = Ints::load(words + v * Vec::N * 4);
-            for (int f = 0; f < FIELDS; ++f) {
-                const Ints codes = field<BITS>(word, f);
-                for (int r = 0; r < ROWS; ++r) sum[r][v] = sum[r][v].template dot<BITS>(codes, Ints::all(peek<int>(at + r * x.stride + 4 * f)));
+        Ints word[V];
+        for (int v = 0; v < V; ++v) word[v] = Ints::load(words + v * Vec::N * 4);
+        for (int f = 0; f < FIELDS; ++f) {
+            Ints codes[V];
+            for (int v = 0; v < V; ++v) codes[v] = field<BITS>(word[v], f);
+            for (int r = 0; r < ROWS; ++r) {
+                const Ints its = Ints::all(peek<int>(at + r * x.stride + 4 * f));
+                for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].template dot<BITS>(codes[v], its);
             }
         }
     }

@@ -62,9 +62,14 @@ struct Tile {
 #if defined(__AVX512BF16__)
     // The same with x [ROWS, >= k] in bfloat16, every row filled up to pairs.
     void add(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k) {
-        for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT)
-            for (int v = 0; v < V; ++v)
-                for (int r = 0; r < ROWS; ++r) sum[r][v] = sum[r][v].dot(w + 2 * v * Vec::N, x + r * stride + i);
+        for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT) {
+            Vec a[V];
+            for (int v = 0; v < V; ++v) a[v] = Vec::load(reinterpret_cast<const float*>(w + 2 * v * Vec::N));
+            for (int r = 0; r < ROWS; ++r) {
+                const Vec b = Vec::all(peek<float>(x + r * stride + i));
+                for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].dot(a[v], b);
+            }
+        }
     }
 #endif
     // w [ceil(k / 2), HEIGHT, 2] bfloat16: inputs in pairs.

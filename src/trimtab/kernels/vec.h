@@ -28,10 +28,8 @@ struct Vec {
     Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
     Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
 #if defined(__AVX512BF16__)
-    // Adds the products of pairs: w holds one a lane, x is the same for all.
-    Vec dot(const uint16_t* w, const uint16_t* x) const {
-        return {_mm512_dpbf16_ps(v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(peek<int>(x)))};
-    }
+    // Adds the products of two bfloat16 a lane.
+    Vec dot(Vec a, Vec b) const { return {_mm512_dpbf16_ps(v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))}; }
 #endif
     // bfloat16 is the upper half of a float.
     static Vec bf16(const uint16_t* p) {
