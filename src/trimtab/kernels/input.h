@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernel.h"
 #include "vec.h"
@@ -11,20 +12,31 @@ namespace trimtab::ISA {
 // Inputs that share a scale of x where the weights' groups do not say.
 constexpr int64_t GROUP = 256;
 
-inline int64_t paired(int64_t in) { return (in + 1) / 2 * 2; }
-
-// x in eight bits: codes [batch, stride], zeros behind the last input; a scale and the sum of codes, [batch, groups] each.
+// x in eight bits: codes [batch, stride] in tiles, zeros behind the last input; a scale and the sum of codes, [batch, groups] each.
 struct Codes {
     int64_t stride, groups;
-    const int8_t* x;
-    const float* scales;
-    const float* sums;
-    Codes(const void* at, int64_t in, int64_t group, int64_t batch) : stride((in + 63) / 64 * 64), groups((in + group - 1) / group) {
-        x = static_cast<const int8_t*>(at);
-        scales = reinterpret_cast<const float*>(x + batch * stride);
+    int8_t* x;
+    float* scales;
+    float* sums;
+    Codes(const void* at, const Input& input, int64_t in, int64_t batch) : stride(input.units(in) * 4), groups((in + input.group - 1) / input.group) {
+        x = static_cast<int8_t*>(const_cast<void*>(at));
+        scales = reinterpret_cast<float*>(x + batch * stride);
         sums = scales + batch * groups;
     }
 };
+
+// The tile of a row: where it begins and how many rows it has; as `tiles` goes through them.
+struct TileAt { int64_t first; int rows; };
+inline TileAt tile_at(int64_t row, int64_t batch, int most) {
+    int64_t first = 0;
+    for (int rows : {most, 4, 2, 1}) {
+        if (rows > most) continue;
+        const int64_t until = first + (batch - first) / rows * rows;
+        if (row < until) return {first + (row - first) / rows * rows, rows};
+        first = until;
+    }
+    return {row, 1};
+}
 
 inline void to_bf16(const float* x, int64_t in, uint16_t* to) {
     int64_t i = 0;
@@ -65,14 +77,23 @@ inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, i
 }
 
 inline void prepare(const Input& input, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to) {
-    if (input.type == Type::bf16) {
-        uint16_t* at = reinterpret_cast<uint16_t*>(to);
-        for (int64_t r = begin; r < end; ++r) to_bf16(x + r * in, in, at + r * paired(in));
-    } else {
-        const Codes c(to, in, input.group, batch);
-        for (int64_t r = begin; r < end; ++r)
-            to_codes(x + r * in, in, input.group, const_cast<int8_t*>(c.x) + r * c.stride, c.stride,
-                     const_cast<float*>(c.scales) + r * c.groups, const_cast<float*>(c.sums) + r * c.groups);
+    const int64_t units = input.units(in);
+    thread_local std::vector<uint32_t> line;
+    line.resize(size_t(units));
+    for (int64_t r = begin; r < end; ++r) {
+        const TileAt tile = input.tile ? tile_at(r, batch, input.tile) : TileAt{r, 1};
+        uint32_t* at = reinterpret_cast<uint32_t*>(to) + tile.first * units + (r - tile.first);
+        uint32_t* straight = tile.rows == 1 ? at : line.data();
+        if (input.type == Type::f32) {
+            std::memcpy(straight, x + r * in, size_t(in) * 4);
+        } else if (input.type == Type::bf16) {
+            to_bf16(x + r * in, in, reinterpret_cast<uint16_t*>(straight));
+        } else {
+            const Codes c(to, input, in, batch);
+            to_codes(x + r * in, in, input.group, reinterpret_cast<int8_t*>(straight), c.stride, c.scales + r * c.groups, c.sums + r * c.groups);
+        }
+        if (tile.rows > 1)
+            for (int64_t u = 0; u < units; ++u) at[u * tile.rows] = straight[u];
     }
 }
 

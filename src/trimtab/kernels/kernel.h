@@ -35,12 +35,18 @@ struct Weights {
     int64_t groups() const { return (in + group - 1) / group; }
 };
 
-// What a kernel wants of x: as it is, or made ready once for all panels. Maps with equal inputs can share it.
+// What a kernel wants of x, made ready once for all panels; maps with equal inputs can share it. x is units of four bytes:
+// one float32, two bfloat16 or four codes.
 struct Input {
     Type type;                 // f32 as it is; bf16: rounded, rows filled up to pairs; i8: rounded by groups
     int64_t group;             // i8: inputs that share a scale
+    int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
     bool operator==(const Input&) const = default;
-    int64_t bytes(int64_t in, int64_t batch) const;  // 0: x itself is read
+    int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + 63) / 64 * 16; }
+    int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
+        if (type == Type::f32 && (!tile || batch == 1)) return 0;
+        return batch * (units(in) * 4 + (type == Type::i8 ? (in + group - 1) / group * 8 : 0));
+    }
 };
 
 // Rows begin .. end of x [batch, in] are made ready.
@@ -59,10 +65,11 @@ struct Kernel {
     Input (*input)(const Weights&);
     int64_t (*scratch)(const Weights&, int64_t batch);
     Run run;
+    Prepare prepare;
     int64_t from = 1;          // rows of x from which it is chosen before the ones above it
 };
 
-struct Table { const Kernel* first; int64_t count; Prepare prepare; };
+struct Table { const Kernel* first; int64_t count; };
 // One a translation unit; the flags it was compiled with are its instruction set.
 Table portable_kernels();
 Table avx2_kernels();

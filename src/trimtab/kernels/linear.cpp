@@ -50,13 +50,6 @@ const char* type_name(Type type) {
     }
 }
 
-int64_t Input::bytes(int64_t in, int64_t batch) const {
-    if (type == Type::bf16) return batch * up(in, 2) * 4;
-    // codes, filled up to whole words of the smallest type, then a scale and a sum a group
-    if (type == Type::i8) return batch * (up(in, 64) * 64 + up(in, group) * 8);
-    return 0;
-}
-
 std::vector<const Kernel*> all_kernels() {
     std::vector<const Kernel*> found;
     for (const Table& t : tables())
@@ -170,35 +163,31 @@ const Kernel* Linear::best(Type narrowest, int64_t batch) const {
 
 void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) {
     if (!batch || jobs.empty()) return;
-    struct Ready { Input input; std::byte* at; };
+    struct Ready { Input input; Prepare prepare; std::byte* at; };
     thread_local std::vector<std::byte> memory;
-    std::vector<Ready> ready;
+    thread_local std::vector<Ready> ready;
+    ready.clear();
     const int64_t in = jobs[0].weights->in;
     int64_t bytes = 0, panels = 0;
     for (const Job& j : jobs) {
         panels += j.weights->panels();
-        const Input input = j.kernel->input(*j.weights);
-        if (std::none_of(ready.begin(), ready.end(), [&](const Ready& r) { return r.input == input; })) {
-            ready.push_back({input, nullptr});
-            bytes += (input.bytes(in, batch) + 63) / 64 * 64;
+        const Ready r{j.kernel->input(*j.weights), j.kernel->prepare, nullptr};
+        if (std::none_of(ready.begin(), ready.end(), [&](const Ready& o) { return o.input == r.input && o.prepare == r.prepare; })) {
+            ready.push_back(r);
+            bytes += up(r.input.bytes(in, batch), 64) * 64;
         }
     }
-    memory.resize(size_t(bytes) + 64);
+    memory.resize(std::max(memory.size(), size_t(bytes) + 64));
     std::byte* at = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
-    static const Prepare prepare = [] {
-        Prepare best = nullptr;
-        for (const Table& t : tables())
-            if (has(t.first->isa)) best = t.prepare;
-        return best;
-    }();
     for (Ready& r : ready) {
         const int64_t size = r.input.bytes(in, batch);
         if (!size) continue;
         r.at = at;
-        at += (size + 63) / 64 * 64;
+        at += up(size, 64) * 64;
         // A few rows are ready before the other threads have woken up.
-        parallel(batch, batch * in < (64 << 10) ? 1 : threads, [&](int64_t begin, int64_t end, int) { prepare(r.input, x, in, batch, begin, end, r.at); });
+        parallel(batch, batch * in < (64 << 10) ? 1 : threads, [&](int64_t begin, int64_t end, int) { r.prepare(r.input, x, in, batch, begin, end, r.at); });
     }
+    const std::span<const Ready> these(ready);  // the other threads have none of their own
     parallel(panels, threads, [&](int64_t begin, int64_t end, int) {
         thread_local std::vector<float> scratch;
         int64_t first = 0;
@@ -208,8 +197,8 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) 
             if (from >= to) continue;
             const Input input = j.kernel->input(*j.weights);
             const void* its = x;
-            for (const Ready& r : ready)
-                if (r.at && r.input == input) its = r.at;
+            for (const Ready& r : these)
+                if (r.at && r.input == input && r.prepare == j.kernel->prepare) its = r.at;
             scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch))));
             j.kernel->run(*j.weights, its, batch, j.y, from, to, scratch.data());
         }

@@ -47,10 +47,11 @@ inline int64_t bitmask_scratch(const Weights&, int64_t) { return SPREAD * PANEL;
 
 // Some rows of x: the weights are spread once, for all of them.
 template <class T, class X>
-inline void spread_panel(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t p, float* scratch) {
+inline void spread_panel(const Weights& w, const X* x, int64_t batch, float* y, int64_t p, float* scratch) {
     const T* values = reinterpret_cast<const T*>(w.values) + w.pointers[p];
     const int64_t steps = (w.in + STEP<T> - 1) / STEP<T>;
     const std::byte* bits = w.bits + p * steps * 4 * STEP<T>;
+    const int64_t width = sizeof(X) == 2 ? (w.in + 1) / 2 * 2 : w.in;
     T* spaced = reinterpret_cast<T*>(scratch);
     for (int64_t k = 0; k < w.in; k += SPREAD) {
         const int64_t some = std::min(SPREAD, w.in - k), masks = (some + STEP<T> - 1) / STEP<T> * STEP<T>;
@@ -58,7 +59,7 @@ inline void spread_panel(const Weights& w, const X* x, int64_t stride, int64_t b
         tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
             Tile<PANEL, ROWS> tile;
             tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-            tile.add(spaced, x + row * stride + k, stride, some);
+            tile.add(spaced, x + row * width + k * ROWS, some);
             tile.close(y + row * w.out, w.out, p * PANEL);
         });
     }
@@ -118,24 +119,24 @@ inline void spread_streams(const Weights& w, const X* x, float* y, int64_t p, in
 #endif
 
 template <class T, class X>
-inline void spread_all(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
+inline void spread_all(const Weights& w, const X* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
 #if defined(__AVX512VBMI2__)
     if (batch == 1) {
         streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { spread_streams<T, X, STREAMS>(w, x, y, p, step); });
         return;
     }
 #endif
-    for (int64_t p = begin; p < end; ++p) spread_panel<T>(w, x, stride, batch, y, p, scratch);
+    for (int64_t p = begin; p < end; ++p) spread_panel<T>(w, x, batch, y, p, scratch);
 }
 
 template <class T>
 void linear_bitmask(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
-    spread_all<T>(w, static_cast<const float*>(ready), w.in, batch, y, begin, end, scratch);
+    spread_all<T>(w, static_cast<const float*>(ready), batch, y, begin, end, scratch);
 }
 
 #if defined(__AVX512BF16__)
 inline void linear_bitmask_bf16(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
-    spread_all<uint16_t>(w, static_cast<const uint16_t*>(ready), paired(w.in), batch, y, begin, end, scratch);
+    spread_all<uint16_t>(w, static_cast<const uint16_t*>(ready), batch, y, begin, end, scratch);
 }
 #endif
 

@@ -8,12 +8,13 @@ namespace trimtab::ISA {
 // Bytes of weights that stay in the second-level cache while the rows of x go by.
 constexpr int64_t KEEP = 256 << 10;
 
-// X: float, or uint16_t for bfloat16; `stride` is from one row of x to the next.
+// X: float, or uint16_t for bfloat16, whose inputs are filled up to pairs; in tiles.
 template <int HEIGHT, class T, class X>
-inline void blocks(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t begin, int64_t end) {
+inline void blocks(const Weights& w, const X* x, int64_t batch, float* y, int64_t begin, int64_t end) {
     constexpr int64_t step = sizeof(T) == 2 ? 2 : 1;  // bfloat16 inputs come in pairs
     const T* values = reinterpret_cast<const T*>(w.values);
     const int64_t cols = w.cols, block = (cols + step - 1) / step * step * HEIGHT;
+    const int64_t width = sizeof(X) == 2 ? (w.in + 1) / 2 * 2 : w.in;
     const int64_t inputs = std::max<int64_t>(step, KEEP / (HEIGHT * int64_t(sizeof(T))) / step * step);
     for (int64_t p = begin; p < end; ++p) {
         const int64_t first = w.pointers ? w.pointers[p] : p, last = w.pointers ? w.pointers[p + 1] : p + 1;
@@ -28,7 +29,7 @@ inline void blocks(const Weights& w, const X* x, int64_t stride, int64_t batch, 
                     tile.open(y + row * w.out, w.out, p * HEIGHT, fresh);
                     for (int64_t i = b; i < until; ++i) {
                         const int64_t at = w.columns ? int64_t(w.columns[i]) * cols : 0;
-                        tile.add(values + i * block + k * HEIGHT, x + row * stride + at + k, stride, std::min(part, cols - k));
+                        tile.add(values + i * block + k * HEIGHT, x + row * width + (at + k) * ROWS, std::min(part, cols - k));
                     }
                     tile.close(y + row * w.out, w.out, p * HEIGHT);
                 });
@@ -51,38 +52,38 @@ inline void stream_dense(const Weights& w, const X* x, float* y, int64_t p, int6
             const T* here = at + s * step * each + i * PANEL;
             for (int k = 0; k < some * PANEL * int(sizeof(T)); k += 64)
                 __builtin_prefetch(reinterpret_cast<const std::byte*>(here) + AHEAD + k);
-            tile[s].add(here, x + i, 0, some);
+            tile[s].add(here, x + i, some);
         }
     if (const int64_t left = w.in % some)
-        for (int s = 0; s < STREAMS; ++s) tile[s].add(at + s * step * each + (w.in - left) * PANEL, x + w.in - left, 0, left);
+        for (int s = 0; s < STREAMS; ++s) tile[s].add(at + s * step * each + (w.in - left) * PANEL, x + w.in - left, left);
     for (int s = 0; s < STREAMS; ++s) tile[s].close(y, w.out, (p + s * step) * PANEL);
 }
 
 template <class T, class X>
-inline void dense(const Weights& w, const X* x, int64_t stride, int64_t batch, float* y, int64_t begin, int64_t end) {
+inline void dense(const Weights& w, const X* x, int64_t batch, float* y, int64_t begin, int64_t end) {
     if (batch == 1) streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_dense<T, X, STREAMS>(w, x, y, p, step); });
-    else blocks<PANEL, T>(w, x, stride, batch, y, begin, end);
+    else blocks<PANEL, T>(w, x, batch, y, begin, end);
 }
 
 template <class T>
 void linear_dense(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    dense<T>(w, static_cast<const float*>(x), w.in, batch, y, begin, end);
+    dense<T>(w, static_cast<const float*>(x), batch, y, begin, end);
 }
 
 template <int HEIGHT, class T>
 void linear_block(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    blocks<HEIGHT, T>(w, static_cast<const float*>(x), w.in, batch, y, begin, end);
+    blocks<HEIGHT, T>(w, static_cast<const float*>(x), batch, y, begin, end);
 }
 
 #if defined(__AVX512BF16__)
 // x was rounded to bfloat16, which loses nothing where it came as bfloat16: two products an instruction and lane.
 inline void linear_dense_bf16(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    dense<uint16_t>(w, static_cast<const uint16_t*>(x), paired(w.in), batch, y, begin, end);
+    dense<uint16_t>(w, static_cast<const uint16_t*>(x), batch, y, begin, end);
 }
 
 template <int HEIGHT>
 void linear_block_bf16(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    blocks<HEIGHT, uint16_t>(w, static_cast<const uint16_t*>(x), paired(w.in), batch, y, begin, end);
+    blocks<HEIGHT, uint16_t>(w, static_cast<const uint16_t*>(x), batch, y, begin, end);
 }
 #endif
 

@@ -17,38 +17,48 @@ inline Vec zero_at(const Weights& w, int64_t i) {
 }
 
 // The groups of x a kernel of codes wants: the weights' own, or some that are short enough to be exact.
-inline Input in_groups(const Weights& w) { return {Type::i8, std::min(w.in, w.group < w.in ? w.group : GROUP)}; }
+inline int64_t group_of(const Weights& w) { return std::min(w.in, w.group < w.in ? w.group : GROUP); }
+inline Input in_tiles(const Weights& w) { return {Type::i8, group_of(w), tile_rows<PANEL>()}; }
+inline Input in_rows(const Weights& w) { return {Type::i8, group_of(w), 0}; }
+template <int HEIGHT>
+inline Input by_block(const Weights& w) { return {Type::i8, w.cols, tile_rows<HEIGHT>()}; }
 
-// `words` words of codes, `HEIGHT` outputs side by side, with ROWS rows of x; what they add to the sums.
-// `first` is where their scales are; group g of x.
+// What `count` words of codes, HEIGHT outputs side by side, add to the sums `total` [ROWS, HEIGHT] of ROWS rows of x from
+// `input` on, in group g of x. `first` is where their scales are. The sums are in memory: integers take all the registers.
 template <int BITS, int HEIGHT, int ROWS>
-inline void add_codes(Tile<HEIGHT, ROWS>& tile, const Weights& w, const std::byte* words, int64_t count, const Codes& x,
-                      int64_t row, int64_t input, int64_t g, int64_t first) {
+inline void add_codes(float* total, const Weights& w, const std::byte* words, int64_t count, const Codes& x, int64_t row,
+                      int64_t input, int64_t g, int64_t first) {
     constexpr int V = HEIGHT / Vec::N, FIELDS = 8 / BITS;
     Ints sum[ROWS][V];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < V; ++v) sum[r][v] = Ints::zero();
-    const int8_t* at = x.x + row * x.stride + input;
-    for (int64_t i = 0; i < count; ++i, words += HEIGHT * 4, at += 4 * FIELDS) {
-        Ints word[V];
-        for (int v = 0; v < V; ++v) word[v] = Ints::load(words + v * Vec::N * 4);
+    const int8_t* at = x.x + row * x.stride + input * ROWS;
+    for (int64_t i = 0; i < count; ++i, words += HEIGHT * 4, at += 4 * FIELDS * ROWS) {
         for (int f = 0; f < FIELDS; ++f) {
             Ints codes[V];
-            for (int v = 0; v < V; ++v) codes[v] = field<BITS>(word[v], f);
+            for (int v = 0; v < V; ++v) codes[v] = field<BITS>(Ints::load(words + v * Vec::N * 4), f);
             for (int r = 0; r < ROWS; ++r) {
-                const Ints its = Ints::all(peek<int>(at + r * x.stride + 4 * f));
+                const Ints its = Ints::all(peek<int>(at + 4 * (f * ROWS + r)));
                 for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].template dot<BITS>(codes[v], its);
             }
         }
     }
-    for (int v = 0; v < V; ++v) {
-        const Vec scale = scale_at(w, first + v * Vec::N), zero = zero_at<BITS>(w, first + v * Vec::N);
-        for (int r = 0; r < ROWS; ++r) {
-            const int64_t its = (row + r) * x.groups + g;
-            const Vec whole = sum[r][v].floats() - zero * Vec::all(x.sums[its]);
-            tile.sum[r][v] = tile.sum[r][v].fma(whole, scale * Vec::all(x.scales[its]));
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < V; ++v) {
+            const int64_t its = (row + r) * x.groups + g, side = first + v * Vec::N;
+            const Vec whole = sum[r][v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[its]);
+            float* to = total + r * HEIGHT + v * Vec::N;
+            Vec::load(to).fma(whole, scale_at(w, side) * Vec::all(x.scales[its])).store(to);
         }
-    }
+}
+
+// Sums of a tile, in memory.
+template <int HEIGHT>
+inline int64_t total_scratch(const Weights&, int64_t) { return HEIGHT * tile_rows<HEIGHT>(); }
+
+template <int HEIGHT, int ROWS>
+inline void close_total(const float* total, const Weights& w, float* y, int64_t first) {
+    for (int r = 0; r < ROWS; ++r) std::copy_n(total + r * HEIGHT, std::min<int64_t>(HEIGHT, w.out - first), y + r * w.out + first);
 }
 
 // One row of x with some panels, `step` apart.
@@ -95,10 +105,10 @@ inline void stream_codes(const Weights& w, const Codes& x, int64_t group, float*
 
 // Dense: a panel is all inputs of 32 outputs.
 template <int BITS>
-void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* total) {
     constexpr int P = 32 / BITS;
-    const Input input = in_groups(w);
-    const Codes x(ready, w.in, input.group, batch);
+    const Input input = in_tiles(w);
+    const Codes x(ready, input, w.in, batch);
     if (batch == 1) {
         streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_codes<BITS, STREAMS>(w, x, input.group, y, p, step); });
         return;
@@ -107,32 +117,30 @@ void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, 
     for (int64_t p = begin; p < end; ++p) {
         const std::byte* at = w.values + p * words * PANEL * 4;
         tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-            Tile<PANEL, ROWS> tile;
-            tile.open(y, w.out, p * PANEL, true);
+            std::fill_n(total, ROWS * PANEL, 0.0f);
             for (int64_t g = 0; g < x.groups; ++g) {
                 const int64_t first = g * input.group, last = std::min(w.in, first + input.group), from = first / P;
-                add_codes<BITS>(tile, w, at + from * PANEL * 4, (last + P - 1) / P - from, x, row, first, g,
-                                (p * groups + (groups > 1 ? g : 0)) * PANEL);
+                add_codes<BITS, PANEL, ROWS>(total, w, at + from * PANEL * 4, (last + P - 1) / P - from, x, row, first, g,
+                                             (p * groups + (groups > 1 ? g : 0)) * PANEL);
             }
-            tile.close(y + row * w.out, w.out, p * PANEL);
+            close_total<PANEL, ROWS>(total, w, y + row * w.out, p * PANEL);
         });
     }
 }
 
 // Blocks: every block has a scale an output; x has one for every width of a block.
 template <int BITS, int HEIGHT>
-void linear_codes_bsr(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
+void linear_codes_bsr(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* total) {
     constexpr int P = 32 / BITS;
-    const Codes x(ready, w.in, w.cols, batch);
+    const Codes x(ready, by_block<HEIGHT>(w), w.in, batch);
     const int64_t words = w.cols / P;
     for (int64_t p = begin; p < end; ++p) {
         tiles<HEIGHT>(batch, [&]<int ROWS>(int64_t row) {
-            Tile<HEIGHT, ROWS> tile;
-            tile.open(y, w.out, p * HEIGHT, true);
+            std::fill_n(total, ROWS * HEIGHT, 0.0f);
             for (int64_t b = w.pointers[p]; b < w.pointers[p + 1]; ++b)
-                add_codes<BITS>(tile, w, w.values + b * words * HEIGHT * 4, words, x, row, int64_t(w.columns[b]) * w.cols,
-                                w.columns[b], b * HEIGHT);
-            tile.close(y + row * w.out, w.out, p * HEIGHT);
+                add_codes<BITS, HEIGHT, ROWS>(total, w, w.values + b * words * HEIGHT * 4, words, x, row, int64_t(w.columns[b]) * w.cols,
+                                              w.columns[b], b * HEIGHT);
+            close_total<HEIGHT, ROWS>(total, w, y + row * w.out, p * HEIGHT);
         });
     }
 }
@@ -193,8 +201,8 @@ inline void pair_group(const Weights& w, const Pairs& pairs, const Codes& x, int
 
 template <int BITS>
 void linear_codes_nm(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    const Input input = in_groups(w);
-    const Codes x(ready, w.in, input.group, batch);
+    const Input input = in_rows(w);
+    const Codes x(ready, input, w.in, batch);
     const Pairs pairs(w);
     auto panels = [&]<int ROWS, int STREAMS>(int64_t row, int64_t p, int64_t step) {
         Tile<PANEL, ROWS> tile[STREAMS];

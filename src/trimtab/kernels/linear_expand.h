@@ -33,7 +33,7 @@ void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y,
             tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
                 Tile<PANEL, ROWS> tile;
                 tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-                tile.add(scratch, x + row * w.in + k, w.in, some);
+                tile.add(scratch, x + row * w.in + k * ROWS, some);
                 tile.close(y + row * w.out, w.out, p * PANEL);
             });
             k += some;
@@ -55,7 +55,7 @@ void linear_expand_bsr(const Weights& w, const void* ready, int64_t batch, float
                 tiles<HEIGHT>(batch, [&]<int ROWS>(int64_t row) {
                     Tile<HEIGHT, ROWS> tile;
                     tile.open(y + row * w.out, w.out, p * HEIGHT, fresh);
-                    if (any) tile.add(scratch, x + row * w.in + w.columns[b] * w.cols + k, w.in, some);
+                    if (any) tile.add(scratch, x + row * w.in + (w.columns[b] * w.cols + k) * ROWS, some);
                     tile.close(y + row * w.out, w.out, p * HEIGHT);
                 });
                 fresh = false;
@@ -89,7 +89,7 @@ void linear_expand_nm(const Weights& w, const void* ready, int64_t batch, float*
             tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
                 Tile<PANEL, ROWS> tile;
                 tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-                tile.add(scratch, x + row * w.in + k, w.in, some);
+                tile.add(scratch, x + row * w.in + k * ROWS, some);
                 tile.close(y + row * w.out, w.out, p * PANEL);
             });
             k += some;

@@ -48,56 +48,56 @@ struct Tile {
             }
         }
     }
-    // w [k, HEIGHT] float32: each input's weights side by side; x [ROWS, >= k], a row every `stride`.
-    void add(const float* w, const float* x, int64_t stride, int64_t k) {
+    // w [k, HEIGHT] float32: each input's weights side by side; x [k, ROWS].
+    void add(const float* w, const float* x, int64_t k) {
         for (int64_t i = 0; i < k; ++i, w += HEIGHT) {
             Vec a[V];
             for (int v = 0; v < V; ++v) a[v] = Vec::load(w + v * Vec::N);
             for (int r = 0; r < ROWS; ++r) {
-                const Vec b = Vec::all(x[r * stride + i]);
+                const Vec b = Vec::all(x[i * ROWS + r]);
                 for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].fma(a[v], b);
             }
         }
     }
 #if defined(__AVX512BF16__)
-    // The same with x [ROWS, >= k] in bfloat16, every row filled up to pairs.
-    void add(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t k) {
-        for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT) {
+    // The same with x [ceil(k / 2), ROWS, 2] in bfloat16.
+    void add(const uint16_t* w, const uint16_t* x, int64_t k) {
+        for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT, x += 2 * ROWS) {
             Vec a[V];
             for (int v = 0; v < V; ++v) a[v] = Vec::load(reinterpret_cast<const float*>(w + 2 * v * Vec::N));
             for (int r = 0; r < ROWS; ++r) {
-                const Vec b = Vec::all(peek<float>(x + r * stride + i));
+                const Vec b = Vec::all(peek<float>(x + 2 * r));
                 for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].dot(a[v], b);
             }
         }
     }
 #endif
     // w [ceil(k / 2), HEIGHT, 2] bfloat16: inputs in pairs.
-    void add(const uint16_t* w, const float* x, int64_t stride, int64_t k) {
-        for (int64_t i = 0; i + 1 < k; i += 2, w += 2 * HEIGHT) pair<true>(w, x + i, stride);
-        if (k % 2) pair<false>(w, x + k - 1, stride);
+    void add(const uint16_t* w, const float* x, int64_t k) {
+        for (int64_t i = 0; i + 1 < k; i += 2, w += 2 * HEIGHT) pair<true>(w, x + i * ROWS);
+        if (k % 2) pair<false>(w, x + (k - 1) * ROWS);
     }
     template <bool BOTH>
-    void pair(const uint16_t* w, const float* x, int64_t stride) {
+    void pair(const uint16_t* w, const float* x) {
         for (int v = 0; v < V; ++v) {
             const Vec low = Vec::low(w + 2 * v * Vec::N), high = Vec::high(w + 2 * v * Vec::N);
             for (int r = 0; r < ROWS; ++r) {
-                sum[r][v] = sum[r][v].fma(low, Vec::all(x[r * stride]));
-                if (BOTH) sum[r][v] = sum[r][v].fma(high, Vec::all(x[r * stride + 1]));
+                sum[r][v] = sum[r][v].fma(low, Vec::all(x[r]));
+                if (BOTH) sum[r][v] = sum[r][v].fma(high, Vec::all(x[ROWS + r]));
             }
         }
     }
 };
 
-// Calls f<ROWS>(first row) until `batch` rows are done: full tiles, then what is left one by one.
+// Calls f<ROWS>(first row) until `batch` rows are done: full tiles, then what is left in fours, twos and ones.
 template <int HEIGHT, class F>
 inline void tiles(int64_t batch, const F& f) {
     constexpr int most = tile_rows<HEIGHT>();
     int64_t row = 0;
     for (; row + most <= batch; row += most) f.template operator()<most>(row);
-    if constexpr (most >= 8)
+    if constexpr (most > 4)
         for (; row + 4 <= batch; row += 4) f.template operator()<4>(row);
-    if constexpr (most >= 3)
+    if constexpr (most > 2)
         for (; row + 2 <= batch; row += 2) f.template operator()<2>(row);
     for (; row < batch; ++row) f.template operator()<1>(row);
 }

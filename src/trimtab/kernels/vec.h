@@ -10,6 +10,7 @@
 #include <arm_neon.h>
 #endif
 
+
 namespace trimtab::ISA {  // a namespace for each set of flags: no inline function may be shared between them
 
 template <class T>
