@@ -21,9 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trimtab.core.types import Change
 from trimtab.demo import machine
-from trimtab.runtime import layouts, native
-from trimtab.runtime.layouts import Packed
+from trimtab.methods.format.bitmask import bitmask
+from trimtab.methods.format.bsr import bsr
+from trimtab.methods.format.dense import dense
+from trimtab.methods.format.nm import nm
+from trimtab.methods.format.panels import TYPES, Packed
+from trimtab.runtime import native
 
 Candidate = tuple[str, list[Callable[[Tensor], Tensor]], int]  # name, copies, bytes a call reads
 
@@ -56,7 +61,7 @@ def candidates(out: int, inputs: int, batch: int) -> list[Candidate]:
         found.append((name, [make() for _ in range(max(2, int(cold / size) + 1))], size))
 
     for dtype in (torch.float32, torch.bfloat16):
-        short = layouts.TYPES[dtype]
+        short = TYPES[dtype]
         plain = w.to(dtype)
         size = plain.nbytes
 
@@ -70,10 +75,10 @@ def candidates(out: int, inputs: int, batch: int) -> list[Candidate]:
 
         add(f"torch dense {short}", size, torch_plain)
         add(f"torch oneDNN prepacked {short}", size, torch_packed)
-        packs: list[tuple[str, Packed]] = [(f"dense {short}", layouts.dense(plain))]
-        packs += [(f"bsr32 {short} {s:.0%} kept", layouts.bsr(thinned(plain, "bsr", s))) for s in (0.5, 0.2, 0.05)]
-        packs += [(f"bitmask {short} {s:.0%} kept", layouts.bitmask(thinned(plain, "bitmask", s))) for s in (0.5, 0.3, 0.2, 0.1, 0.05)]
-        packs += [(f"2:4 {short}", layouts.nm(thinned(plain, "nm", 0.5)))]
+        packs: list[tuple[str, Packed]] = [(f"dense {short}", dense(Change(plain)))]
+        packs += [(f"bsr32 {short} {s:.0%} kept", bsr(Change(thinned(plain, "bsr", s)))) for s in (0.5, 0.2, 0.05)]
+        packs += [(f"bitmask {short} {s:.0%} kept", bitmask(Change(thinned(plain, "bitmask", s)))) for s in (0.5, 0.3, 0.2, 0.1, 0.05)]
+        packs += [(f"2:4 {short}", nm(Change(thinned(plain, "nm", 0.5))))]
         for name, p in packs:
             def ours(p: Packed = p) -> Callable[[Tensor], Tensor]:
                 return native.Linear(Packed(**{**vars(p), "buffers": {k: t.clone() for k, t in p.buffers.items()}}))

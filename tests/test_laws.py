@@ -21,6 +21,9 @@ from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.methods import select
+from trimtab.methods.codes import Codes, nearest
+from trimtab.methods.format.panels import Packed
+from trimtab.runtime.layouts import check
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
@@ -174,6 +177,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, dict):
         for k in sorted(x):
             yield from tensors(x[k])
+    elif isinstance(x, Packed):
+        yield from tensors(x.buffers)
     elif isinstance(x, Change):
         yield from tensors([x.w, x.parts, x.mask])
     elif isinstance(x, Summary):
@@ -815,6 +820,16 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
         yield Change((w * mask).abs())
 
 
+def coded(m: Method, knobs: dict[str, Any]) -> Iterator[Change]:
+    """The same as codes of every width, symmetric and not, where the format stores codes."""
+    if not m.facts["codes"] or knobs.get("dim") == "out":
+        return
+    for new in held(m, knobs, torch.float32):
+        groups = (knobs["cols"] or knobs["b"],) if m.facts["holds"] == "block" else (0, 8)
+        for bits, asymmetric, group in ((8, False, groups[0]), (4, True, groups[-1]), (2, False, groups[-1])):
+            yield nearest(new.w, bits, group, asymmetric=asymmetric).change(new.mask)
+
+
 def awkward(dtype: torch.dtype) -> Iterator[Change]:
     """Changes a format may hold or refuse, but not lose."""
     g = generator(4)
@@ -822,31 +837,51 @@ def awkward(dtype: torch.dtype) -> Iterator[Change]:
         w = torch.randn(shape, generator=g).to(dtype)
         loose = torch.rand(shape, generator=g) > 0.6
         yield from (Change(w), Change(w * loose), Change(w * loose, mask=loose), Change(w, mask=loose))
+        yield nearest(w, 4, 4).change()
+        yield nearest(w * loose, 8).change(loose)
 
 
-def restores(m: Method, new: Change, buffers: dict[str, Tensor]) -> None:
-    back = m.inverse(buffers, tuple(new.w.shape))
+def restores(m: Method, new: Change, packed: Packed) -> None:
+    check(packed)
+    back = m.inverse(packed)
     assert back.dtype == new.w.dtype
+    assert back.is_contiguous()
     assert torch.equal(back, new.w)
     bits = torch.int32 if back.dtype == torch.float32 else torch.int16
-    assert torch.equal(back.contiguous().view(bits)[back != 0], new.w.contiguous().view(bits)[back != 0])
+    assert torch.equal(back.view(bits)[back != 0], new.w.contiguous().view(bits)[back != 0])
 
 
 def law_format_exact(m: Method) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for knobs in variants(m):
+    for knobs in variants(m):
+        for dtype in (torch.float32, torch.bfloat16):
             for new in held(m, knobs, dtype):
                 restores(m, new, m.fn(new, **knobs))
+        for new in coded(m, knobs):
+            restores(m, new, m.fn(new, **knobs))
 
 
 def law_format_bytes(m: Method) -> None:
-    """The buffers take exactly what the formula says: nothing else is stored."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for knobs in variants(m):
-            for new in held(m, knobs, dtype):
-                kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
-                got = sum(b.nbytes for b in m.fn(new, **knobs).values())
-                assert got == m.facts["bytes"](tuple(new.w.shape), dtype.itemsize, kept, knobs), knobs
+    """Every buffer takes exactly what the formula says, and there is no other."""
+    for knobs in variants(m):
+        for new in [*held(m, knobs, torch.float32), *held(m, knobs, torch.bfloat16), *coded(m, knobs)]:
+            kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
+            packed = m.fn(new, **knobs)
+            if m.facts["holds"] == "block":  # a block is kept whole
+                kept = m.facts["stored"](packed)
+            want = m.facts["bytes"](tuple(new.w.shape), packed.entries, kept, knobs)
+            assert {k: b.nbytes for k, b in packed.buffers.items()} == want, knobs
+            assert packed.nbytes == sum(want.values())
+
+
+def law_format_knows_what_it_stores(m: Method) -> None:
+    for knobs in variants(m):
+        for new in held(m, knobs, torch.float32):
+            kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
+            whole = {"any": new.w.numel(), "mask": kept, "nm": new.w.numel() // knobs.get("m", 1) * knobs.get("n", 1)}
+            if m.facts["holds"] in whole:
+                assert m.facts["stored"](m.fn(new, **knobs)) == whole[m.facts["holds"]]
+            elif new.mask is not None:
+                assert m.facts["stored"](m.fn(new, **knobs)) == kept
 
 
 def law_format_exact_or_refused(m: Method) -> None:
@@ -854,12 +889,12 @@ def law_format_exact_or_refused(m: Method) -> None:
         for knobs in variants(m):
             for new in awkward(dtype):
                 try:
-                    buffers = m.fn(new, **knobs)
+                    packed = m.fn(new, **knobs)
                 except BadInput as e:
                     assert "\n" not in str(e)
                     assert len(str(e)) > 20
                 else:
-                    restores(m, new, buffers)
+                    restores(m, new, packed)
 
 
 def law_format_refuses_another_pattern(m: Method) -> None:
@@ -873,10 +908,30 @@ def law_format_refuses_another_pattern(m: Method) -> None:
                 m.fn(Change(torch.ones(8, 12)), **knobs)
 
 
+def law_format_refuses_what_it_would_lose(m: Method) -> None:
+    """Weights that are not finite, of a type no kernel has, that are no matrix, and codes where it stores none."""
+    w = torch.zeros(24, 24)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        broken = w.clone()
+        broken[3, 5] = value
+        with pytest.raises(BadInput, match="finite"):
+            call(m, {"new": Change(broken)})
+    with pytest.raises(BadInput, match="float32 or bfloat16, not float16"):
+        call(m, {"new": Change(w.half())})
+    for shape in ((24,), (0, 24)):
+        with pytest.raises(BadInput, match="out, in"):
+            call(m, {"new": Change(torch.zeros(shape))})
+    if not m.facts["codes"]:
+        with pytest.raises(BadInput, match="codes"):
+            call(m, {"new": Codes(torch.ones(24, 24, dtype=torch.uint8), torch.ones(24, 1), 8, 24).change()})
+
+
 def law_format_stands_alone(m: Method) -> None:
     """Buffers can be written as they are: contiguous, and not the caller's memory seen from elsewhere."""
-    new = next(held(m, small(m), torch.float32))
-    assert all(b.is_contiguous() for b in call(m, {"new": new}).values())
+    for new in [next(held(m, small(m), torch.float32)), *coded(m, small(m))][:2]:
+        ours = {t.untyped_storage().data_ptr() for t in tensors(new)}
+        for b in call(m, {"new": new}).buffers.values():
+            assert b.is_contiguous() and b.untyped_storage().data_ptr() not in ours
 
 
 @pytest.fixture(autouse=True)

@@ -4,20 +4,35 @@ import torch
 
 from tests.cases import Case
 from trimtab.core.types import Change
+from trimtab.methods.codes import Codes
 
 # A pattern that is at once 2:4 along the input and one block of 1 x 2 in each row.
 W = torch.tensor([[0.0, 0.0, 5.0, -7.0], [2.0, 3.0, 0.0, 0.0]])
 PAIRS = Change(W, mask=W != 0)
 # A group with one entry only: filled up with a zero at its first free place.
 THIN = Change(torch.tensor([[0.0, 0.0, 4.0, 0.0], [6.0, 0.0, 0.0, 1.0]]))
+# Four bits: inputs 0 to 3 are the low halves of the bytes of a word, inputs 4 to 7 the high halves.
+FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), torch.tensor([[0.5]]), 4, 8).change()
+
+
+def panel(*inputs: list[float]) -> torch.Tensor:
+    """[1, inputs, 32]: of every input the first outputs; the panel is filled up with zeros."""
+    return torch.tensor([[x + [0.0] * (32 - len(x)) for x in inputs]])
+
 
 CASES = {
-    "format/dense": Case({"new": PAIRS}, {"weight": W}, differs="format/bitmask"),
-    # Entries 2, 3, 4, 5 of eight: 4 + 8 + 16 + 32.
-    "format/bitmask": Case({"new": PAIRS}, {"bits": [60], "values": [5, -7, 2, 3]}, differs="format/nm"),
-    # Places 0, 2 and 0, 3 in two bits each, lowest first: 0 + 2*4 + 0*16 + 3*64.
-    "format/nm": Case({"new": THIN}, {"index": [200], "values": [[[0, 4]], [[6, 1]]]}, differs="format/bitmask"),
+    "format/dense": Case({"new": FOUR}, {
+        "values": torch.cat([torch.tensor([[[[0x51, 0x62, 0x88, 0x88]]]]), torch.zeros(1, 1, 31, 4)], 2), "scales": panel([0.5])},
+        differs="format/nm"),
+    # Input by input: output 1 keeps its inputs 0 and 1, output 0 its inputs 2 and 3; four bytes an input. 64 bytes behind the
+    # four values of 16 bytes, filled up to 128: 32 numbers.
+    "format/bitmask": Case({"new": PAIRS}, {"bits": [2, 0, 0, 0] * 2 + [1, 0, 0, 0] * 2, "values": [2, 3, 5, -7] + [0] * 28},
+                           differs="format/nm"),
+    # Of each output two values; places 0, 2 and 0, 3 in two bits each, lowest first, four outputs a byte: first values are
+    # all at place 0; second ones 2 + 3 * 4, and of the empty outputs place 1 in two bits: 1 + 4 + 16 + 64.
+    "format/nm": Case({"new": THIN}, {"bits": [0] * 8 + [2 + 3 * 4 + 16 + 64] + [85] * 7,
+                                      "values": panel([0, 6], [4, 1])[None]}, differs="format/bitmask"),
     # Block row 0 holds block column 1, block row 1 holds block column 0.
-    "format/bsr": Case({"new": PAIRS}, {"columns": [1, 0], "pointers": [0, 1, 2], "values": [[[5, -7]], [[2, 3]]]},
+    "format/bsr": Case({"new": PAIRS}, {"columns": [1, 0], "pointers": [0, 1, 2], "values": [[[5], [-7]], [[2], [3]]]},
                        {"rows": 1, "cols": 2}, differs="format/bitmask"),
 }

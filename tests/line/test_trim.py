@@ -17,7 +17,7 @@ import torch
 
 from trimtab import cli
 from trimtab.core import line
-from trimtab.methods.format.bitmask import unpack_mask
+from trimtab.methods.format.panels import unpack_mask
 from trimtab.network.checkpoint import Checkpoint, SafeFile
 from trimtab.prove.proof import answer
 

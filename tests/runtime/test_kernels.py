@@ -12,12 +12,38 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.core.types import BadInput
+from trimtab.core.types import BadInput, Change
+from trimtab.methods.codes import BITS, Codes, nearest
+from trimtab.methods.format import bitmask as bitmask_file
+from trimtab.methods.format import bsr as bsr_file
+from trimtab.methods.format import dense as dense_file
+from trimtab.methods.format import nm as nm_file
+from trimtab.methods.format.panels import TYPES, Packed
 from trimtab.runtime import layouts, names, native
-from trimtab.runtime.codes import BITS, Codes, nearest
-from trimtab.runtime.layouts import Packed
 
 BUILT = native.kernels()
+
+
+def change(w: Tensor | Codes) -> Change:
+    return w.change() if isinstance(w, Codes) else Change(w)
+
+
+def dense(w: Tensor | Codes) -> Packed:
+    return dense_file.dense(change(w))
+
+
+def bitmask(w: Tensor) -> Packed:
+    return bitmask_file.bitmask(change(w))
+
+
+def bsr(w: Tensor | Codes, rows: int = 32, cols: int = 32) -> Packed:
+    return bsr_file.bsr(change(w), rows=rows, cols=cols)
+
+
+def nm(w: Tensor | Codes, n: int = 2, m: int = 4) -> Packed:
+    return nm_file.nm(change(w), n=n, m=m)
+
+
 SHAPES = [(32, 64), (100, 132), (1, 4), (33, 36), (64, 2060), (192, 320)]
 BATCHES = (1, 5, 31)  # tiles of 24, 12, 6, 4, 3, 2 and 1 rows all come up
 
@@ -42,16 +68,16 @@ def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
         yield from packs_of_codes(w, BITS[type_], gen)
         return
     w = w.to(dtype(type_))
-    yield layouts.dense(w)
-    yield layouts.dense(w[:, :max(1, inputs - 1)])  # an odd number of inputs: half a pair is left
+    yield dense(w)
+    yield dense(w[:, :max(1, inputs - 1)])  # an odd number of inputs: half a pair is left
     for share in (0.0, 0.07, 0.5, 1.0):
-        yield layouts.bitmask(w * (torch.rand(w.shape, generator=gen) < share))
+        yield bitmask(w * (torch.rand(w.shape, generator=gen) < share))
     for n in (1, 2, 3):
         kept = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < n
-        yield layouts.nm(w * kept.reshape(w.shape), n, 4)
-    yield layouts.nm(w * 0)
+        yield nm(w * kept.reshape(w.shape), n, 4)
+    yield nm(w * 0)
     for name, _, kept in thin(out, inputs, gen):
-        yield layouts.bsr(w * kept, *map(int, name.split()[1:]))
+        yield bsr(w * kept, *map(int, name.split()[1:]))
 
 
 def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packed]:
@@ -59,21 +85,21 @@ def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packe
     for asymmetric in (False, True):
         for group in (0, 32, 64, 128):
             if group < inputs:
-                yield layouts.dense(nearest(w, bits, group, asymmetric=asymmetric))
+                yield dense(nearest(w, bits, group, asymmetric=asymmetric))
                 half = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2
                 if bits > 2:
-                    yield layouts.nm(nearest(w * half.reshape(w.shape), bits, group, asymmetric=asymmetric))
-        yield layouts.dense(nearest(w[:, :max(1, inputs - 1)], bits, asymmetric=asymmetric))
+                    yield nm(nearest(w * half.reshape(w.shape), bits, group, asymmetric=asymmetric))
+        yield dense(nearest(w[:, :max(1, inputs - 1)], bits, asymmetric=asymmetric))
         if bits > 2:
-            yield layouts.nm(nearest(w * 0, bits, asymmetric=asymmetric))
+            yield nm(nearest(w * 0, bits, asymmetric=asymmetric))
             for name, _, kept in thin(out, inputs, gen):
                 rows, cols = map(int, name.split()[1:])
                 if rows == 32 and cols % 32 == 0:
-                    yield layouts.bsr(nearest(w * kept, bits, cols, asymmetric=asymmetric), rows, cols)
+                    yield bsr(nearest(w * kept, bits, cols, asymmetric=asymmetric), rows, cols)
 
 
 def dtype(type_: str) -> torch.dtype:
-    return next(d for d, name in layouts.TYPES.items() if name == type_)
+    return next(d for d, name in TYPES.items() if name == type_)
 
 
 def rounded(x: Tensor, p: Packed, activation: str) -> Tensor:
@@ -157,16 +183,16 @@ def test_packing_loses_nothing(type_):
             for asymmetric in (False, True):
                 for group in (0, 32, 64):
                     if group < inputs:
-                        for pack, t in ((layouts.dense, w), (layouts.dense, few), (layouts.nm, pair)):
-                            if pack is layouts.dense or type_ != "i2":
+                        for pack, t in ((dense, w), (dense, few), (nm, pair)):
+                            if pack is dense or type_ != "i2":
                                 codes = nearest(t, BITS[type_], group, asymmetric=asymmetric)
                                 assert torch.equal(layouts.restored(pack(codes)), codes.weight())
             continue
         w, few, pair, wide = (t.to(dtype(type_)) for t in (w, few, pair, wide))
-        assert torch.equal(layouts.restored(layouts.dense(w)), w)
-        assert torch.equal(layouts.restored(layouts.bitmask(few)), few)
-        assert torch.equal(layouts.restored(layouts.nm(pair)), pair)
-        assert torch.equal(layouts.restored(layouts.nm(wide, 1, 2)), wide)
+        assert torch.equal(layouts.restored(dense(w)), w)
+        assert torch.equal(layouts.restored(bitmask(few)), few)
+        assert torch.equal(layouts.restored(nm(pair)), pair)
+        assert torch.equal(layouts.restored(nm(wide, 1, 2)), wide)
         for p in packs(out, inputs, type_):
             again = layouts.restored(p)
             assert again.shape == p.shape and again.dtype == dtype(type_) and again.is_contiguous()
@@ -189,54 +215,54 @@ def test_codes_stand_for_the_nearest_weight_they_can(bits, asymmetric):
 
 def test_bytes_of_codes_are_what_they_say():
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    assert layouts.dense(nearest(w, 8)).nbytes == 64 * 256 + 64 * 4
-    assert layouts.dense(nearest(w, 4, 128)).nbytes == 64 * 256 // 2 + 64 * 2 * 2
-    assert layouts.dense(nearest(w, 4, 128, asymmetric=True)).nbytes == 64 * 256 // 2 + 64 * 2 * 3
-    assert layouts.dense(nearest(w, 2, 64)).nbytes == 64 * 256 // 4 + 64 * 4 * 2
+    assert dense(nearest(w, 8)).nbytes == 64 * 256 + 64 * 4
+    assert dense(nearest(w, 4, 128)).nbytes == 64 * 256 // 2 + 64 * 2 * 2
+    assert dense(nearest(w, 4, 128, asymmetric=True)).nbytes == 64 * 256 // 2 + 64 * 2 * 3
+    assert dense(nearest(w, 2, 64)).nbytes == 64 * 256 // 4 + 64 * 4 * 2
     pair = w * (torch.rand(64, 64, 4, generator=torch.Generator().manual_seed(1)).argsort(-1) < 2).reshape(w.shape)
-    assert layouts.nm(nearest(pair, 4, 128)).nbytes == 64 * 128 // 2 + 64 * 128 // 4 + 64 * 2 * 2
+    assert nm(nearest(pair, 4, 128)).nbytes == 64 * 128 // 2 + 64 * 128 // 4 + 64 * 2 * 2
     block = torch.zeros(64, 256)
     block[:32, 64:96] = w[:32, :32]
-    assert layouts.bsr(nearest(block, 4, 32)).nbytes == 32 * 32 // 2 + 32 * 2 + 4 + 3 * 8
+    assert bsr(nearest(block, 4, 32)).nbytes == 32 * 32 // 2 + 32 * 2 + 4 + 3 * 8
 
 
 def test_bytes_are_what_the_layout_says():
     w = torch.zeros(64, 128, dtype=torch.bfloat16)
     w[:32, :64] = 1
-    assert layouts.dense(w).nbytes == 64 * 128 * 2
-    assert layouts.bitmask(w).nbytes == 64 * 128 // 8 + 2 * 32 * 64 + layouts.SLACK
-    assert layouts.bsr(w).nbytes == 2 * (2 * 32 * 32 + 4) + 8 * 3
+    assert dense(w).nbytes == 64 * 128 * 2
+    assert bitmask(w).nbytes == 64 * 128 // 8 + 2 * 32 * 64 + 64
+    assert bsr(w).nbytes == 2 * (2 * 32 * 32 + 4) + 8 * 3
     half = w.clone()
     half[:, ::2] = 0
-    assert layouts.nm(half).nbytes == 64 * 64 * 2 + 64 * 64 // 4
+    assert nm(half).nbytes == 64 * 64 * 2 + 64 * 64 // 4
 
 
 def test_what_does_not_fit_is_refused():
     w = torch.ones(48, 64)
-    for refused in (lambda: layouts.bsr(w), lambda: layouts.bsr(w, 16, 0), lambda: layouts.nm(w), lambda: layouts.nm(w, 2, 5),
-                    lambda: layouts.dense(w.half()), lambda: layouts.dense(w[0]), lambda: layouts.dense(w[:0]),
-                    lambda: layouts.nm(nearest(w, 4), 2, 4), lambda: layouts.nm(nearest(w * 0, 4), 1, 4),
-                    lambda: layouts.bsr(nearest(w, 4, 64), 16, 32), lambda: nearest(w / 0, 4),
+    for refused in (lambda: bsr(w), lambda: bsr(w, 16, -1), lambda: nm(w), lambda: nm(w, 2, 5),
+                    lambda: dense(w.half()), lambda: dense(w[0]), lambda: dense(w[:0]),
+                    lambda: nm(nearest(w, 4), 2, 4), lambda: nm(nearest(w * 0, 4, 6), 2, 4),
+                    lambda: bsr(nearest(w, 4, 64), 16, 32), lambda: nearest(w / 0, 4),
                     lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), torch.ones(2, 1), 4, 32),
                     lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2), 4, 32),
                     lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), 4, 32, torch.zeros(2, 1))):
         with pytest.raises(BadInput):
             refused()
     with pytest.raises(BadInput, match="features"):
-        native.Linear(layouts.dense(w))(torch.ones(2, 63))
+        native.Linear(dense(w))(torch.ones(2, 63))
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
 def test_buffers_that_contradict_each_other_are_refused():
     w = torch.randn(64, 128) * (torch.rand(64, 128, generator=torch.Generator().manual_seed(0)) < 0.5)
-    blocks = layouts.bsr(torch.ones(64, 128))
+    blocks = bsr(torch.ones(64, 128))
 
     def broken(p: Packed, **buffers: Tensor) -> Packed:
         return replace(p, buffers={**p.buffers, **buffers})
 
     columns, pointers = blocks.buffers["columns"], blocks.buffers["pointers"]
-    kept = layouts.bitmask(w)
-    pairs = layouts.nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32))
+    kept = bitmask(w)
+    pairs = nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32))
     bad = [
         broken(blocks, columns=columns + 1), broken(blocks, columns=columns - 1), broken(blocks, columns=columns[1:]),
         broken(blocks, pointers=pointers + 1), broken(blocks, pointers=pointers.flip(0)), broken(blocks, pointers=pointers * 2),
@@ -244,31 +270,31 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(kept, bits=kept.buffers["bits"][1:]), broken(kept, bits=torch.full_like(kept.buffers["bits"], 255)),
         broken(pairs, bits=pairs.buffers["bits"][1:]), broken(pairs, values=pairs.buffers["values"][:1]),
         replace(pairs, m=8), replace(pairs, n=5), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),
-        replace(layouts.dense(w), shape=(64, 256)), replace(layouts.dense(w), shape=(0, 128)),
+        replace(dense(w), shape=(64, 256)), replace(dense(w), shape=(0, 128)),
         broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
     ]
-    four = layouts.dense(nearest(w, 4, 32, asymmetric=True))
-    two = layouts.nm(nearest(w * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 32))
+    four = dense(nearest(w, 4, 32, asymmetric=True))
+    two = nm(nearest(w * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 32))
     bad += [
         broken(four, values=four.buffers["values"][1:]), broken(four, scales=four.buffers["scales"][1:]),
         broken(four, scales=four.buffers["scales"].float()[:, :2]), broken(four, scales=four.buffers["scales"].double()),
         broken(four, zeros=four.buffers["zeros"][1:]), replace(four, group=16), replace(four, group=0), replace(four, group=256),
         replace(four, type="i8"), replace(four, type="i3"), replace(four, type="f16"), replace(four, format="bitmask"),
         broken(two, bits=two.buffers["bits"][1:]), replace(two, n=1), replace(two, type="i2"),
-        broken(layouts.dense(w), scales=torch.ones(64)),
-        replace(layouts.bsr(nearest(torch.ones(64, 128), 4, 32)), group=64),
+        broken(dense(w), scales=torch.ones(64)),
+        replace(bsr(nearest(torch.ones(64, 128), 4, 32)), group=64),
     ]
     for p in bad:
-        with pytest.raises(ValueError):
+        with pytest.raises(BadInput):
             native.Linear(p)
-    linear = native.Linear(layouts.dense(w))
+    linear = native.Linear(dense(w))
     for x, y in (((2, 127), (2, 64)), ((2, 128), (3, 64)), ((2, 128), (2, 63))):
         with pytest.raises(ValueError):
             linear._native.run(torch.zeros(x), torch.zeros(y), 1, "")
     for wrong in ({"kernel": "linear_f32_dense-f32_abacus"}, {"narrowest": "i4"}, {"threads": 0}):
         with pytest.raises(ValueError):
             linear._native.run(torch.zeros(2, 128), torch.zeros(2, 64), **{"threads": 1, **wrong})
-    assert native.Linear(layouts.dense(w))(torch.zeros(0, 128)).shape == (0, 64)
+    assert native.Linear(dense(w))(torch.zeros(0, 128)).shape == (0, 64)
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
@@ -289,13 +315,13 @@ def test_every_name_follows_the_grammar():
 def test_x_is_rounded_only_where_that_loses_nothing():
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(20, 128, generator=torch.Generator().manual_seed(1))
-    linear = native.Linear(layouts.dense(w))
+    linear = native.Linear(dense(w))
     exact = x.double() @ w.double().T
     assert close(linear(x), exact, 128)  # float32 in: no kernel that rounds is taken
     assert close(linear(x.bfloat16()), x.bfloat16().double() @ w.double().T, 128)
     rounding = [k for k in linear.kernels if names.parse(k).activation == "bf16"]
     assert all(not close(linear(x, k), exact, 128) for k in rounding)
-    four = native.Linear(layouts.dense(nearest(w, 4, 32)))
+    four = native.Linear(dense(nearest(w, 4, 32)))
     exact = x.double() @ layouts.restored(four.packed).double().T
     assert close(four(x), exact, 128) and close(four(x.bfloat16()), x.bfloat16().double() @ layouts.restored(four.packed).double().T, 128)
     assert not close(four(x, narrowest="i8"), exact, 128)
@@ -308,7 +334,7 @@ def test_without_the_extension_torch_does_it_and_says_so(monkeypatch):
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(1))
     with pytest.warns(UserWarning, match="not built"):
-        linear = native.Linear(layouts.dense(w))
+        linear = native.Linear(dense(w))
     torch.testing.assert_close(linear(x), x @ w.T)
     assert native.kernels() == [] and native.isas() == [] and "not built" in native.level()
 
@@ -316,7 +342,7 @@ def test_without_the_extension_torch_does_it_and_says_so(monkeypatch):
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
 def test_a_forked_child_has_threads_of_its_own():
     code = ("import os, torch\nfrom trimtab.runtime import layouts, native\n"
-            "w, x = torch.ones(256, 64), torch.ones(2, 64)\nlinear = native.Linear(layouts.dense(w))\n"
+            "w, x = torch.ones(256, 64), torch.ones(2, 64)\nlinear = native.Linear(layouts.smallest(w))\n"
             "linear(x, threads=4)\npid = os.fork()\n"
             "assert (linear(x, threads=4) == 64).all()\nif not pid: os._exit(0)\n"
             "assert os.waitpid(pid, 0)[1] == 0")

@@ -5,6 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from trimtab.core.types import BadInput, Change
+from trimtab.methods.codes import nearest
+from trimtab.methods.format.bitmask import bitmask
+from trimtab.methods.format.bsr import bsr
+from trimtab.methods.format.dense import dense
+from trimtab.methods.format.nm import nm
+from trimtab.methods.format.panels import TYPES
 from trimtab.runtime import layouts
 from trimtab.runtime.modules import PackedLinear, pack_linears
 
@@ -20,18 +27,18 @@ def weight(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
     (lambda w: w * (weight(2, 4, 1) > 0.3).repeat_interleave(32, 0).repeat_interleave(32, 1), "bsr"),
 ])
 def test_the_smallest_layout_is_chosen_and_loses_nothing(thin, want):
-    for dtype in layouts.TYPES:
+    for dtype in TYPES:
         w = thin(weight(64, 128)).to(dtype)
         packed = layouts.smallest(w)
         assert packed.format == want and torch.equal(layouts.restored(packed), w)
-        others = [layouts.dense(w), layouts.bitmask(w), layouts.bsr(w)] + ([layouts.nm(w)] if want == "nm" else [])
-        assert packed.nbytes <= min(p.nbytes for p in others) + layouts.SLACK
+        others = [f(Change(w)) for f in (dense, bitmask, bsr, *([nm] if want == "nm" else []))]
+        assert packed.nbytes <= min(p.nbytes for p in others) + 128
 
 
 def test_a_packed_layer_computes_what_the_layer_did():
     layer = nn.Linear(96, 64)
     for bias in (layer.bias.detach(), None):
-        ours = PackedLinear(layouts.dense(layer.weight.detach()), bias)
+        ours = PackedLinear(dense(Change(layer.weight.detach())), bias)
         x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(ours(x), nn.functional.linear(x, layer.weight, bias), rtol=1e-5, atol=1e-5)
         assert ours(x.bfloat16()).dtype == torch.bfloat16 and ours(x[:0]).shape == (0, 5, 64)
@@ -55,3 +62,20 @@ def test_a_packed_model_says_what_the_model_says(tiny_lm):
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(TypeError, match="Embedding"):
         pack_linears(packed, ["model.embed_tokens"], torch.bfloat16)
+    packed.lm_head.weight.data[3, 3] = torch.nan
+    with pytest.raises(BadInput, match=r"lm_head: .*finite"):
+        pack_linears(packed, ["lm_head"], torch.bfloat16)
+
+
+def test_what_no_kernel_takes_runs_in_torch_and_says_so_once():
+    w = weight(48, 64) * (weight(48, 64, 1).reshape(-1, 8).argsort(-1) < 4).reshape(48, 64)
+    tall = (weight(64, 48) * (weight(48, 64, 1).reshape(-1, 4).argsort(-1) < 2).reshape(48, 64).T)
+    x = weight(3, 64, 2)
+    codes = nearest(w, 4, 32).change(w != 0)
+    for p, told in ((nm(Change(w), n=4, m=8), "4:8 along the input"), (nm(Change(tall), dim="out"), "2:4 along the output"),
+                    (nm(codes, n=4, m=8), "4:8 along the input, groups of 32")):
+        with pytest.warns(UserWarning, match=f"{told}.*saves bytes, not time") as said:
+            layer = PackedLinear(p)
+        assert len(said) == 1
+        torch.testing.assert_close(layer(x[:, :p.shape[1]]), x[:, :p.shape[1]] @ layouts.restored(p).T)
+    assert torch.equal(layouts.restored(p), codes.w)

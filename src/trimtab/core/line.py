@@ -31,7 +31,7 @@ from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Failed, Site, Summary
-from trimtab.methods.format.bitmask import pack_bits, unpack_mask
+from trimtab.methods.format.panels import pack_bits, unpack_mask
 from trimtab.network.checkpoint import Entry, SafeFile, read, write_like, write_safetensors
 from trimtab.network.stream import Network
 
@@ -497,8 +497,8 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
                 net.set_weight(module, s, change.w)
                 fmt = format_of(p)
                 packed = fmt.method({"new": change}, **fmt.bound)
-                notes["packed_bytes"][s.name] = sum(t.nbytes for t in packed.values())
-                notes["formats"][s.name] = fmt.method.name
+                notes["packed_bytes"][s.name] = packed.nbytes
+                notes["formats"][s.name] = packed.label
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
                 parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}

@@ -53,7 +53,7 @@ class Method:
     needs: tuple[str, ...]             # those of them that are statistics
     knobs: dict[str, Any]              # keyword-only names and defaults
     joint: tuple[str, ...] = ()        # further axes this method decides
-    inverse: Callable[..., Any] | None = None  # formats: (buffers, shape) -> [out, in]
+    inverse: Callable[..., Any] | None = None  # formats: a packed weight -> [out, in]
     xfail: dict[str, str] = field(default_factory=dict)  # law -> reason, strict
     facts: dict[str, Any] = field(default_factory=dict)  # what the axis declares: see FACTS
 
@@ -106,9 +106,10 @@ FACTS: dict[str, dict[str, Any]] = {
     "rewrite": {},
     "edit": {},
     "repair": {},
-    # holds: what it can store: "any", "mask", "nm", "block"; bytes: its size as (shape, itemsize, kept, knobs) -> int,
-    # where kept counts the entries its pattern keeps.
-    "format": {"holds": "any", "bytes": None},
+    # holds: what it can store: "any", "mask", "nm", "block"; codes: whether it stores them; bytes: the size of every buffer as
+    # (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that number,
+    # from the buffers of a packed weight, every index of which it checks.
+    "format": {"holds": "any", "codes": False, "bytes": None, "stored": None},
 }
 
 

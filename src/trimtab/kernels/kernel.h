@@ -17,7 +17,7 @@ enum class Type { f32, bf16, f16, i8, i4, i2 };
 constexpr int code_bits(Type t) { return t == Type::i8 ? 8 : t == Type::i4 ? 4 : t == Type::i2 ? 2 : 0; }
 constexpr int in_a_word(Type t) { return 32 / code_bits(t); }  // inputs a 32-bit word of codes holds
 
-// One linear map [out, in] as its format lays it out; see layouts.py for the layouts. Pointers need no alignment.
+// One linear map [out, in] as its format lays it out; see methods/format/panels.py for the layouts. Pointers need no alignment.
 struct Weights {
     int64_t out, in;
     int rows, cols;            // of a block; a dense panel is one block: rows = PANEL, cols = in

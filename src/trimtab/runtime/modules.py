@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.types import BadInput
+from trimtab.methods.format.panels import Packed
 from trimtab.runtime import layouts, native
-from trimtab.runtime.layouts import Packed
 
 
 class PackedLinear(nn.Module):
@@ -34,14 +35,18 @@ def pack_linears(model: nn.Module, names: Iterable[str], dtype: torch.dtype,
                  layout: Callable[[Tensor], Packed] = layouts.smallest) -> int:
     """Replace these linear modules of `model`, in place, by packed ones with weights of `dtype`. Bytes of their weights.
 
-    A weight that `dtype` cannot hold exactly is rounded to it. TypeError for a module that is not a plain linear layer.
+    A weight that `dtype` cannot hold exactly is rounded to it. TypeError for a module that is not a plain linear layer;
+    BadInput for a weight that is not finite.
     """
     total = 0
     for name in names:
         old = model.get_submodule(name)
         if type(old) is not nn.Linear:
             raise TypeError(f"{name} is {type(old).__name__}, not a linear layer")
-        packed = layout(old.weight.detach().to(dtype))
+        try:
+            packed = layout(old.weight.detach().to(dtype))
+        except BadInput as e:
+            raise BadInput(f"{name}: {e}") from None
         total += packed.nbytes
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, PackedLinear(packed, None if old.bias is None else old.bias.detach().float()))

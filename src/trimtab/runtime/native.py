@@ -10,8 +10,9 @@ from torch import Tensor
 
 import trimtab
 from trimtab.core.types import BadInput
+from trimtab.methods.codes import BITS
+from trimtab.methods.format.panels import Packed
 from trimtab.runtime import layouts
-from trimtab.runtime.layouts import Packed
 
 NONE = "the native kernels were not built (no C++ compiler when trimtab was installed); packed weights run in torch, slowly"
 
@@ -41,28 +42,42 @@ def level() -> str:
     return isas()[-1] if core() else "torch (native kernels not built)"
 
 
+def _strange(p: Packed) -> bool:
+    """A layout that saves bytes, not time: the kernels do not know it."""
+    if p.format == "nm" and (p.m != 4 or p.dim == "out" or (p.type in BITS and p.n != 2)):
+        return True
+    return p.rows > 1024 or (p.type in BITS and p.group < p.shape[1] and p.group % 32 != 0)
+
+
 class Linear:
     """A packed weight ready to run: y [batch, out] = x [batch, in] W^T in float32.
 
-    `kernels`: names of those that can run it here, best last; empty where torch does it. ValueError if the buffers
-    contradict each other: every index and length is checked once, here.
+    `kernels`: names of those that can run it here, best last; empty where torch does it, which is said in one warning.
+    BadInput if the buffers contradict each other: every index and length is checked once, here.
     """
 
     def __init__(self, packed: Packed):
         self.packed, self._weight = packed, None
-        if core() is None:
-            warnings.warn(NONE, stacklevel=2)
-            self.kernels: list[str] = []
+        self.kernels: list[str] = []
+        if core() is None or _strange(packed):
+            layouts.check(packed)
         else:
             raw = {k: t.contiguous().view(-1).view(torch.uint8) for k, t in packed.buffers.items()}
             none = torch.empty(0, dtype=torch.uint8)
             scale_type = {torch.float32: "f32", torch.float16: "f16"}.get(packed.buffers.get("scales", none).dtype, "")
-            self._native = core().Linear(
-                packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
-                *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "scales", "zeros")))
+            try:
+                self._native = core().Linear(
+                    packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
+                    *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "scales", "zeros")))
+            except ValueError as e:
+                raise BadInput(str(e)) from None
             exact, bf16, i8 = (self._native.kernels(t) for t in ("f32", "bf16", "i8"))
             self.kernels = exact + [k for k in bf16 + i8 if k not in exact]
-        if not self.kernels:  # a shape no kernel takes
+        if not self.kernels:
+            p = packed
+            what = {"nm": f"{p.n}:{p.m} along the {p.dim}put, ", "bsr": f"blocks of {p.rows} x {p.cols}, "}.get(p.format, "")
+            warnings.warn(NONE if core() is None else f"no kernel here takes {p.format} {p.type} ({what}groups of {p.group}): "
+                          "it saves bytes, not time, and runs in torch", stacklevel=2)
             self._weight = layouts.restored(packed).float()
 
     def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:

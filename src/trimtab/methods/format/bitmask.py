@@ -1,67 +1,75 @@
-"""One bit an entry says what is kept. The bit packing here serves the other formats too."""
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
+from trimtab.methods.codes import Codes
+from trimtab.methods.format.panels import (
+    PANEL,
+    TYPES,
+    Packed,
+    Values,
+    interleaved,
+    matrix,
+    pack_bits,
+    panels,
+    pattern,
+    straight,
+    unpack_bits,
+    unpanelled,
+)
+
+SLACK = 64   # bytes behind the values that a kernel may read
+LINE = 64    # what the values end on, so that what lies behind them in a file begins on a cache line
+COUNT = 1 << 20
 
 
-def pack_bits(codes: Tensor, width: int = 1) -> Tensor:
-    """Codes below 2^width one after the other, lowest bit first, eight bits a byte: uint8 [ceil(count * width / 8)].
-
-    `width` is at most 8, so that bytes are all it takes: a large mask must not be blown up on the way.
-    """
-    codes = codes.flatten().to(torch.uint8)
-    bits = (codes[:, None] >> torch.arange(width, device=codes.device, dtype=torch.uint8)) & 1
-    bits = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).reshape(-1, 8)
-    return (bits << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+def size(shape: tuple[int, int], values: Values, kept: int, knobs: dict[str, Any]) -> dict[str, int]:
+    stored = kept * (2 if values.type == "bf16" else 4) + SLACK
+    return {"values": -(-stored // LINE) * LINE, "bits": -(-shape[0] // PANEL) * PANEL * places(values.type, shape[1]) // 8}
 
 
-def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` codes of `pack_bits`, uint8 [count]."""
-    bits = (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
-    bits = bits.flatten()[: count * width].reshape(count, width)
-    return (bits << torch.arange(width, device=packed.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+def places(kind: str, inputs: int) -> int:
+    """Inputs that have bits: bfloat16 is filled up to pairs."""
+    return inputs + inputs % 2 if kind == "bf16" else inputs
 
 
-def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A mask that was packed with one bit an entry, bool `shape`."""
-    return unpack_bits(packed, 1, math.prod(shape)).bool().reshape(shape)
+def stored(p: Packed) -> int:
+    """Entries that the bits say are kept. BadInput unless a panel is as high as it must be."""
+    if p.rows != PANEL:
+        raise BadInput(f"bitmask: a panel is {PANEL} outputs high, not {p.rows}")
+    ones = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8)
+    return sum(int(ones[part.int()].sum()) for part in p.buffers["bits"].split(COUNT))
 
 
-def pattern(new: Change) -> Tensor:
-    """The entries to store, bool [out, in]: the mask, or where there is none what is not zero.
-
-    BadInput if an entry outside the mask is not zero: it would be lost.
-    """
-    if new.mask is None:
-        return new.w != 0
-    if bool((new.w.masked_fill(new.mask, 0) != 0).any()):
-        raise BadInput("a weight outside its mask is not zero and would be lost; store it as dense")
-    return new.mask
+def restore(p: Packed) -> Tensor:
+    count, inputs, values = -(-p.shape[0] // PANEL), p.shape[1], p.buffers["values"]
+    wide = places(p.type, inputs)
+    kept = unpack_bits(p.buffers["bits"], 1, count * wide * PANEL).bool()
+    whole = torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
+    return unpanelled(straight(whole.view((count, wide // 2, PANEL, 2) if p.type == "bf16" else (count, inputs, PANEL)), inputs), p.shape[0])
 
 
-def restore(buffers: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    values = buffers["values"]
-    kept = unpack_mask(buffers["bits"], shape)
-    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
+@method("format", inverse=restore, holds="mask", bytes=size, stored=stored)
+def bitmask(new: Change) -> Packed:
+    """The kept entries, and one bit an entry.
 
+    In the order of a dense panel: `bits` uint8 [panels * in * 4], lowest first; `values` [kept] and zeros behind them. A dropped entry is restored as +0. BadInput for codes.
 
-@method("format", inverse=restore, holds="mask",
-        bytes=lambda shape, itemsize, kept, knobs: -(-shape[0] * shape[1] // 8) + itemsize * kept)
-def bitmask(new: Change) -> dict[str, Tensor]:
-    """The kept entries in order of rows, and one bit an entry.
-
-    `bits` uint8 [ceil(out * in / 8)]: entry k of the flattened matrix is bit k mod 8 (lowest first) of byte k div 8;
-    `values` [kept]. A dropped entry is restored as +0.
-
-    Formula: bytes = ceil(out * in / 8) + itemsize * kept
+    Formula: bytes = 4 * ceil(out / 32) * in (of bfloat16 filled up to pairs) + itemsize * kept + 64, the values filled up to a multiple of 64
     Source: common practice
-    Deviations: none
+    Deviations: outputs are filled up to panels of 32; a kernel may read 64 bytes behind the last value
     """
-    kept = pattern(new)
-    return {"bits": pack_bits(kept), "values": new.w[kept]}
+    w = matrix(new)
+    if isinstance(w, Codes):
+        raise BadInput(f"bitmask: holds no codes ({w.type}); use dense, or nm or bsr where the pattern is theirs")
+    whole = interleaved(panels(w))
+    kept = interleaved(panels(pattern(new).to(w.dtype))) != 0
+    values = whole[kept]
+    full = size((w.shape[0], w.shape[1]), Values(TYPES[w.dtype]), len(values), {})["values"] // w.dtype.itemsize
+    return Packed("bitmask", (w.shape[0], w.shape[1]), TYPES[w.dtype],
+                  {"values": torch.nn.functional.pad(values, (0, full - len(values))), "bits": pack_bits(kept)})

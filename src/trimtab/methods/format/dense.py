@@ -1,21 +1,60 @@
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from trimtab.core.registry import method
-from trimtab.core.types import Change
+from trimtab.core.types import BadInput, Change
+from trimtab.methods.codes import BITS, Codes
+from trimtab.methods.format.panels import (
+    PANEL,
+    TYPES,
+    Packed,
+    Values,
+    decoded,
+    interleaved,
+    matrix,
+    panels,
+    sides,
+    straight,
+    unpanelled,
+    words,
+)
 
 
-def restore(buffers: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    return buffers["weight"].reshape(shape)
+def size(shape: tuple[int, int], values: Values, kept: int, knobs: dict[str, Any]) -> dict[str, int]:
+    count = -(-shape[0] // PANEL)
+    groups = -(-shape[1] // values.group) if values.group else 0
+    return {"values": count * values.bytes(shape[1]), **values.side(count * groups * PANEL)}
 
 
-@method("format", inverse=restore, holds="any", bytes=lambda shape, itemsize, *_: shape[0] * shape[1] * itemsize)
-def dense(new: Change) -> dict[str, Tensor]:
-    """Every entry, zeros included: `weight` [out, in].
+def stored(p: Packed) -> int:
+    """All of them. BadInput unless a panel is as high and wide as it must be."""
+    if p.rows != PANEL or p.cols != p.shape[1]:
+        raise BadInput(f"dense: a panel is {PANEL} outputs high and {p.shape[1]} inputs wide, not {p.rows} x {p.cols}")
+    return p.shape[0] * p.shape[1]
 
-    Formula: bytes = itemsize * out * in
+
+def restore(p: Packed) -> Tensor:
+    out, inputs = p.shape
+    return unpanelled(straight(p.buffers["values"], inputs) if p.type not in BITS else decoded(p, inputs, p.group), out)
+
+
+@method("format", inverse=restore, holds="any", codes=True, bytes=size, stored=stored)
+def dense(new: Change) -> Packed:
+    """Every entry, zeros included, 32 outputs side by side.
+
+    `values` [panels, in, 32] of float32, [panels, in / 2, 32, 2] of bfloat16, or words of codes [panels, in * bits / 32, 32, 4]
+    with `scales` and, where the grid is asymmetric, `zeros` [panels, groups, 32].
+
+    Formula: bytes = itemsize * 32 * ceil(out / 32) * in, of bfloat16 with `in` filled up to pairs; codes: 4 * ceil(in * bits / 32)
+        an output, with 2 (one scale a row: 4) bytes a scale and 1 a zero point
     Source: common practice
-    Deviations: none
+    Deviations: outputs are filled up to panels of 32
     """
-    return {"weight": new.w.contiguous()}
+    w = matrix(new)
+    if isinstance(w, Codes):
+        out, inputs = w.codes.shape
+        return Packed("dense", (out, inputs), w.type, {"values": words(panels(w.codes), w.bits), **sides(w)}, cols=inputs, group=w.group)
+    return Packed("dense", (w.shape[0], w.shape[1]), TYPES[w.dtype], {"values": interleaved(panels(w))}, cols=w.shape[1])

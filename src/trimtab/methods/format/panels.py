@@ -1,0 +1,191 @@
+"""How a weight lies in memory so that a kernel can stream it: panels of outputs, input after input.
+
+A panel is 32 outputs (or a block's height) side by side. One instruction meets one input with many outputs, nothing has
+to be summed across lanes, and one stream is read from begin to end. The last panel is filled up with zeros. bfloat16
+weights of two neighbouring inputs lie side by side, so that one 32-bit lane holds both. Codes of 8, 4 and 2 bits lie in
+32-bit words of one output, 4, 8 or 16 inputs each: byte b of the word holds inputs b, b + 4, b + 8 ..., lowest bits first,
+so that a shift and a mask leave four inputs a byte each. The layouts do not depend on the processor: what is written on
+one is mapped on another.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import BadInput, Change
+from trimtab.methods.codes import BITS, Codes
+
+PANEL = 32   # outputs of a panel
+TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the entries of a layout are: `type` f32, bf16, or codes i8, i4, i2; of codes also the inputs in a `group` that
+    share a scale, the bytes of a `scale`, and whether there are zero points."""
+
+    type: str
+    group: int = 0
+    scale: int = 0
+    zeros: bool = False
+
+    def bytes(self, inputs: int, outputs: int = PANEL) -> int:
+        """Of so many inputs of outputs that lie side by side."""
+        if bits := BITS.get(self.type):
+            return -(-inputs * bits // 32) * 4 * outputs
+        return (-(-inputs // 2) * 4 if self.type == "bf16" else inputs * 4) * outputs
+
+    def side(self, count: int) -> dict[str, int]:
+        """Bytes of the scales and zero points of so many groups."""
+        if self.type not in BITS:
+            return {}
+        return {"scales": count * self.scale} | ({"zeros": count} if self.zeros else {})
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One linear map [out, in] as a kernel reads it.
+
+    `format`: dense, bsr, bitmask or nm; `type` of the values: f32, bf16, or codes: i8, i4, i2; `rows`, `cols` of a block;
+    `n`, `m` of n:m along `dim` (in, or out: the transpose is what is packed); `group`: inputs that share a scale;
+    `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32), pointers (int64),
+    scales (float32 or float16), zeros (uint8), those it has.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    type: str
+    buffers: dict[str, Tensor] = field(repr=False)
+    rows: int = PANEL
+    cols: int = 1
+    n: int = 1
+    m: int = 1
+    group: int = 0
+    dim: str = "in"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.buffers.values())
+
+    @property
+    def label(self) -> str:
+        """In a word: the format, and what its codes are."""
+        return f"{self.format} {self.type}" if self.type in BITS else self.format
+
+    @property
+    def entries(self) -> Values:
+        if self.type not in BITS:
+            return Values(self.type)
+        return Values(self.type, self.group, self.buffers["scales"].dtype.itemsize, "zeros" in self.buffers)
+
+
+# ---- what comes in ----------------------------------------------------------------------------
+def matrix(new: Change) -> Tensor | Codes:
+    """What is to be stored, codes where the change has them. BadInput for what no layout holds."""
+    if (codes := Codes.of(new)) is not None:
+        return codes
+    w = new.w
+    if w.ndim != 2 or 0 in w.shape:
+        raise BadInput(f"a packed weight is [out, in], not {list(w.shape)}")
+    if w.dtype not in TYPES:
+        raise BadInput(f"a packed weight is float32 or bfloat16, not {str(w.dtype).removeprefix('torch.')}; "
+                       "float32 holds every float16 exactly, bfloat16 takes as many bytes")
+    if not all(bool(torch.isfinite(x)) for x in w.detach().aminmax()):
+        raise BadInput("a weight is NaN or inf; only finite weights can be packed")
+    return w.detach()
+
+
+def pattern(new: Change) -> Tensor:
+    """The entries to store, bool [out, in]: the mask, or where there is none what is not zero.
+
+    BadInput if an entry outside the mask is not zero: it would be lost.
+    """
+    if new.mask is None:
+        return new.w != 0
+    if bool((new.w.masked_fill(new.mask, 0) != 0).any()):
+        raise BadInput("a weight outside its mask is not zero and would be lost; store it as dense")
+    return new.mask
+
+
+# ---- panels -----------------------------------------------------------------------------------
+def interleaved(t: Tensor) -> Tensor:
+    """[..., inputs, outputs] -> the same for float32, [..., inputs / 2, outputs, 2] for bfloat16."""
+    if t.dtype != torch.bfloat16:
+        return t.contiguous()
+    t = torch.nn.functional.pad(t, (0, 0, 0, t.shape[-2] % 2))
+    return t.unflatten(-2, (-1, 2)).transpose(-1, -2).contiguous()
+
+
+def straight(t: Tensor, inputs: int) -> Tensor:
+    """The inverse of `interleaved`: [..., inputs, outputs]."""
+    return t if t.dtype != torch.bfloat16 else t.transpose(-1, -2).flatten(-3, -2)[..., :inputs, :]
+
+
+def panels(w: Tensor) -> Tensor:
+    """[out, in] -> [panels, in, PANEL], filled up with zeros."""
+    w = torch.nn.functional.pad(w, (0, 0, 0, -w.shape[0] % PANEL))
+    return w.unflatten(0, (-1, PANEL)).transpose(1, 2)
+
+
+def unpanelled(t: Tensor, out: int) -> Tensor:
+    """The inverse of `panels`: [out, in]."""
+    return t.transpose(1, 2).flatten(0, 1)[:out].contiguous()
+
+
+def words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., inputs, outputs] -> words, uint8 [..., inputs / (32 / bits), outputs, 4]."""
+    fields = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[-2] % (4 * fields)))
+    codes = codes.unflatten(-2, (-1, fields, 4))
+    whole = codes[..., 0, :, :].clone()
+    for f in range(1, fields):
+        whole |= codes[..., f, :, :] << bits * f
+    return whole.transpose(-1, -2).contiguous()
+
+
+def unworded(stored: Tensor, bits: int, inputs: int) -> Tensor:
+    """The inverse of `words`: uint8 [..., inputs, outputs]."""
+    fields = [(stored.transpose(-1, -2) >> bits * f) & (1 << bits) - 1 for f in range(8 // bits)]
+    return torch.stack(fields, -3).flatten(-4, -2)[..., :inputs, :]
+
+
+def sides(w: Codes) -> dict[str, Tensor]:
+    """Scales and zero points by panels: [panels, groups, PANEL]."""
+    both = {"scales": panels(w.scales).contiguous()}
+    return both if w.zeros is None else {**both, "zeros": panels(w.zeros).contiguous()}
+
+
+def decoded(p: Packed, inputs: int, group: int) -> Tensor:
+    """Codes as weights, as they are stored: `inputs` in groups of `group`, [panels or blocks, inputs, rows] float32."""
+    scales = p.buffers["scales"].float()
+    zeros = p.buffers["zeros"].float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
+    of_each = (len(scales), -1 if scales.numel() else 1, p.rows)
+    scales, zeros = (t.view(of_each).repeat_interleave(group, 1)[:, :inputs] for t in (scales, zeros))
+    return scales * (unworded(p.buffers["values"], BITS[p.type], inputs).float() - zeros)
+
+
+# ---- streams of bits --------------------------------------------------------------------------
+def pack_bits(codes: Tensor, width: int = 1) -> Tensor:
+    """Codes below 2^width one after the other, lowest bit first, eight bits a byte: uint8 [ceil(count * width / 8)].
+
+    `width` is at most 8, so that bytes are all it takes: a large mask must not be blown up on the way.
+    """
+    codes = codes.flatten().to(torch.uint8)
+    bits = (codes[:, None] >> torch.arange(width, device=codes.device, dtype=torch.uint8)) & 1
+    bits = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).reshape(-1, 8)
+    return (bits << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
+    """The first `count` codes of `pack_bits`, uint8 [count]."""
+    bits = (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
+    bits = bits.flatten()[: count * width].reshape(count, width)
+    return (bits << torch.arange(width, device=packed.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask that was packed with one bit an entry, bool `shape`."""
+    return unpack_bits(packed, 1, math.prod(shape)).bool().reshape(shape)
