@@ -16,6 +16,7 @@ from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import BITS, Codes, nearest
 from trimtab.methods.format import bitmask as bitmask_file
 from trimtab.methods.format import bsr as bsr_file
+from trimtab.methods.format import csr as csr_file
 from trimtab.methods.format import dense as dense_file
 from trimtab.methods.format import nm as nm_file
 from trimtab.methods.format.panels import TYPES, Packed
@@ -30,6 +31,10 @@ def change(w: Tensor | Codes) -> Change:
 
 def dense(w: Tensor | Codes) -> Packed:
     return dense_file.dense(change(w))
+
+
+def csr(w: Tensor) -> Packed:
+    return csr_file.csr(change(w))
 
 
 def bitmask(w: Tensor) -> Packed:
@@ -71,7 +76,8 @@ def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     yield dense(w)
     yield dense(w[:, :max(1, inputs - 1)])  # an odd number of inputs: half a pair is left
     for share in (0.0, 0.07, 0.5, 1.0):
-        yield bitmask(w * (torch.rand(w.shape, generator=gen) < share))
+        few = w * (torch.rand(w.shape, generator=gen) < share)
+        yield from (bitmask(few), csr(few))
     for n in (1, 2, 3):
         kept = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < n
         yield nm(w * kept.reshape(w.shape), n, 4)
@@ -190,7 +196,7 @@ def test_packing_loses_nothing(type_):
             continue
         w, few, pair, wide = (t.to(dtype(type_)) for t in (w, few, pair, wide))
         assert torch.equal(layouts.restored(dense(w)), w)
-        assert torch.equal(layouts.restored(bitmask(few)), few)
+        assert torch.equal(layouts.restored(bitmask(few)), few) and torch.equal(layouts.restored(csr(few)), few)
         assert torch.equal(layouts.restored(nm(pair)), pair)
         assert torch.equal(layouts.restored(nm(wide, 1, 2)), wide)
         for p in packs(out, inputs, type_):
@@ -231,6 +237,7 @@ def test_bytes_are_what_the_layout_says():
     w[:32, :64] = 1
     assert dense(w).nbytes == 64 * 128 * 2
     assert bitmask(w).nbytes == 64 * 128 // 8 + 2 * 32 * 64 + 64
+    assert csr(w).nbytes == (2 + 2) * 32 * 64 + 8 * 65
     assert bsr(w).nbytes == 2 * (2 * 32 * 32 + 4) + 8 * 3
     half = w.clone()
     half[:, ::2] = 0
@@ -261,12 +268,15 @@ def test_buffers_that_contradict_each_other_are_refused():
         return replace(p, buffers={**p.buffers, **buffers})
 
     columns, pointers = blocks.buffers["columns"], blocks.buffers["pointers"]
-    kept = bitmask(w)
+    kept, each = bitmask(w), csr(w)
     pairs = nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32))
     bad = [
         broken(blocks, columns=columns + 1), broken(blocks, columns=columns - 1), broken(blocks, columns=columns[1:]),
         broken(blocks, pointers=pointers + 1), broken(blocks, pointers=pointers.flip(0)), broken(blocks, pointers=pointers * 2),
         broken(blocks, values=blocks.buffers["values"][1:]), broken(kept, values=kept.buffers["values"][:-17]),
+        broken(each, columns=each.buffers["columns"].int()), broken(each, columns=(each.buffers["columns"].int() + 1).to(torch.uint16)),
+        broken(each, pointers=each.buffers["pointers"].flip(0)), broken(each, pointers=each.buffers["pointers"] + 1),
+        broken(each, values=each.buffers["values"][1:]), replace(each, rows=32), replace(each, type="i8"),
         broken(kept, bits=kept.buffers["bits"][1:]), broken(kept, bits=torch.full_like(kept.buffers["bits"], 255)),
         broken(pairs, bits=pairs.buffers["bits"][1:]), broken(pairs, values=pairs.buffers["values"][:1]),
         replace(pairs, m=8), replace(pairs, n=5), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),

@@ -25,6 +25,21 @@ struct Codes {
     }
 };
 
+// Rows of x that a kernel of lanes takes together.
+constexpr int64_t LANES = 4 * Vec::N;
+
+// Rows begin .. end into blocks of LANES rows, [in, rows] each; the last block has as many vectors as it takes.
+inline void to_lanes(const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, float* to) {
+    for (int64_t r = begin; r < end;) {
+        const int64_t first = r / LANES * LANES, some = std::min({end, first + LANES, r + Vec::N}) - r;
+        const int64_t width = (std::min(LANES, batch - first) + Vec::N - 1) / Vec::N * Vec::N;
+        float* at = to + first * in + (r - first);
+        for (int64_t i = 0; i < in; ++i)
+            for (int64_t k = 0; k < some; ++k) at[i * width + k] = x[(r + k) * in + i];
+        r += some;
+    }
+}
+
 // The tile of a row: where it begins and how many rows it has; as `tiles` goes through them.
 struct TileAt { int64_t first; int rows; };
 inline TileAt tile_at(int64_t row, int64_t batch, int most) {
@@ -77,6 +92,10 @@ inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, i
 }
 
 inline void prepare(const Input& input, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to) {
+    if (input.lanes) {
+        to_lanes(x, in, batch, begin, end, reinterpret_cast<float*>(to));
+        return;
+    }
     const int64_t units = input.units(in);
     thread_local std::vector<uint32_t> line;
     line.resize(size_t(units));

@@ -26,7 +26,7 @@ struct Weights {
     Type type;                 // of the values
     Type scale_type;           // f32 or f16
     const std::byte* values;
-    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has
+    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has; csr: columns, 16 bits each
     const int32_t* columns;    // blocks: block column of each
     const int64_t* pointers;   // where a panel's blocks (or values) begin, [panels + 1]
     const std::byte* scales;   // [panels or blocks, groups, rows]
@@ -41,9 +41,11 @@ struct Input {
     Type type;                 // f32 as it is; bf16: rounded, rows filled up to pairs; i8: rounded by groups
     int64_t group;             // i8: inputs that share a scale
     int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
+    int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, up to four vectors together
     bool operator==(const Input&) const = default;
     int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + 63) / 64 * 16; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
+        if (lanes) return (batch + lanes - 1) / lanes * lanes * in * 4;
         if (type == Type::f32 && (!tile || batch == 1)) return 0;
         return batch * (units(in) * 4 + (type == Type::i8 ? (in + group - 1) / group * 8 : 0));
     }

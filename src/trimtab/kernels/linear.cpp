@@ -115,6 +115,20 @@ Linear::Linear(const Layout& l, const Buffers& b) {
             pointers_.push_back(pointers_.back() + kept);
         }
         if (int64_t(b.values.size()) < pointers_.back() * size_of(type) + SLACK) bad("bitmask: fewer values than bits, or no slack behind them");
+    } else if (f == "csr") {
+        if (codes) bad("csr: codes have no kernel");
+        if (l.rows != 1 || l.in > 65536) bad("csr: a panel is one output, and columns are below 65536");
+        copy(b.pointers, pointers_, l.out + 1, "pointers");
+        if (pointers_.front() != 0 || !std::is_sorted(pointers_.begin(), pointers_.end())) bad("csr: pointers do not rise from 0");
+        if (pointers_.back() > l.out * l.in) bad("csr: more values than places");
+        want(b.values, pointers_.back() * size_of(type), "values");
+        want(b.columns, pointers_.back() * 2, "columns");
+        w_.bits = b.columns.data();
+        for (int64_t i = 0; i < pointers_.back(); ++i) {
+            uint16_t c;
+            std::memcpy(&c, w_.bits + i * 2, 2);
+            if (c >= l.in) bad("csr: a column lies outside the matrix");
+        }
     } else if (f == "nm") {
         if (l.m < 2 || l.n < 1 || l.n > l.m || l.in % l.m) bad("nm: want 0 < n <= m, and m to divide the inputs");
         if (l.rows != PANEL) bad("nm: panels are 32 outputs high");
@@ -130,7 +144,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
             want(b.bits, stored / 4, "bits");
         }
     } else {
-        bad("unknown format " + f + "; there are dense, bsr, bitmask and nm");
+        bad("unknown format " + f + "; there are dense, bsr, bitmask, csr and nm");
     }
     if (codes) {
         const int64_t count = scaled * (f == "bsr" ? 1 : w_.groups()) * l.rows;
@@ -141,7 +155,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
             w_.zeros = reinterpret_cast<const uint8_t*>(b.zeros.data());
         }
     }
-    if (f == "bsr" || f == "bitmask") w_.pointers = pointers_.data();
+    if (f == "bsr" || f == "bitmask" || f == "csr") w_.pointers = pointers_.data();
     for (const Kernel* k : all_kernels()) {
         if (k->format != f || k->type != w_.type || !has(k->isa) || !k->takes(w_)) continue;
         if (k->activation == Type::f32) kernels_[0].push_back(k);

@@ -16,7 +16,7 @@ from trimtab.methods.format.panels import PANEL, TYPES, Packed
 LARGEST = 2**31 - 1
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "bits": (torch.uint8,), "columns": (torch.int32,), "pointers": (torch.int64,), "zeros": (torch.uint8,),
+    "bits": (torch.uint8,), "columns": (torch.int32, torch.uint16), "pointers": (torch.int64,), "zeros": (torch.uint8,),
     "scales": (torch.float32, torch.float16),
 }
 
