@@ -51,16 +51,19 @@ def restore(p: Packed) -> Tensor:
     wide = places(p.type, inputs)
     kept = unpack_bits(p.buffers["bits"], 1, count * wide * PANEL).bool()
     whole = torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
-    return unpanelled(straight(whole.view((count, wide // 2, PANEL, 2) if p.type == "bf16" else (count, inputs, PANEL)), inputs), p.shape[0])
+    whole = whole.view((count, wide // 2, PANEL, 2) if p.type == "bf16" else (count, inputs, PANEL))
+    return unpanelled(straight(whole, inputs), p.shape[0])
 
 
 @method("format", inverse=restore, holds="mask", bytes=size, stored=stored)
 def bitmask(new: Change) -> Packed:
     """The kept entries, and one bit an entry.
 
-    In the order of a dense panel: `bits` uint8 [panels * in * 4], lowest first; `values` [kept] and zeros behind them. A dropped entry is restored as +0. BadInput for codes.
+    In the order of a dense panel: `bits` uint8 [panels * in * 4], lowest first; `values` [kept] and zeros behind them.
+    A dropped entry is restored as +0. BadInput for codes.
 
-    Formula: bytes = 4 * ceil(out / 32) * in (of bfloat16 filled up to pairs) + itemsize * kept + 64, the values filled up to a multiple of 64
+    Formula: bytes = 4 * ceil(out / 32) * in (of bfloat16 filled up to pairs) + itemsize * kept + 64, the values filled up to
+        a multiple of 64
     Source: common practice
     Deviations: outputs are filled up to panels of 32; a kernel may read 64 bytes behind the last value
     """
