@@ -102,6 +102,19 @@ struct Ints {
 };
 #endif
 
+// The code of one input, as a float.
+template <int BITS>
+inline Vec code_of(Ints word, int input) {
+#if defined(__AVX512F__)
+    if constexpr (BITS <= 4) {  // a table answers for four bits, whatever stands above them
+        alignas(64) static constexpr float FOUR[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        alignas(64) static constexpr float TWO[16] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+        return {_mm512_permutexvar_ps((word >> shift_of<BITS>(input)).v, _mm512_load_ps(BITS == 4 ? FOUR : TWO))};
+    }
+#endif
+    return ((word >> shift_of<BITS>(input)) & ((1 << BITS) - 1)).floats();
+}
+
 // Field f of a word of codes: four inputs, a byte each.
 template <int BITS>
 inline Ints field(Ints word, int f) {

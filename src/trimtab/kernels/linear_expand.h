@@ -9,15 +9,52 @@ constexpr int64_t EXPAND = 128;  // inputs at once: 16 KB of a panel of 32
 // Inputs `k` .. `k + count` of a column of words with one scale an output, as floats [count, HEIGHT].
 template <int BITS, int HEIGHT>
 inline void expand(const Weights& w, const std::byte* words, int64_t k, int64_t count, int64_t first, float* to) {
-    constexpr int P = 32 / BITS, MASK = (1 << BITS) - 1;
+    constexpr int P = 32 / BITS;
     for (int v = 0; v < HEIGHT / Vec::N; ++v) {
         const Vec scale = scale_at(w, first + v * Vec::N), zero = zero_at<BITS>(w, first + v * Vec::N);
         for (int64_t i = k; i < k + count;) {
             const Ints word = Ints::load(words + (i / P * HEIGHT + v * Vec::N) * 4);
             for (const int64_t until = std::min(k + count, (i / P + 1) * P); i < until; ++i)
-                ((((word >> shift_of<BITS>(int(i % P))) & MASK).floats() - zero) * scale).store(to + (i - k) * HEIGHT + v * Vec::N);
+                ((code_of<BITS>(word, int(i % P)) - zero) * scale).store(to + (i - k) * HEIGHT + v * Vec::N);
         }
     }
+}
+
+// One row of x, some panels at once: the sum of codes times x in a group, less the zero point times the sum of x.
+template <int BITS, int STREAMS>
+inline void stream_expand(const Weights& w, const float* x, float* y, int64_t p, int64_t step) {
+    constexpr int P = 32 / BITS, V = PANEL / Vec::N;
+    const int64_t words = (w.in + P - 1) / P, groups = w.groups();
+    Tile<PANEL, 1> total[STREAMS];
+    for (int s = 0; s < STREAMS; ++s) total[s].open(y, w.out, 0, true);
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t from = g * w.group, until = std::min(w.in, from + w.group);
+        Tile<PANEL, 1> part[STREAMS];
+        for (int s = 0; s < STREAMS; ++s) part[s].open(y, w.out, 0, true);
+        float met = 0;
+        for (int64_t i = from; i < until; i += P) {
+            const int some = int(std::min<int64_t>(P, until - i));
+            for (int k = 0; k < some; ++k) met += x[i + k];
+            for (int s = 0; s < STREAMS; ++s) {
+                const std::byte* here = w.values + ((p + s * step) * words + i / P) * PANEL * 4;
+                for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
+                for (int v = 0; v < V; ++v) {
+                    const Ints word = Ints::load(here + v * Vec::N * 4);
+                    if (some == P)
+                        for (int k = 0; k < P; ++k) part[s].sum[0][v] = part[s].sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
+                    else
+                        for (int k = 0; k < some; ++k) part[s].sum[0][v] = part[s].sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
+                }
+            }
+        }
+        for (int s = 0; s < STREAMS; ++s)
+            for (int v = 0; v < V; ++v) {
+                const int64_t side = ((p + s * step) * groups + g) * PANEL + v * Vec::N;
+                const Vec whole = part[s].sum[0][v] - zero_at<BITS>(w, side) * Vec::all(met);
+                total[s].sum[0][v] = total[s].sum[0][v].fma(whole, scale_at(w, side));
+            }
+    }
+    for (int s = 0; s < STREAMS; ++s) total[s].close(y, w.out, (p + s * step) * PANEL);
 }
 
 inline int64_t expand_scratch(const Weights& w, int64_t) { return EXPAND * w.rows; }
@@ -25,6 +62,10 @@ inline int64_t expand_scratch(const Weights& w, int64_t) { return EXPAND * w.row
 template <int BITS>
 void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
     const float* x = static_cast<const float*>(ready);
+    if (batch == 1) {
+        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_expand<BITS, STREAMS>(w, x, y, p, step); });
+        return;
+    }
     const int64_t words = (w.in * BITS + 31) / 32, groups = w.groups();
     for (int64_t p = begin; p < end; ++p) {
         for (int64_t k = 0; k < w.in;) {
