@@ -12,12 +12,13 @@ namespace {
 
 [[noreturn]] void bad(const std::string& what) { throw std::invalid_argument(what); }
 
-std::vector<Table> tables() {
-    return {portable_kernels(),
+const std::vector<Table>& tables() {
+    static const std::vector<Table> all{portable_kernels(),
 #if defined(__x86_64__)
-            avx2_kernels(), avx512_kernels(), avx512bf16_kernels(),
+                                        avx2_kernels(), avx512_kernels(), avx512bf16_kernels(),
 #endif
     };
+    return all;
 }
 
 Type type_of(const std::string& name) {
@@ -62,6 +63,14 @@ std::vector<const Kernel*> all_kernels() {
     for (const Table& t : tables())
         for (int64_t i = 0; i < t.count; ++i) found.push_back(t.first + i);
     return found;
+}
+
+const Table& table(const std::string& isa) {
+    const Table* found = nullptr;
+    for (const Table& t : tables())
+        if (has(t.first->isa) && (isa.empty() || isa == isa_name(t.first->isa))) found = &t;
+    if (!found) bad("no instruction set " + isa + " here");
+    return *found;
 }
 
 Linear::Linear(const Layout& l, const Buffers& b) {
@@ -184,12 +193,7 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) 
     }
     memory.resize(size_t(bytes) + 64);
     std::byte* at = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
-    static const Prepare prepare = [] {
-        Prepare best = nullptr;
-        for (const Table& t : tables())
-            if (has(t.first->isa)) best = t.prepare;
-        return best;
-    }();
+    static const Prepare prepare = table().prepare;
     for (Ready& r : ready) {
         const int64_t size = r.input.bytes(in, batch);
         if (!size) continue;

@@ -43,5 +43,7 @@ struct Job { const Weights* weights; const Kernel* kernel; float* y; };
 void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads);
 
 std::vector<const Kernel*> all_kernels();
+// Of the instruction sets this processor has: the best, or the one of this name (std::invalid_argument if there is none).
+const Table& table(const std::string& isa = "");
 
 }  // namespace trimtab
