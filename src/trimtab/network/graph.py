@@ -328,7 +328,8 @@ def _description(family: Family, c: dict[str, Any]) -> dict[str, Any]:
             return {"op": "rms", "weight": f"{stem}{name}.weight", "eps": c["rms_norm_eps"]}
 
         def maps(roles: Roles, stem: str = stem) -> dict[str, Any]:
-            return {r: {"linear": stem + path, "bias": f"{stem}{path}.bias"} if r[0] in biases else stem + path for r, path in roles.items()}
+            return {r: {"linear": stem + path, "bias": f"{stem}{path}.bias"} if r[0] in biases else stem + path
+                    for r, path in roles.items()}
 
         attention = {"op": "attention", "norm": norm(family.norms[0]), **maps(family.attn), "heads": h, "kv_heads": kv, "head_dim": d,
                      "rope": rope}

@@ -32,7 +32,7 @@ class Decoder:
                  narrowest: str = "f32"):
         core = native.core()
         if core is None:
-            raise BadInput("the native decoder was not built (no C++ compiler when trimtab was installed); install it again where there is one")
+            raise BadInput("the native decoder was not built (there was no C++ compiler); install trimtab again where there is one")
         try:
             maps = {name: (w if isinstance(w, native.Linear) else native.Linear(w))._native for name, w in linears.items()}
             self._core = core.Decoder(dict(description), maps, {name: _plain(t) for name, t in tensors.items()})
@@ -82,8 +82,10 @@ class Decoder:
             raise BadInput("there is no prompt; a batch is at least one")
         found = [torch.as_tensor(p, dtype=torch.int64).contiguous() for p in prompts]
         for p in found:
-            if p.ndim != 1 or not len(p):
-                raise BadInput("the prompt is empty; give at least one token" if not p.numel() else f"a prompt is a list of ids, not {list(p.shape)}")
+            if not p.numel():
+                raise BadInput("the prompt is empty; give at least one token")
+            if p.ndim != 1:
+                raise BadInput(f"a prompt is a list of ids, not {list(p.shape)}")
             if len(p) > self.context:
                 raise BadInput(f"the prompt has {len(p)} tokens, the model takes at most {self.context}; give a shorter one")
             if bool(((p < 0) | (p >= self.vocabulary)).any()):
