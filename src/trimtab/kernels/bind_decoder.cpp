@@ -324,7 +324,7 @@ void bind_decoder(nb::module_& m) {
         .def(nb::init<nb::object, int64_t, const std::string&, int, double, int64_t, double, uint64_t, const std::vector<int64_t>&, const std::string&>(),
              "decoder"_a, "batch"_a, "narrowest"_a, "threads"_a, "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0,
              "stops"_a = std::vector<int64_t>(), "isa"_a = "", "A batch of sequences that grow.")
-        .def("feed", &BoundSession::feed, "ids"_a, "logits"_a = nb::none(),
+        .def("feed", &BoundSession::feed, "ids"_a.noconvert(), "logits"_a.noconvert() = nb::none(),
              "Appends ids (int64, one array a sequence); `logits` [all ids, vocabulary] gets what comes after each.")
         .def("step", &BoundSession::step, "The next token of every sequence, -1 behind a stop; the next step appends it.")
         .def_prop_ro("held", [](const BoundSession& s) { return s.session.held(); }, "Bytes of keys and values.");

@@ -309,7 +309,7 @@ def describe(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     c = completed(family, config)
     try:
         return _description(family, c)
-    except (KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError) as e:
         raise BadInput(f"config.json of a {family.name} lacks something or holds what is no number ({e}); save the model again") from None
 
 

@@ -80,12 +80,14 @@ class Decoder:
         """As int64 arrays, checked."""
         if not prompts:
             raise BadInput("there is no prompt; a batch is at least one")
-        found = [torch.as_tensor(p, dtype=torch.int64).contiguous() for p in prompts]
-        for p in found:
+        found = []
+        for given in prompts:
+            p = torch.as_tensor(given)
             if not p.numel():
                 raise BadInput("the prompt is empty; give at least one token")
-            if p.ndim != 1:
-                raise BadInput(f"a prompt is a list of ids, not {list(p.shape)}")
+            if p.ndim != 1 or p.is_floating_point():
+                raise BadInput(f"a prompt is a list of ids, whole numbers, not {p.dtype} {list(p.shape)}")
+            found.append(p := p.long().contiguous())
             if len(p) > self.context:
                 raise BadInput(f"the prompt has {len(p)} tokens, the model takes at most {self.context}; give a shorter one")
             if bool(((p < 0) | (p >= self.vocabulary)).any()):
