@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,8 @@ def test_codes_run_with_rounded_inputs():
     decoder = Decoder(net.description, packed, net.tensors)
     assert close(decoder.logits(LONG), want, 1e-5)
     assert not close(rounded := decoder.logits(LONG, narrowest="i8"), want, 1e-4) and close(rounded, want, 0.1)
+    halves = Decoder(net.description, {n: layouts.dense(w.bfloat16()) for n, w in net.weights.items()}, net.tensors)
+    assert torch.equal(halves.logits(LONG, narrowest="i8"), halves.logits(LONG, narrowest="bf16"))  # only codes take eight bits
 
 
 # ---- drawing ------------------------------------------------------------------------------------
@@ -314,9 +317,13 @@ def test_draws_are_the_same_on_every_machine():
     assert drawn(lottery(torch.zeros(1000)), 6, temperature=1.0, seed=1).tolist() == [693, 341, 900, 832, 367, 188]
 
 
+def test_every_step_draws_anew():
+    assert list(lottery(torch.zeros(1000)).generate([0], 6, temperature=1.0, seed=1)) == [693, 423, 113, 856, 489, 135]
+
+
 def test_equal_scores_give_the_first_token():
     assert drawn(lottery(torch.tensor([0.0, 2.0, 2.0, 1.0])), 2).tolist() == [1, 1]
-    assert drawn(lottery(torch.tensor([0.0, 2.0, 2.0, 1.0])), 50, temperature=1.0, top_k=1).unique().tolist() == [1]
+    assert drawn(lottery(torch.tensor([0.0, 2.0, 2.0, 2.0])), 50, temperature=1.0, top_k=2).unique().tolist() == [1, 2]
 
 
 def test_stop_tokens_end_a_sequence_and_not_its_neighbours():
@@ -489,6 +496,25 @@ def test_a_session_checks_what_it_is_given():
     assert len(set(session.step())) == 1  # what was refused left no trace
     with pytest.raises(TypeError):
         session.feed([one.float(), one])
+
+
+def test_what_is_fed_takes_the_place_of_what_was_drawn():
+    core, decoder = native.core(), NET.decoder()._core
+    drew, never = (core.Session(decoder, 1, "f32", 1) for _ in range(2))
+    for session in (drew, never):
+        session.feed([LONG[:9]])
+        if session is drew:
+            session.step()
+        session.feed([LONG[9:30]])
+    for _ in range(3):
+        assert drew.step() == never.step()
+
+
+def test_threads_may_share_a_decoder():
+    decoder = NET.decoder()
+    want = [list(decoder.generate(LONG[i:i + 30], 20)) for i in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda i: list(decoder.generate(LONG[i:i + 30], 20)), range(6))) == want
 
 
 def test_scores_that_are_not_finite_end_it(tmp_path):

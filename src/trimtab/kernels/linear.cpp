@@ -161,7 +161,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         if (k->format != f || k->type != w_.type || !has(k->isa) || !k->takes(w_)) continue;
         if (k->activation == Type::f32) kernels_[0].push_back(k);
         if (k->activation != Type::i8) kernels_[1].push_back(k);
-        if (k->activation != Type::bf16) kernels_[2].push_back(k);
+        kernels_[2].push_back(k);
     }
 }
 

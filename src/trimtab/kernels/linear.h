@@ -32,7 +32,7 @@ public:
     const Kernel* best(Type narrowest, int64_t batch) const;
 
 private:
-    std::vector<const Kernel*> kernels_[3];  // x as it is, or in bf16, or in i8
+    std::vector<const Kernel*> kernels_[3];  // x as it is, or at worst in bf16, or at worst in i8
     std::vector<int32_t> columns_;
     std::vector<int64_t> pointers_;
     Weights w_;

@@ -60,16 +60,15 @@ class Linear:
             self._native = core().Linear(
                 packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
                 *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "scales", "zeros")))
-            exact, bf16, i8 = (self._native.kernels(t) for t in ("f32", "bf16", "i8"))
-            self.kernels = exact + [k for k in bf16 + i8 if k not in exact]
+            self.kernels = list(dict.fromkeys(k for t in ("f32", "bf16", "i8") for k in self._native.kernels(t)))
         if not self.kernels:  # a shape no kernel takes
             self._weight = layouts.restored(packed).float()
 
     def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
-        `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs,
-        only where the weights are codes); bf16 where x is bfloat16 and f32 elsewhere if not said.
+        `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs where
+        the weights are codes, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said.
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
