@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from trimtab.core import data, line, spec
 from trimtab.core.types import BadInput
+from trimtab.network import graph
+from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import Network
+from trimtab.runtime import native, torch_decoder
+from trimtab.runtime.decoder import DTYPES, Decoder, check_sampling, open_plain
+from trimtab.runtime.text import Pieces, open_tokenizer, stop_ids
 
 
 def resolve(model: str | Path) -> Path:
@@ -27,56 +33,93 @@ def silent(stage: str, done: int, of: int) -> None:
 
 
 class Handle:
-    """A loaded model: `.module` (transformers), `.tokenizer`, `.generate`."""
+    """A loaded model: `.module` (transformers), `.tokenizer`, `.generate`. What is not used is not loaded."""
 
     def __init__(self, path: Path, dtype: str = "float32", trust_remote_code: bool = False):
-        from transformers import AutoTokenizer
-
-        from trimtab.network.stream import load_module
-
-        self.path = path
-        self.module: Any = load_module(path, getattr(torch, dtype), trust_remote_code)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path) if (path / "tokenizer_config.json").exists() else None
+        self.path, self.dtype, self._trust = path, dtype, trust_remote_code
+        self._config = Checkpoint.open(path).config  # a damaged directory is refused now
+        self._family = graph.family_of(self._config, path / "config.json")
+        self._modules: dict[str, Any] = {}
+        self._decoders: dict[str, Decoder | None] = {}
         notes = path / "trimtab.json"
         if notes.exists() and json.loads(notes.read_text(encoding="utf-8")).get("proof") in ("failed", "pending"):
             warnings.warn(f"{path} did not pass its proof; see its README.md", stacklevel=3)
 
-    @torch.no_grad()
-    def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
-                 return_ids: bool = False) -> Iterator[Any]:
-        """New pieces of text one by one, or new ids including the stop token. Greedy at temperature 0."""
-        if not type(self.module).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            raise BadInput(f"{self.path} is a {type(self.module).__name__}, which does not continue text; give a language model")
-        if self.tokenizer is None:
+    @property
+    def module(self) -> Any:
+        return self._module(self.dtype)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path) if (self.path / "tokenizer_config.json").exists() else None
+
+    def _module(self, dtype: str) -> Any:
+        from trimtab.network.stream import load_module
+
+        if dtype not in self._modules:
+            self._modules[dtype] = load_module(self.path, getattr(torch, dtype), self._trust)
+        return self._modules[dtype]
+
+    def _decoder(self, dtype: str) -> Decoder | None:
+        """The native decoder, where it was built and runs this model."""
+        if dtype not in self._decoders:
+            self._decoders[dtype] = open_plain(self.path, dtype) if self._runs_natively() else None
+        return self._decoders[dtype]
+
+    def _runs_natively(self) -> bool:
+        names = self._config.get("architectures") or [""]
+        if native.core() is None or not str(names[0]).endswith("ForCausalLM") or not (self.path / "tokenizer.json").exists():
+            return False
+        try:
+            graph.describe(self._family, self._config)
+        except BadInput:  # transformers may know what to do with it
+            return False
+        return True
+
+    def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, return_ids: bool = False, *,
+                 top_k: int = 0, top_p: float = 1.0, dtype: str | None = None) -> Iterator[Any]:
+        """New pieces of text one by one, or new ids including the stop token. Greedy at temperature 0.
+
+        Runs natively where the family is supported and the kernels were built, else with transformers. BadInput where
+        there is nothing to continue, or no room to.
+        """
+        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        dtype = dtype or self.dtype
+        if dtype not in DTYPES:
+            raise BadInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        decoder = self._decoder(dtype)
+        if decoder is None and not type(self._module(dtype)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            raise BadInput(f"{self.path} is a {type(self._module(dtype)).__name__}, which does not continue text; give a language model")
+        tokenizer = open_tokenizer(self.path)
+        if tokenizer is not None:
+            ids, stop = tokenizer.encode(prompt).ids, stop_ids(self.path, tokenizer)
+            decode = partial(tokenizer.decode, skip_special_tokens=False)
+        elif self.tokenizer is not None:
+            ids, stop = self.tokenizer(prompt)["input_ids"], {self.tokenizer.eos_token_id}
+            decode = self.tokenizer.decode
+        else:
             raise BadInput(f"{self.path} has no tokenizer, so it cannot continue text")
-        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        if not ids.numel():
+        if not ids or not prompt:
             raise BadInput("the prompt is empty; give some text to continue")
-        gen = torch.Generator().manual_seed(seed)
-        stop = self.module.generation_config.eos_token_id if hasattr(self.module, "generation_config") else None
-        stops = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
-        limit = getattr(self.module.config, "max_position_embeddings", None)
-        cache, step, new, shown = None, ids, [], ""
-        for _ in range(max_new_tokens if limit is None else min(max_new_tokens, limit - ids.shape[1])):
-            out = self.module(input_ids=step, past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, out.logits[0, -1].float()
-            if temperature > 0:
-                token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=gen))
-            else:
-                token = int(logits.argmax())
-            new.append(token)
-            step = torch.tensor([[token]])
-            if return_ids:
-                yield token
-                if token in stops:
-                    return
-                continue
-            if token in stops:
-                return
-            text = self.tokenizer.decode(new)
-            if not text.endswith("\ufffd"):  # half a character waits for its other half
-                yield text[len(shown):]
-                shown = text
+        limit = decoder.context if decoder else getattr(self._module(dtype).config, "max_position_embeddings", None)
+        if limit is not None:
+            if len(ids) > limit:
+                raise BadInput(f"the prompt has {len(ids)} tokens, the model takes at most {limit}; give a shorter one")
+            max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)  # the last new token needs no position
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": sorted(stop)}
+        if decoder is not None:
+            new = decoder.generate(ids, max_new_tokens, **how)
+        else:
+            new = torch_decoder.generate(self._module(dtype), ids, max_new_tokens, **how)
+        return new if return_ids else _pieces(new, Pieces(decode, ids), stop)
+
+
+def _pieces(new: Iterator[int], pieces: Pieces, stop: set[int]) -> Iterator[str]:
+    for token in new:
+        if token not in stop and (piece := pieces.add(token)):
+            yield piece
 
 
 def load(model: str | Path, dtype: str = "float32", trust_remote_code: bool = False) -> Handle:

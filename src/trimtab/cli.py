@@ -200,7 +200,9 @@ def parser() -> Parser:
     p.add_argument("model")
     p.add_argument("prompt")
     p.add_argument("--max-new-tokens", type=count, default=64)
-    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    p.add_argument("--top-k", type=count, default=0, help="draw from the K likeliest tokens only")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this share together")
     p.add_argument("--seed", type=seed, default=0)
     model_options(p)
 
@@ -282,8 +284,8 @@ def run_generate(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if not a.prompt:
         raise BadInput("the prompt is empty; give some text to continue")
     pieces = []
-    for piece in tt.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code).generate(a.prompt, max_new_tokens=a.max_new_tokens,
-                                                          temperature=a.temperature, seed=a.seed):
+    handle = tt.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
+    for piece in handle.generate(a.prompt, a.max_new_tokens, a.temperature, a.seed, top_k=a.top_k, top_p=a.top_p):
         pieces.append(piece)
         if not a.json:
             print(piece, end="", flush=True)

@@ -53,6 +53,13 @@ inline TileAt tile_at(int64_t row, int64_t batch, int most) {
     return {row, 1};
 }
 
+// `units` units of four bytes of a row go to their places in its tile.
+inline void place(const void* row, int64_t units, TileAt tile, int64_t r, int64_t width, void* to) {
+    std::byte* at = static_cast<std::byte*>(to) + (tile.first * width + r - tile.first) * 4;
+    const std::byte* from = static_cast<const std::byte*>(row);
+    for (int64_t u = 0; u < units; ++u) std::memcpy(at + u * tile.rows * 4, from + u * 4, 4);
+}
+
 inline void to_bf16(const float* x, int64_t in, uint16_t* to) {
     int64_t i = 0;
 #if defined(__AVX512BF16__)
@@ -101,8 +108,7 @@ inline void prepare(const Input& input, const float* x, int64_t in, int64_t batc
     line.resize(size_t(units));
     for (int64_t r = begin; r < end; ++r) {
         const TileAt tile = input.tile ? tile_at(r, batch, input.tile) : TileAt{r, 1};
-        uint32_t* at = reinterpret_cast<uint32_t*>(to) + tile.first * units + (r - tile.first);
-        uint32_t* straight = tile.rows == 1 ? at : line.data();
+        std::byte* straight = tile.rows == 1 ? to + r * units * 4 : reinterpret_cast<std::byte*>(line.data());
         if (input.type == Type::f32) {
             std::memcpy(straight, x + r * in, size_t(in) * 4);
         } else if (input.type == Type::bf16) {
@@ -111,8 +117,7 @@ inline void prepare(const Input& input, const float* x, int64_t in, int64_t batc
             const Codes c(to, input, in, batch);
             to_codes(x + r * in, in, input.group, reinterpret_cast<int8_t*>(straight), c.stride, c.scales + r * c.groups, c.sums + r * c.groups);
         }
-        if (tile.rows > 1)
-            for (int64_t u = 0; u < units; ++u) at[u * tile.rows] = straight[u];
+        if (tile.rows > 1) place(straight, units, tile, r, units, to);
     }
 }
 

@@ -71,7 +71,8 @@ struct Kernel {
     int64_t from = 1;          // rows of x from which it is chosen before the ones above it
 };
 
-struct Table { const Kernel* first; int64_t count; };
+struct Ops;                    // ops.h
+struct Table { const Kernel* first; int64_t count; const Ops* ops; };
 // One a translation unit; the flags it was compiled with are its instruction set.
 Table portable_kernels();
 Table avx2_kernels();

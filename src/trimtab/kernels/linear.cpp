@@ -12,12 +12,13 @@ namespace {
 
 [[noreturn]] void bad(const std::string& what) { throw std::invalid_argument(what); }
 
-std::vector<Table> tables() {
-    return {portable_kernels(),
+const std::vector<Table>& tables() {
+    static const std::vector<Table> all{portable_kernels(),
 #if defined(__x86_64__)
-            avx2_kernels(), avx512_kernels(), avx512bf16_kernels(),
+                                        avx2_kernels(), avx512_kernels(), avx512bf16_kernels(),
 #endif
     };
+    return all;
 }
 
 Type type_of(const std::string& name) {
@@ -55,6 +56,14 @@ std::vector<const Kernel*> all_kernels() {
     for (const Table& t : tables())
         for (int64_t i = 0; i < t.count; ++i) found.push_back(t.first + i);
     return found;
+}
+
+const Table& table(const std::string& isa) {
+    const Table* found = nullptr;
+    for (const Table& t : tables())
+        if (has(t.first->isa) && (isa.empty() || isa == isa_name(t.first->isa))) found = &t;
+    if (!found) bad("no instruction set " + isa + " here");
+    return *found;
 }
 
 Linear::Linear(const Layout& l, const Buffers& b) {
@@ -160,7 +169,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         if (k->format != f || k->type != w_.type || !has(k->isa) || !k->takes(w_)) continue;
         if (k->activation == Type::f32) kernels_[0].push_back(k);
         if (k->activation != Type::i8) kernels_[1].push_back(k);
-        if (k->activation != Type::bf16) kernels_[2].push_back(k);
+        kernels_[2].push_back(k);
     }
 }
 

@@ -32,7 +32,7 @@ public:
     const Kernel* best(Type narrowest, int64_t batch) const;
 
 private:
-    std::vector<const Kernel*> kernels_[3];  // x as it is, or in bf16, or in i8
+    std::vector<const Kernel*> kernels_[3];  // x as it is, or at worst in bf16, or at worst in i8
     std::vector<int32_t> columns_;
     std::vector<int64_t> pointers_;
     Weights w_;
@@ -43,5 +43,7 @@ struct Job { const Weights* weights; const Kernel* kernel; float* y; };
 void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads);
 
 std::vector<const Kernel*> all_kernels();
+// Of the instruction sets this processor has: the best, or the one of this name (std::invalid_argument if there is none).
+const Table& table(const std::string& isa = "");
 
 }  // namespace trimtab

@@ -28,6 +28,12 @@ struct Vec {
     Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
     Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
     Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
+    Vec operator/(Vec b) const { return {_mm512_div_ps(v, b.v)}; }
+    // The larger and the smaller of two; where this one is not a number, it.
+    Vec max(Vec b) const { return {_mm512_max_ps(b.v, v)}; }
+    Vec min(Vec b) const { return {_mm512_min_ps(b.v, v)}; }
+    // 2^n, where this is n + 1.5 * 2^23 with a whole n from -126 to 127.
+    Vec power() const { return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(v), 23), _mm512_set1_epi32(0x3f800000)))}; }
 #if defined(__AVX512BF16__)
     // Adds the products of two bfloat16 a lane.
     Vec dot(Vec a, Vec b) const { return {_mm512_dpbf16_ps(v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))}; }
@@ -61,6 +67,10 @@ struct Vec {
     Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
     Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
     Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
+    Vec operator/(Vec b) const { return {_mm256_div_ps(v, b.v)}; }
+    Vec max(Vec b) const { return {_mm256_max_ps(b.v, v)}; }
+    Vec min(Vec b) const { return {_mm256_min_ps(b.v, v)}; }
+    Vec power() const { return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(0x3f800000)))}; }
     static Vec bf16(const uint16_t* p) {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
     }
@@ -89,6 +99,14 @@ struct Vec {
     Vec operator+(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] + b.v[i]; return r; }
     Vec operator-(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] - b.v[i]; return r; }
     Vec operator*(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] * b.v[i]; return r; }
+    Vec operator/(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] / b.v[i]; return r; }
+    Vec max(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = b.v[i] > v[i] ? b.v[i] : v[i]; return r; }
+    Vec min(Vec b) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = b.v[i] < v[i] ? b.v[i] : v[i]; return r; }
+    Vec power() const {
+        Vec r;
+        for (int i = 0; i < N; ++i) r.v[i] = std::bit_cast<float>((std::bit_cast<uint32_t>(v[i]) << 23) + 0x3f800000u);
+        return r;
+    }
     static float wide(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
     static Vec bf16(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + i)); return r; }
     static float whole(uint16_t h) {  // of a half: 5 bits of exponent, 10 of fraction

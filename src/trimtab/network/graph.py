@@ -1,20 +1,36 @@
 """What is where in each family of networks: a table of declarations, and the few functions that read it.
 
 The only module that knows layer types. A family says where its blocks are, which parameter serves which role, what
-the stored names are called, where the residual stream passes between attention and MLP.
+the stored names are called, where the residual stream passes between attention and MLP, and what the native decoder
+must be told of it.
 """
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.core.types import BadInput, Site
 
 Roles = dict[str, str]  # role -> module (or parameter) of a block; roles that share one are stacked in it, in this order
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """How a family with RMS norms, rotary positions and gated MLPs differs from the others of that shape.
+
+    The functions take a complete config.json; `window` a layer's number too.
+    """
+
+    defaults: Mapping[str, Any]                            # what config.json may leave out
+    biases: Callable[[Mapping[str, Any]], str]             # letters of the roles that have one: q k v o, g(ate) u(p) d(own)
+    window: Callable[[Mapping[str, Any], int], int | None]  # positions a query sees
+    head_norms: bool = False                               # q and k are normed head by head
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,7 @@ class Family:
     routers: tuple[str, ...] = ()               # linear maps that choose experts: not sites
     renames: tuple[tuple[str, str], ...] = ()   # (name in the module, name in files): regular expressions, all or none
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # expert parameter -> its files, stacked in this order
+    decoded: Decoded | None = None              # None: the native decoder does not run it
 
 
 QKVO = {r: f"self_attn.{r}_proj" for r in "qkvo"}
@@ -62,8 +79,31 @@ def _llama_like(name: str, **other: Any) -> Family:
     return Family(name, **common | other)
 
 
+def _later_layers(config: Mapping[str, Any], i: int) -> int | None:
+    """Qwen: a window where `use_sliding_window` is on, in the layers that are named or in the last ones."""
+    kinds = config.get("layer_types")
+    slides = kinds[i] == "sliding_attention" if kinds else i >= config["max_window_layers"]
+    return config["sliding_window"] if config["use_sliding_window"] and slides else None
+
+
+DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False}
+QWEN = {**DEFAULTS, "num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False,
+        "sliding_window": 4096, "max_window_layers": 28}
+LLAMA_DECODED = Decoded(
+    {**DEFAULTS, "max_position_embeddings": 2048, "mlp_bias": False}, window=lambda c, i: None,
+    biases=lambda c: ("qkvo" if c["attention_bias"] else "") + ("gud" if c["mlp_bias"] else ""))
+MISTRAL_DECODED = Decoded(
+    {**DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    window=lambda c, i: c["sliding_window"], biases=lambda c: "")
+QWEN2_DECODED = Decoded(QWEN, window=_later_layers, biases=lambda c: "qkv")
+QWEN3_DECODED = Decoded({**QWEN, "head_dim": 128}, window=_later_layers, biases=lambda c: "qkvo" if c["attention_bias"] else "",
+                        head_norms=True)
+
 FAMILIES = {f.name: f for f in (
-    *(_llama_like(n) for n in ("llama", "mistral", "qwen2", "qwen3")),
+    _llama_like("llama", decoded=LLAMA_DECODED),
+    _llama_like("mistral", decoded=MISTRAL_DECODED),
+    _llama_like("qwen2", decoded=QWEN2_DECODED),
+    _llama_like("qwen3", decoded=QWEN3_DECODED),
     *(_llama_like(n, norms=FOUR_NORMS, between=_before(FOUR_NORMS[2])) for n in ("gemma2", "gemma3_text")),
     _llama_like("phi3", attn={**dict.fromkeys("qkv", "self_attn.qkv_proj"), "o": "self_attn.o_proj"},
                 mlp={"": {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj", "down": "mlp.down_proj"}}),
@@ -246,3 +286,78 @@ def coupled(family: Family, config: Any, block: list[Site]) -> list[Group]:
     groups.append(Group("residual", str(block[0].block), config.hidden_size,
                         channels + tuple(Member(n, "norm", 1) for n in family.norms)))
     return groups
+
+
+# ---- the native decoder -----------------------------------------------------------------------
+DESCRIPTION = 1  # version of what `describe` returns
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+
+
+def completed(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with what it leaves out; BadInput for a family the native decoder does not run."""
+    if family.decoded is None:
+        runs = ", ".join(sorted(f.name for f in FAMILIES.values() if f.decoded))
+        raise BadInput(f"the native decoder runs {runs}, not {family.name}")
+    return {**family.decoded.defaults, **config}
+
+
+def describe(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the native decoder executes for a config.json of this family: plain data, every map and tensor by name.
+
+    Linear maps are named by their module, tensors by their stored name. BadInput for a family or an option it does not run.
+    """
+    c = completed(family, config)
+    try:
+        return _description(family, c)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise BadInput(f"config.json of a {family.name} lacks something or holds what is no number ({e}); save the model again") from None
+
+
+def _description(family: Family, c: dict[str, Any]) -> dict[str, Any]:
+    decoded = family.decoded
+    assert decoded is not None
+    h, kv, d = heads(SimpleNamespace(**c))
+    if (act := c["hidden_act"]) not in ACTIVATIONS:
+        raise BadInput(f"the native decoder has no activation {act!r}; it has {', '.join(sorted(ACTIVATIONS))}")
+    biases, rope = decoded.biases(c), _rope(c, d)
+    layers = []
+    for i in range(c["num_hidden_layers"]):
+        stem = f"model.{family.blocks}.{i}."
+
+        def norm(name: str, stem: str = stem) -> dict[str, Any]:
+            return {"op": "rms", "weight": f"{stem}{name}.weight", "eps": c["rms_norm_eps"]}
+
+        def maps(roles: Roles, stem: str = stem) -> dict[str, Any]:
+            return {r: {"linear": stem + path, "bias": f"{stem}{path}.bias"} if r[0] in biases else stem + path
+                    for r, path in roles.items()}
+
+        attention = {"op": "attention", "norm": norm(family.norms[0]), **maps(family.attn), "heads": h, "kv_heads": kv, "head_dim": d,
+                     "rope": rope}
+        if decoded.head_norms:
+            attention |= {"q_norm": norm("self_attn.q_norm"), "k_norm": norm("self_attn.k_norm")}
+        if window := decoded.window(c, i):
+            attention["window"] = window
+        mlp = {"op": "mlp", "norm": norm(family.norms[1]), **maps(family.mlp[""]), "activation": ACTIVATIONS[act]}
+        layers.append([attention, mlp])
+    return {"version": DESCRIPTION, "context": c["max_position_embeddings"], "hidden": c["hidden_size"], "vocabulary": c["vocab_size"],
+            "embedding": f"model.{family.front[0]}.weight", "layers": layers,
+            "norm": {"op": "rms", "weight": "model.norm.weight", "eps": c["rms_norm_eps"]}, "head": "lm_head"}
+
+
+def _rope(c: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """Rotary frequencies, as transformers computes them when it builds the model."""
+    given = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    given.setdefault("rope_theta", c.get("rope_theta") or 10000.0)
+    kind = given.setdefault("rope_type", given.get("type", "default"))
+    if kind == "default":
+        inverse, scaling = 1.0 / given["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim), 1.0
+    else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        if kind not in (known := ("dynamic", "linear", "llama3", "yarn")):
+            raise BadInput(f"the native decoder has no rotary positions of type {kind!r}; it has default, {', '.join(known)}")
+        if kind in ("llama3", "yarn"):
+            given.setdefault("original_max_position_embeddings", c.get("original_max_position_embeddings") or c["max_position_embeddings"])
+        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](SimpleNamespace(**{
+            **c, "rope_parameters": given, "head_dim": dim, "standardize_rope_params": lambda: None}))
+    return {"inverse_frequencies": inverse.tolist(), "scaling": float(scaling), "style": "half"}

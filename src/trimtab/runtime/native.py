@@ -71,8 +71,7 @@ class Linear:
                     *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "scales", "zeros")))
             except ValueError as e:
                 raise BadInput(str(e)) from None
-            exact, bf16, i8 = (self._native.kernels(t) for t in ("f32", "bf16", "i8"))
-            self.kernels = exact + [k for k in bf16 + i8 if k not in exact]
+            self.kernels = list(dict.fromkeys(k for t in ("f32", "bf16", "i8") for k in self._native.kernels(t)))
         if not self.kernels:
             p = packed
             what = {"nm": f"{p.n}:{p.m} along the {p.dim}put, ", "bsr": f"blocks of {p.rows} x {p.cols}, "}.get(p.format, "")
@@ -83,8 +82,8 @@ class Linear:
     def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
-        `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs,
-        only where the weights are codes); bf16 where x is bfloat16 and f32 elsewhere if not said.
+        `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs where
+        the weights are codes, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said.
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")

@@ -1,0 +1,293 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <stdexcept>
+
+#include "pool.h"
+
+namespace trimtab {
+namespace {
+
+// Below this much work a second thread costs more than it saves.
+constexpr int64_t SMALL = 1 << 16;
+// Rows of queries that are computed together: their scores over a page stay in the second-level cache.
+constexpr int64_t TOGETHER = 64;
+
+float* sized(std::vector<float>& v, int64_t n) {
+    if (int64_t(v.size()) < n) v.resize(size_t(n));
+    return v.data();
+}
+
+class Alone {
+public:
+    explicit Alone(std::atomic<bool>& busy) : busy_(busy) {
+        if (busy_.exchange(true)) throw std::invalid_argument("this session is working for another thread");
+    }
+    ~Alone() { busy_ = false; }
+
+private:
+    std::atomic<bool>& busy_;
+};
+
+}  // namespace
+
+void Cache::reach(int64_t positions, int64_t bytes) {
+    while (int64_t(pages_.size()) * PAGE < positions) {
+        bytes = (bytes + 63) / 64 * 64;
+        std::byte* page = static_cast<std::byte*>(std::aligned_alloc(64, size_t(bytes)));
+        if (!page) throw std::bad_alloc();
+        std::memset(page, 0, size_t(bytes));  // what is behind the last position is multiplied by zero
+        pages_.push_back(page);
+    }
+}
+
+void Cache::forget(int64_t before) {
+    for (int64_t i = std::min(before / PAGE, int64_t(pages_.size())); i-- > 0 && pages_[size_t(i)];)
+        std::free(std::exchange(pages_[size_t(i)], nullptr));
+}
+
+int64_t Cache::held() const {
+    return std::count_if(pages_.begin(), pages_.end(), [](const std::byte* p) { return p != nullptr; });
+}
+
+Session::Session(const Program& program, const Options& options)
+    : p_(program), options_(options), rows_(size_t(options.batch)), caches_(program.attentions * size_t(options.batch)) {
+    if (options.batch < 1) throw std::invalid_argument("a batch is at least one sequence");
+}
+
+template <class F>
+void Session::each_row(int64_t rows, int64_t width, const F& f) const {
+    auto some = [&](int64_t begin, int64_t end, int) {
+        for (int64_t r = begin; r < end; ++r) f(r);
+    };
+    parallel(rows, rows * width < SMALL ? 1 : options_.threads, std::ref(some));
+}
+
+void Session::normed(const Norm& n, const float* x, int64_t rows, float* y) const {
+    const int64_t width = int64_t(n.weight.size());
+    each_row(rows, width, [&](int64_t r) { options_.ops->rms(x + r * width, n.weight.data(), width, n.eps, y + r * width); });
+}
+
+// Maps of the same x. Their first factors run together, what is left of each one after the other.
+void Session::apply(std::span<const Target> targets, const float* x, int64_t rows) {
+    std::array<Job, 3> jobs;
+    std::array<float*, 3> at;
+    for (size_t i = 0; i < targets.size(); ++i) {
+        const Map& m = *targets[i].map;
+        const Linear& first = *m[0].linear;
+        at[i] = m.size() == 1 ? targets[i].y : sized(between_[2 * i], rows * first.weights().out);
+        jobs[i] = {&first.weights(), first.best(options_.narrowest, rows), at[i]};
+    }
+    run({jobs.data(), targets.size()}, x, rows, options_.threads);
+    for (size_t i = 0; i < targets.size(); ++i) {
+        const Map& m = *targets[i].map;
+        for (size_t s = 0; s < m.size(); ++s) {
+            const Linear& linear = *m[s].linear;
+            const int64_t width = linear.weights().out;
+            if (s) {
+                float* y = s + 1 == m.size() ? targets[i].y : sized(between_[2 * i + s % 2], rows * width);
+                const Job job{&linear.weights(), linear.best(options_.narrowest, rows), y};
+                run({&job, 1}, std::exchange(at[i], y), rows, options_.threads);
+            }
+            if (!m[s].bias.empty())
+                each_row(rows, width, [&](int64_t r) { options_.ops->add(at[i] + r * width, m[s].bias.data(), width); });
+        }
+    }
+}
+
+// Cosines and sines of this pass's positions, once for all layers that turn alike.
+void Session::turn() {
+    turns_at_.clear();
+    int64_t size = 0;
+    for (const Rope& r : p_.ropes) {
+        turns_at_.push_back(size_t(size));
+        size += 2 * count_ * int64_t(r.inverse.size());
+    }
+    sized(turns_, size);
+    for (size_t i = 0; i < p_.ropes.size(); ++i) {
+        const Rope& rope = p_.ropes[i];
+        const size_t pairs = rope.inverse.size();
+        each_row(count_, int64_t(pairs) * 32, [&](int64_t r) {
+            float* cos = turns_.data() + turns_at_[i] + size_t(r) * 2 * pairs;
+            for (size_t j = 0; j < pairs; ++j) {
+                const double angle = float(positions_[size_t(r)]) * rope.inverse[j];
+                cos[j] = float(std::cos(angle)) * rope.scaling;
+                cos[j + pairs] = float(std::sin(angle)) * rope.scaling;
+            }
+        });
+    }
+}
+
+void Session::attention(const Attention& a, const float* x) {
+    const Ops& ops = *options_.ops;
+    const Heads heads{a.kv_heads, a.head_dim, options_.narrowest == Type::f32};
+    const int64_t wide = a.heads * a.head_dim, narrow = a.kv_heads * a.head_dim, group = a.heads / a.kv_heads;
+    normed(a.norm, x, count_, sized(normed_, count_ * p_.hidden));
+    float *q = sized(q_, count_ * wide), *k = sized(k_, count_ * narrow), *v = sized(v_, count_ * narrow);
+    apply(std::array<Target, 3>{{{&a.q, q}, {&a.k, k}, {&a.v, v}}}, normed_.data(), count_);
+    Cache* caches = &caches_[a.cache * rows_.size()];
+    for (const Segment& s : segments_) caches[s.sequence].reach(s.begin + s.count, heads.bytes());
+    auto ready = [&](float* row, int64_t count, const std::optional<Norm>& norm, const float* cos, size_t pairs) {
+        for (int64_t h = 0; h < count; ++h, row += a.head_dim) {
+            if (norm) ops.rms(row, norm->weight.data(), a.head_dim, norm->eps, row);
+            if (pairs) ops.rotate(row, cos, cos + pairs, int64_t(pairs));
+        }
+    };
+    const size_t pairs = a.rope ? p_.ropes[*a.rope].inverse.size() : 0;
+    const float* turns = a.rope ? turns_.data() + turns_at_[*a.rope] : nullptr;
+    for (const Segment& s : segments_)
+        each_row(s.count, wide + 4 * narrow, [&](int64_t i) {
+            const int64_t r = s.row + i;
+            const float* cos = turns + size_t(r) * 2 * pairs;
+            ready(q + r * wide, a.heads, a.q_norm, cos, pairs);
+            ready(k + r * narrow, a.kv_heads, a.k_norm, cos, pairs);
+            ops.remember(heads, caches[s.sequence].page(s.begin + i), s.begin + i, k + r * narrow, v + r * narrow);
+        });
+    float* mixed = sized(mixed_, count_ * wide);
+    const int64_t some = std::max<int64_t>(1, TOGETHER / group);
+    int64_t cost = 0;
+    work_.clear();
+    for (const Segment& s : segments_)
+        for (int64_t h = 0; h < a.kv_heads; ++h)
+            for (int64_t i = 0; i < s.count; i += some) {
+                const int64_t at = (s.row + i) * wide + h * group * a.head_dim, count = std::min(some, s.count - i), end = s.begin + i + count;
+                work_.push_back({heads, h, group, s.begin + i, count, a.window, a.scale, q + at, mixed + at, wide, caches[s.sequence].pages()});
+                cost += count * group * a.head_dim * (a.window ? std::min(end, a.window) : end);
+            }
+    auto attend = [&](int64_t begin, int64_t end, int) {
+        thread_local std::vector<float> scratch;
+        for (int64_t i = begin; i < end; ++i) ops.attend(work_[size_t(i)], sized(scratch, work_[size_t(i)].scratch()));
+    };
+    parallel(int64_t(work_.size()), cost < SMALL ? 1 : options_.threads, std::ref(attend));
+    if (a.window)
+        for (const Segment& s : segments_) caches[s.sequence].forget(s.begin + s.count - a.window + 1);
+    apply(std::array<Target, 1>{{{&a.o, sized(out_, count_ * p_.hidden)}}}, mixed, count_);
+}
+
+void Session::mlp(const Mlp& m, const float* x) {
+    const int64_t width = outputs(m.up);
+    normed(m.norm, x, count_, sized(normed_, count_ * p_.hidden));
+    float *up = sized(up_, count_ * width), *gate = m.gate ? sized(gate_, count_ * width) : nullptr;
+    if (gate) apply(std::array<Target, 2>{{{&*m.gate, gate}, {&m.up, up}}}, normed_.data(), count_);
+    else apply(std::array<Target, 1>{{{&m.up, up}}}, normed_.data(), count_);
+    each_row(count_, 2 * width, [&](int64_t r) { options_.ops->activate(m.activation, gate ? gate + r * width : nullptr, up + r * width, width); });
+    apply(std::array<Target, 1>{{{&m.down, sized(out_, count_ * p_.hidden)}}}, up, count_);
+}
+
+// The tokens of this pass through all layers: x_ is what the head's norm reads.
+void Session::forward() {
+    const int64_t hidden = p_.hidden;
+    float* x = sized(x_, count_ * hidden);
+    each_row(count_, hidden, [&](int64_t r) {
+        float* to = x + r * hidden;
+        const std::byte* from = p_.embedding + tokens_[size_t(r)] * hidden * (p_.embedding_type == Type::f32 ? 4 : 2);
+        for (int64_t i = 0; i < hidden; ++i) {
+            if (p_.embedding_type == Type::f32) {
+                std::memcpy(to + i, from + i * 4, 4);
+            } else {
+                uint16_t half;
+                std::memcpy(&half, from + i * 2, 2);
+                to[i] = std::bit_cast<float>(uint32_t(half) << 16);
+            }
+            to[i] *= p_.embedding_scale;
+        }
+    });
+    turn();
+    for (const Step& step : p_.steps) {
+        const float* from = x;
+        if (step.size() > 1) {  // each of them reads what was there before the first one added to it
+            from = sized(before_, count_ * hidden);
+            std::copy_n(x, count_ * hidden, before_.data());
+        }
+        for (const Sublayer& s : step) {
+            if (const Attention* a = std::get_if<Attention>(&s)) attention(*a, from);
+            else mlp(std::get<Mlp>(s), from);
+            each_row(count_, hidden, [&](int64_t r) { options_.ops->add(x + r * hidden, out_.data() + r * hidden, hidden); });
+        }
+    }
+}
+
+void Session::append(std::span<const std::span<const int64_t>> ids) {
+    if (ids.size() != rows_.size()) throw std::invalid_argument("a batch of " + std::to_string(rows_.size()) + " sequences, ids for " + std::to_string(ids.size()));
+    segments_.clear();
+    tokens_.clear();
+    positions_.clear();
+    count_ = 0;
+    for (size_t i = 0; i < ids.size(); ++i) {
+        const int64_t begin = rows_[i].length, count = int64_t(ids[i].size());
+        if (begin + count > p_.context)
+            throw std::invalid_argument(std::to_string(begin + count) + " positions, the model has " + std::to_string(p_.context));
+        for (int64_t id : ids[i]) {
+            if (id < 0 || id >= p_.vocabulary)
+                throw std::invalid_argument("token " + std::to_string(id) + " is not one of the model's " + std::to_string(p_.vocabulary));
+            positions_.push_back(begin + int64_t(positions_.size()) - count_);
+            tokens_.push_back(id);
+        }
+        if (count) segments_.push_back({int64_t(i), begin, count, count_});
+        count_ += count;
+    }
+    if (!count_) return;
+    forward();
+    for (const Segment& s : segments_) {
+        Row& row = rows_[size_t(s.sequence)];
+        row.length = s.begin + s.count;
+        row.pending = -1;
+        const float* last = x_.data() + (s.row + s.count - 1) * p_.hidden;
+        row.state.assign(last, last + p_.hidden);
+    }
+}
+
+void Session::score(const float* states, int64_t rows, float* logits) {
+    normed(p_.norm, states, rows, sized(normed_, rows * p_.hidden));
+    apply(std::array<Target, 1>{{{&p_.head, logits}}}, normed_.data(), rows);
+}
+
+void Session::feed(std::span<const std::span<const int64_t>> ids, float* logits) {
+    Alone alone(busy_);
+    append(ids);
+    if (logits && count_) score(x_.data(), count_, logits);
+}
+
+void Session::step(int64_t* next) {
+    Alone alone(busy_);
+    std::vector<std::span<const int64_t>> ids(rows_.size());
+    for (size_t i = 0; i < rows_.size(); ++i) {
+        if (!rows_[i].length) throw std::invalid_argument("sequence " + std::to_string(i) + " is empty: there is nothing to continue");
+        if (!rows_[i].stopped && rows_[i].pending >= 0) ids[i] = {&rows_[i].pending, 1};
+    }
+    append(ids);
+    int64_t live = 0;
+    float* states = sized(states_, int64_t(rows_.size()) * p_.hidden);
+    for (const Row& r : rows_)
+        if (!r.stopped) std::copy_n(r.state.data(), p_.hidden, states + live++ * p_.hidden);
+    float* logits = sized(logits_, live * p_.vocabulary);
+    if (live) score(states, live, logits);
+    for (size_t i = 0; i < rows_.size(); ++i, ++next) {
+        Row& r = rows_[i];
+        *next = -1;
+        if (r.stopped) continue;
+        const double drawn = uniform(options_.sampling.seed, i, uint64_t(r.drawn++));
+        *next = r.pending = sampler_.choose(logits, p_.vocabulary, options_.sampling, drawn);
+        r.stopped = options_.stops.contains(r.pending);
+        logits += p_.vocabulary;
+    }
+}
+
+int64_t Session::held() const {
+    int64_t bytes = 0;
+    for (const Step& step : p_.steps)
+        for (const Sublayer& s : step)
+            if (const Attention* a = std::get_if<Attention>(&s))
+                for (size_t i = 0; i < rows_.size(); ++i)
+                    bytes += caches_[a->cache * rows_.size() + i].held() * Heads{a->kv_heads, a->head_dim, options_.narrowest == Type::f32}.bytes();
+    return bytes;
+}
+
+}  // namespace trimtab

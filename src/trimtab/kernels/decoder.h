@@ -1,0 +1,143 @@
+// A decoder: a description whose names were looked up and whose widths agree, and the sequences it is working on.
+#pragma once
+#include <atomic>
+#include <optional>
+#include <span>
+#include <unordered_set>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "linear.h"
+#include "ops.h"
+#include "sampler.h"
+
+namespace trimtab {
+
+struct Norm {
+    std::vector<float> weight;
+    float eps;
+};
+
+// Linear maps applied in turn, each with a bias or none: one, or the factors of one.
+struct Affine {
+    const Linear* linear;
+    std::vector<float> bias;
+};
+using Map = std::vector<Affine>;
+inline int64_t inputs(const Map& m) { return m.front().linear->weights().in; }
+inline int64_t outputs(const Map& m) { return m.back().linear->weights().out; }
+
+struct Rope {
+    std::vector<float> inverse;  // frequencies, radians a position; pairs (i, i + size) of a head turn together
+    float scaling;               // of cosine and sine
+    bool operator==(const Rope&) const = default;
+};
+
+struct Attention {
+    Norm norm;
+    Map q, k, v, o;
+    int64_t heads, kv_heads, head_dim;
+    std::optional<size_t> rope;  // which of the program's
+    std::optional<Norm> q_norm, k_norm;
+    float scale;
+    int64_t window;              // 0: none
+    size_t cache;                // the how manyth attention it is
+};
+
+struct Mlp {
+    Norm norm;
+    std::optional<Map> gate;
+    Map up, down;
+    Activation activation;
+};
+
+using Sublayer = std::variant<Attention, Mlp>;
+// Sublayers that read the same input; what they give is added to it. Mostly one.
+using Step = std::vector<Sublayer>;
+
+struct Program {
+    int64_t context, hidden, vocabulary;
+    const std::byte* embedding;  // [vocabulary, hidden]
+    Type embedding_type;         // f32 or bf16
+    float embedding_scale;
+    std::vector<Rope> ropes;
+    std::vector<Step> steps;
+    size_t attentions;
+    Norm norm;
+    Map head;
+};
+
+// The keys and values of one attention and sequence: pages, made as they are reached.
+class Cache {
+public:
+    Cache() = default;
+    Cache(Cache&& other) noexcept : pages_(std::exchange(other.pages_, {})) {}
+    ~Cache() { forget(int64_t(pages_.size()) * PAGE); }
+    void reach(int64_t positions, int64_t bytes);
+    // Gives back the pages that lie wholly before a position.
+    void forget(int64_t before);
+    std::byte* page(int64_t position) const { return pages_[size_t(position / PAGE)]; }
+    const std::byte* const* pages() const { return pages_.data(); }
+    int64_t held() const;        // pages in memory
+
+private:
+    std::vector<std::byte*> pages_;
+};
+
+struct Options {
+    int64_t batch;
+    Type narrowest;              // what x may be rounded to; f32 keeps keys and values in float32 as well
+    int threads;
+    Sampling sampling;
+    std::unordered_set<int64_t> stops;
+    const Ops* ops;
+};
+
+// A batch of sequences that grow. The program must outlive it. One call at a time: a second one throws.
+class Session {
+public:
+    Session(const Program& program, const Options& options);
+    // Appends ids to every sequence, to some none. With `logits` [all ids, vocabulary], says what comes after each of them.
+    // A token that `step` gave and that was not appended yet is dropped where ids follow. Throws std::invalid_argument for an
+    // id that is no token and for more positions than the context has.
+    void feed(std::span<const std::span<const int64_t>> ids, float* logits);
+    // The next token of every sequence, -1 for those that stopped; it is appended by the next call.
+    void step(int64_t* next);
+    int64_t length(int64_t sequence) const { return rows_[size_t(sequence)].length; }
+    int64_t held() const;        // bytes of keys and values
+    const Options& options() const { return options_; }
+
+private:
+    struct Row { int64_t length = 0, pending = -1, drawn = 0; bool stopped = false; std::vector<float> state; };
+    struct Segment { int64_t sequence, begin, count, row; };  // positions begin .. begin + count are rows row .. row + count
+    struct Target { const Map* map; float* y; };
+
+    void append(std::span<const std::span<const int64_t>> ids);
+    void forward();
+    void attention(const Attention& a, const float* x);
+    void mlp(const Mlp& m, const float* x);
+    void apply(std::span<const Target> targets, const float* x, int64_t rows);
+    void score(const float* states, int64_t rows, float* logits);
+    void normed(const Norm& n, const float* x, int64_t rows, float* y) const;
+    void turn();
+    template <class F>
+    void each_row(int64_t rows, int64_t width, const F& f) const;
+
+    const Program& p_;
+    const Options options_;
+    std::vector<Row> rows_;
+    std::vector<Cache> caches_;  // [attentions, batch]
+    std::vector<Segment> segments_;
+    int64_t count_ = 0;          // rows of this pass
+    std::vector<int64_t> tokens_, positions_;
+    std::vector<float> x_, before_, normed_, out_, mixed_, q_, k_, v_, gate_, up_, states_, logits_;
+    std::vector<float> turns_;   // [ropes][rows][2][pairs]: cosines, then sines
+    std::vector<size_t> turns_at_;
+    std::vector<float> between_[6];
+    std::vector<Attend> work_;
+    Sampler sampler_;
+    std::atomic<bool> busy_{false};
+};
+
+}  // namespace trimtab

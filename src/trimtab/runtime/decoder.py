@@ -1,0 +1,198 @@
+"""The native decoder: a described network on packed weights, from token ids to logits or to further ids."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import BadInput, Change, Failed
+from trimtab.methods.format.dense import dense
+from trimtab.methods.format.panels import Packed
+from trimtab.network import graph
+from trimtab.network.checkpoint import Checkpoint, finite
+from trimtab.runtime import native
+
+CHUNK = 256  # tokens of prompts that pass through the layers together
+DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class Decoder:
+    """A network that continues token ids.
+
+    `description`: what `graph.describe` returns, or the same as read from a file; `linears`: its maps by name; `tensors`:
+    embedding, norms and biases by name, float32 or bfloat16, the embedding not copied. `narrowest`: what x may be rounded
+    to before it is multiplied, f32 (not at all; keys and values in float32 too), bf16, or i8 (where weights are codes).
+    BadInput says what does not fit, and where.
+    """
+
+    def __init__(self, description: Mapping[str, Any], linears: Mapping[str, Packed | native.Linear], tensors: Mapping[str, Tensor], *,
+                 narrowest: str = "f32"):
+        core = native.core()
+        if core is None:
+            raise BadInput("the native decoder was not built (there was no C++ compiler); install trimtab again where there is one")
+        try:
+            maps = {name: (w if isinstance(w, native.Linear) else native.Linear(w))._native for name, w in linears.items()}
+            self._core = core.Decoder(dict(description), maps, {name: _plain(t) for name, t in tensors.items()})
+        except ValueError as e:
+            raise BadInput(str(e)) from None
+        self._session, self.narrowest = core.Session, narrowest
+        self.context: int = description["context"]
+        self.vocabulary: int = description["vocabulary"]
+
+    def logits(self, ids: Sequence[int] | Tensor, *, narrowest: str = "", chunk: int = CHUNK) -> Tensor:
+        """What comes after each of `ids`: [len(ids), vocabulary] float32."""
+        prompt = self._prompts([ids])[0]
+        session = self._begin(1, narrowest)
+        out = torch.empty(len(prompt), self.vocabulary)
+        for part, to in zip(prompt.split(chunk), out.split(chunk), strict=True):
+            session.feed([part], to)
+        return out
+
+    def generate(self, ids: Sequence[int] | Tensor, max_new_tokens: int = 64, **options: Any) -> Iterator[int]:
+        """New ids one by one; options as `generate_batch` has them."""
+        return (row[0] for row in self.generate_batch([ids], max_new_tokens, **options))  # type: ignore[misc]
+
+    def generate_batch(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int = 64, *, temperature: float = 0.0,
+                       top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (), narrowest: str = "",
+                       chunk: int = CHUNK) -> Iterator[list[int | None]]:
+        """One new id of every sequence at a time, None for those that ended with one of `stop` before.
+
+        Greedy at temperature 0; `top_k` 0: of all; `top_p` 1: of all. Equal seeds give equal ids on any number of threads. The
+        iterator ends when all sequences did, or the longest one fills the context. Dropping it frees its keys and values.
+        """
+        given = self._prompts(prompts)
+        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        session = self._begin(len(given), narrowest, temperature, top_k, top_p, seed, [int(s) for s in stop])
+        # The last new token is not fed back, so it needs no position.
+        steps = min(max_new_tokens, self.context - max(map(len, given)) + 1)
+        return _steps(session, given, steps, chunk)
+
+    def _begin(self, batch: int, narrowest: str, *options: Any) -> Any:
+        try:
+            return self._session(self._core, batch, narrowest or self.narrowest, torch.get_num_threads(), *options)
+        except ValueError as e:
+            raise BadInput(str(e)) from None
+
+    def _prompts(self, prompts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+        """As int64 arrays, checked."""
+        if not prompts:
+            raise BadInput("there is no prompt; a batch is at least one")
+        found = []
+        for given in prompts:
+            p = torch.as_tensor(given)
+            if not p.numel():
+                raise BadInput("the prompt is empty; give at least one token")
+            if p.ndim != 1 or p.is_floating_point():
+                raise BadInput(f"a prompt is a list of ids, whole numbers, not {p.dtype} {list(p.shape)}")
+            found.append(p := p.long().contiguous())
+            if len(p) > self.context:
+                raise BadInput(f"the prompt has {len(p)} tokens, the model takes at most {self.context}; give a shorter one")
+            if bool(((p < 0) | (p >= self.vocabulary)).any()):
+                raise BadInput(f"the prompt holds ids from {int(p.min())} to {int(p.max())}, the model knows 0 to {self.vocabulary - 1}")
+        return found
+
+
+def _steps(session: Any, prompts: list[Tensor], steps: int, chunk: int) -> Iterator[list[int | None]]:
+    waiting = prompts
+    while any(map(len, waiting)):
+        room, parts = chunk, []
+        for p in waiting:
+            parts.append(p[:room])
+            room -= len(parts[-1])
+        session.feed(parts)
+        waiting = [p[len(part):] for p, part in zip(waiting, parts, strict=True)]
+    for _ in range(steps):
+        try:
+            ids = session.step()
+        except RuntimeError as e:
+            raise Failed(str(e)) from None
+        if all(i < 0 for i in ids):
+            return
+        yield [None if i < 0 else i for i in ids]
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    """BadInput for what no sampler can do."""
+    if max_new_tokens < 1:
+        raise BadInput(f"max_new_tokens is {max_new_tokens}; it is at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise BadInput(f"temperature is {temperature}; it is 0 (greedy) or above")
+    if top_k < 0:
+        raise BadInput(f"top_k is {top_k}; it is at least 1, or 0 for all tokens")
+    if not 0 < top_p <= 1:
+        raise BadInput(f"top_p is {top_p}; it is above 0 and at most 1")
+    if not 0 <= seed < 2**64:
+        raise BadInput(f"the seed is {seed}; it is a whole number from 0 to 2**64 - 1")
+
+
+def _plain(t: Tensor) -> Tensor:
+    t = t.detach()
+    return (t if t.dtype in (torch.float32, torch.bfloat16) else t.float()).contiguous()
+
+
+# ---- plain directories ------------------------------------------------------------------------
+def wanted(description: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the linear maps and of the tensors that a description uses."""
+    linears: dict[str, None] = {}
+    tensors = {description["embedding"]: None, description["norm"]["weight"]: None}
+
+    def take(m: Any) -> None:
+        if isinstance(m, str):
+            linears[m] = None
+        elif isinstance(m, Mapping):
+            linears[m["linear"]] = None
+            if m.get("bias"):
+                tensors[m["bias"]] = None
+        else:
+            for factor in m:
+                take(factor)
+
+    def look(sublayer: Mapping[str, Any]) -> None:
+        for branch in sublayer.get("branches", ()):
+            look(branch)
+        for key in ("q", "k", "v", "o", "gate", "up", "down"):
+            if key in sublayer:
+                take(sublayer[key])
+        for key in ("norm", "q_norm", "k_norm"):
+            if key in sublayer:
+                tensors[sublayer[key]["weight"]] = None
+        inverse = sublayer.get("rope", {}).get("inverse_frequencies")
+        if isinstance(inverse, str):
+            tensors[inverse] = None
+
+    for layer in description["layers"]:
+        for sublayer in layer:
+            look(sublayer)
+    take(description["head"])
+    return list(linears), list(tensors)
+
+
+def open_plain(path: Path, dtype: str = "float32") -> Decoder:
+    """A Hugging Face directory of safetensors, computed in float32 or bfloat16.
+
+    Weights stored as bfloat16 stay so in either case: that loses nothing. BadInput where the directory is damaged or the
+    native decoder does not run its family.
+    """
+    c = Checkpoint.open(Path(path))
+    family = graph.family_of(c.config, c.path / "config.json")
+    description = graph.describe(family, c.config)
+    tied = graph.completed(family, c.config)["tie_word_embeddings"]
+
+    def read(name: str) -> Tensor:
+        stored = next((n for n in (name, name.removeprefix("model.")) if n in c.tensors), None)
+        if stored is None:
+            raise BadInput(f"tensor {name} is missing from {c.path}; its config.json asks for it")
+        t = c.read(stored)
+        if not finite(t):
+            raise BadInput(f"tensor {stored} of {c.path} holds NaN or inf; only finite weights can be run")
+        return t.to(torch.bfloat16 if t.dtype == torch.bfloat16 or dtype == "bfloat16" else torch.float32)
+
+    linears, tensors = wanted(description)
+    return Decoder(
+        description,
+        {n: dense(Change(read(description["embedding"] if tied and n == description["head"] else f"{n}.weight"))) for n in linears},
+        {n: read(n) for n in tensors}, narrowest=DTYPES[dtype])
