@@ -42,7 +42,7 @@ struct Attention {
     std::optional<Norm> q_norm, k_norm;
     float scale;
     int64_t window;              // 0: none
-    size_t cache;                // the how manyth attention it is
+    size_t cache;                // its number among the attentions
 };
 
 struct Mlp {

@@ -54,7 +54,7 @@ class Decoder:
 
     def generate(self, ids: Sequence[int] | Tensor, max_new_tokens: int = 64, **options: Any) -> Iterator[int]:
         """New ids one by one; options as `generate_batch` has them."""
-        return (row[0] for row in self.generate_batch([ids], max_new_tokens, **options))  # type: ignore[misc]
+        return (row[0] for row in self.generate_batch([ids], max_new_tokens, **options))
 
     def generate_batch(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int = 64, *, temperature: float = 0.0,
                        top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (), narrowest: str = "",
