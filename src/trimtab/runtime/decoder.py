@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ CHUNK = 256  # tokens of prompts that pass through the layers together
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 
 
+def _mapped(name: str, w: Packed | native.Linear) -> Any:
+    """The map as the kernels have it. BadInput where none takes it: a decoder does not run in torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what follows says the same, and more
+        linear = w if isinstance(w, native.Linear) else native.Linear(w)
+    if not linear.kernels:
+        raise BadInput(f"{name}: no kernel here takes {linear.packed.format} {linear.packed.type} of this shape, and a decoder runs on "
+                       "kernels alone; open the model with transformers, which runs it in torch")
+    return linear._native
+
+
 class Decoder:
     """A network that continues token ids.
 
@@ -35,7 +47,7 @@ class Decoder:
         if core is None:
             raise BadInput("the native decoder was not built (there was no C++ compiler); install trimtab again where there is one")
         try:
-            maps = {name: (w if isinstance(w, native.Linear) else native.Linear(w))._native for name, w in linears.items()}
+            maps = {name: _mapped(name, w) for name, w in linears.items()}
             self._core = core.Decoder(dict(description), maps, {name: _plain(t) for name, t in tensors.items()})
         except ValueError as e:
             raise BadInput(str(e)) from None
