@@ -19,6 +19,7 @@ from trimtab.methods.format.panels import (
     sides,
     straight,
     unpanelled,
+    values_of,
     words,
 )
 
@@ -37,8 +38,9 @@ def stored(p: Packed) -> int:
 
 
 def restore(p: Packed) -> Tensor:
-    out, inputs = p.shape
-    return unpanelled(straight(p.buffers["values"], inputs) if p.type not in BITS else decoded(p, inputs, p.group), out)
+    (out, inputs), count = p.shape, -(-p.shape[0] // PANEL)
+    inside = decoded(p, count, inputs, p.group) if p.type in BITS else straight(values_of(p, count, inputs), inputs)
+    return unpanelled(inside, out)
 
 
 @method("format", inverse=restore, holds="any", codes=True, bytes=size, stored=stored)
