@@ -153,6 +153,8 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         raise BadInput(f"{net.checkpoint.path} is packed, and its weights with it; trim the model it was made from")
     if not opts.pack and (opts.pack_dtype or opts.head):
         raise BadInput(f"--{'pack-dtype' if opts.pack_dtype else 'head'} says how to pack; give --pack with it")
+    if opts.pack and not pack.to_pack(net, recipe, opts.head):
+        raise BadInput(f"{type(net.model).__name__} has no plain linear layer, and so nothing to pack; leave --pack out")
     for s in net.sites:
         if torch.finfo(getattr(torch, opts.dtype)).bits < torch.finfo(net.stored_dtype(s)).bits:
             raise BadInput(f"--dtype {opts.dtype} is narrower than the files ({str(net.stored_dtype(s)).removeprefix('torch.')}) "
@@ -669,7 +671,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
     write_json(out / "trimtab.json", {**notes, **result})  # not where it lies: a directory may be moved
     base = "builtin:lm" if model.parent.name == "builtin" else model.resolve().name
     tmp_card = out / "README.md.tmp"
-    tmp_card.write_text(card(result, base, commands(base, notes, opts, out)), encoding="utf-8")
+    tmp_card.write_text(card({**notes, **result}, base, commands(base, notes, opts, out)), encoding="utf-8")
     os.replace(tmp_card, out / "README.md")
     return {**result, "out": str(out)}
 

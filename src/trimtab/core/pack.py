@@ -108,9 +108,14 @@ def pack(step: Step, change: Change, name: str) -> Packed:
         raise BadInput(f"{name}: {e}") from None
 
 
-def head_bits(recipe: Recipe, head: str | None) -> bool:
+def head_in_int8(recipe: Recipe, head: str | None) -> bool:
     """Whether the head is stored in int8 per row: asked for, or not refused where the recipe leaves codes."""
     return head == "int8" or (head is None and has_codes(recipe))
+
+
+def to_pack(net: Network, recipe: Recipe, head: str | None) -> list[Layer]:
+    """The layers that are packed: all plain ones of the blocks, and the head, unless it is the table of embeddings as it is."""
+    return [x for x in net.layers() if not x.is_head or not net.tied_head or head_in_int8(recipe, head)]
 
 
 # ---- the directory ----------------------------------------------------------------------------
@@ -149,14 +154,14 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
                 raise BadInput(f"{layer.name}: a weight is NaN or inf; only finite weights can be packed")
             values = value_dtype(w.dtype, dtype)
             if layer.is_head:
-                made[layer.name] = dense(nearest(w.float(), 8).change() if head_bits(recipe, head) else Change(w.to(values)))
+                made[layer.name] = dense(nearest(w.float(), 8).change() if head_in_int8(recipe, head) else Change(w.to(values)))
             else:
                 same = {str(steps[s.name]) for s in layer.sites}
                 step = steps[layer.sites[0].name] if len(same) == 1 else Step("format/dense")
                 made[layer.name] = pack(step, whole(layer, w, parts, values), layer.name)
         return made
 
-    layers = [x for x in net.layers() if not x.is_head or not net.tied_head or head_bits(recipe, head)]
+    layers = to_pack(net, recipe, head)
     staged: list[SafeFile] = []
     for i in range(net.n_blocks + 1):
         mine = [x for x in layers if (x.is_head if i == net.n_blocks else not x.is_head and x.sites[0].block == i)]

@@ -68,7 +68,8 @@ class SafeFile:
             raise self._bad("corrupt: its header is not JSON") from None
         if not isinstance(header, dict):
             raise self._bad("corrupt: its header is not a JSON object")
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        about = header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = about if isinstance(about, dict) else {}
         entries = {name: self._entry(name, given, size) for name, given in header.items()}
         # An empty tensor may begin where another does; it comes first.
         self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
@@ -94,7 +95,7 @@ class SafeFile:
     def _entry(self, name: str, e: Any, size: int) -> Entry:
         try:
             kind, shape, (begin, end) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise self._bad(f"corrupt: the header entry of tensor {name} is malformed") from None
