@@ -22,6 +22,7 @@ from trimtab.network.stream import Layer, Network
 from trimtab.runtime.layouts import VERSION, describe
 
 AS_RECIPE = "recipe"  # --pack without a format
+ROWS = 4096           # of the head, rounded together
 PART = "trimtab:"     # how a block of the journal marks what is no tensor of the checkpoint
 
 
@@ -118,6 +119,12 @@ def to_pack(net: Network, recipe: Recipe, head: str | None) -> list[Layer]:
     return [x for x in net.layers() if not x.is_head or not net.tied_head or head_in_int8(recipe, head)]
 
 
+def in_int8(w: Tensor) -> Codes:
+    """A large matrix in int8 per row, some rows at a time: as float32 it would be the largest thing in memory."""
+    some = [nearest(rows.float(), 8) for rows in w.split(ROWS)]
+    return Codes(torch.cat([c.codes for c in some]), torch.cat([c.scales for c in some]), 8, w.shape[1])
+
+
 # ---- the directory ----------------------------------------------------------------------------
 def stage(path: Path, packed: Mapping[str, Packed]) -> None:
     """Packed layers in a file of their own, with what describes them; atomically."""
@@ -154,7 +161,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
                 raise BadInput(f"{layer.name}: a weight is NaN or inf; only finite weights can be packed")
             values = value_dtype(w.dtype, dtype)
             if layer.is_head:
-                made[layer.name] = dense(nearest(w.float(), 8).change() if head_in_int8(recipe, head) else Change(w.to(values)))
+                made[layer.name] = dense(Change(w, in_int8(w).parts()) if head_in_int8(recipe, head) else Change(w.to(values)))
             else:
                 same = {str(steps[s.name]) for s in layer.sites}
                 step = steps[layer.sites[0].name] if len(same) == 1 else Step("format/dense")
@@ -179,12 +186,16 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
                              for what in ("linears", "labels", "sha256"))
     untied = net.tied_head and any(x.is_head for x in layers)
     gone = {f"{x.name}.weight" if x.is_head and net.tied_head else x.file for x in layers}
+    # A table that is stored under the name of the head alone gets its own.
+    alone = [x.file for x in layers if x.is_head and net.tied_head and x.file in gone]
+    moved = {net.table: alone[0]} if alone else {}
     buffers = {n: e for f in staged for n, e in f.entries.items()}
     entries = {n: (e.dtype, e.shape) for n, e in buffers.items()}
-    entries |= {n: (e.dtype, e.shape) for n, e in net.checkpoint.tensors.items() if n not in gone}
+    stay = {n: n for n in net.checkpoint.tensors if n not in gone} | moved
+    entries |= {n: (net.checkpoint.tensors[was].dtype, net.checkpoint.tensors[was].shape) for n, was in stay.items()}
 
     def tensor(name: str) -> Tensor:
-        return read(buffers[name]) if name in buffers else weight(name)
+        return read(buffers[name]) if name in buffers else weight(stay[name])
 
     def about(names: list[str]) -> dict[str, str]:
         mine = {n: sums[n] for n in names if n in sums}

@@ -101,7 +101,8 @@ class Recipe:
     @property
     def methods(self) -> dict[str, str]:
         """Version of every method it uses, statistics included."""
-        keys = {s.key for p in self.passes for s in (*p.steps.values(), p.budget)} | {f"stat/{n}" for n in self.needs}
+        keys = {s.key for p in self.passes for s in p.steps.values()} | {f"stat/{n}" for n in self.needs}
+        keys |= {p.budget.key for p in self.passes if "unit" in p.steps}
         return {k: get(k).version for k in sorted(keys)}
 
     def seeded(self, seed: int) -> Recipe:

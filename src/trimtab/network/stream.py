@@ -145,9 +145,13 @@ class Network:
         head = self.model.get_output_embeddings() if self.kind == "lm" else None
         if type(head) is nn.Linear:
             name = next(n for n, m in self.model.named_modules() if m is head)
-            table = next(iter(self._table))
-            found.append(Layer(name, self._pieces[table if self.tied_head else f"{name}.weight"][0].file))
+            found.append(Layer(name, self._pieces[self.table if self.tied_head else f"{name}.weight"][0].file))
         return found
+
+    @property
+    def table(self) -> str:
+        """The name of the table of embeddings."""
+        return next(iter(self._table))
 
     @property
     def tied_head(self) -> bool:

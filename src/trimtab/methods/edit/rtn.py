@@ -5,8 +5,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from trimtab.core.registry import method
-from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, nearest
+from trimtab.core.types import Change
+from trimtab.methods.codes import nearest
 
 
 @method("edit", joint=("unit", "score", "budget", "repair"), drops=False, codes=True)
@@ -23,7 +23,5 @@ def rtn(w: Tensor, mask: Tensor, *, bits: int = 4, group: int = 128, asymmetric:
     Deviations: the scale of a group is rounded to float16 before the weights are; zero is always a step of the grid; the lowest
         code of a symmetric grid is not used
     """
-    if bits not in BITS.values() or group < 0:
-        raise BadInput(f"rtn(bits={bits},group={group}): bits are 8, 4 or 2, and a group is a number of inputs (0: the row)")
     new = nearest(w * mask, bits, group, asymmetric=asymmetric).change(None if bool(mask.all()) else mask)
     return replace(new, w=new.w.to(w.dtype))
