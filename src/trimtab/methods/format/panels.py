@@ -167,11 +167,13 @@ def values_of(p: Packed, count: int, inputs: int) -> Tensor:
 
 def decoded(p: Packed, count: int, inputs: int, group: int) -> Tensor:
     """Codes as weights, as they are stored: `inputs` in groups of `group`, [count panels or blocks, inputs, rows] float32."""
-    scales = p.buffers["scales"].float()
-    zeros = p.buffers["zeros"].float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
     of_each = (count, -(-inputs // group), p.rows)
-    scales, zeros = (t.reshape(of_each).repeat_interleave(group, 1)[:, :inputs] for t in (scales, zeros))
-    return scales * (unworded(values_of(p, count, inputs), BITS[p.type], inputs).float() - zeros)
+    scales = p.buffers["scales"].reshape(of_each).float()
+    zeros = p.buffers["zeros"].reshape(of_each).float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
+    w = unworded(values_of(p, count, inputs), BITS[p.type], inputs).float()
+    for g, part in enumerate(w.split(group, 1)):  # in place: a head is large
+        part.sub_(zeros[:, g:g + 1]).mul_(scales[:, g:g + 1])
+    return w
 
 
 # ---- streams of bits --------------------------------------------------------------------------
