@@ -296,6 +296,8 @@ def test_buffers_that_contradict_each_other_are_refused():
     for p in bad:
         with pytest.raises(BadInput):
             native.Linear(p)
+        with pytest.raises(BadInput):  # where there is no compiler nobody else looks
+            layouts.check(p)
     linear = native.Linear(dense(w))
     for x, y in (((2, 127), (2, 64)), ((2, 128), (3, 64)), ((2, 128), (2, 63))):
         with pytest.raises(ValueError):

@@ -251,7 +251,8 @@ def test_rows_of_a_fused_weight_share_their_format(tmp_path):
     x = {k: v[:2].contiguous() for k, v in tiny.inputs("phi3").items()}
     save_file(x, tmp_path / "x.safetensors")
     model, kinds = tiny.save("phi3", tmp_path / "a"), {}
-    for recipe in ("rtn(bits=4,group=32)", "*.q: rtn(bits=4,group=32)", "nm(n=2,m=4) | magnitude"):
+    for recipe in ("rtn(bits=4,group=32)", "*.q: rtn(bits=4,group=32)", "nm(n=2,m=4) | magnitude",
+                   "*.q: rtn(bits=4,asymmetric=true) ; *.k,*.v: rtn(bits=4)"):
         out = tmp_path / str(len(kinds))
         api.trim(model, recipe, out, pack="recipe", speed=False, fresh=False, seq_len=10, text=(str(tmp_path / "x.safetensors"),))
         p = packed.open(out).linears["model.layers.0.self_attn.qkv_proj"]
@@ -259,7 +260,7 @@ def test_rows_of_a_fused_weight_share_their_format(tmp_path):
         api.trim(model, recipe, plain, speed=False, fresh=False, seq_len=10, text=(str(tmp_path / "x.safetensors"),))
         assert torch.equal(layouts.restored(p), Checkpoint.open(plain).read("model.layers.0.self_attn.qkv_proj.weight"))
         kinds[recipe] = f"{p.format} {p.type}"
-    assert list(kinds.values()) == ["dense i4", "dense f32", "nm f32"]
+    assert list(kinds.values()) == ["dense i4", "dense f32", "nm f32", "dense f32"]
 
 
 @pytest.mark.fresh

@@ -16,7 +16,7 @@ from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
 from trimtab.methods.codes import Codes, nearest
 from trimtab.methods.format.dense import dense
-from trimtab.methods.format.panels import Packed, unpack_mask
+from trimtab.methods.format.panels import Packed
 from trimtab.network.checkpoint import SafeFile, copy_others, finite, read, write_safetensors, write_sharded
 from trimtab.network.stream import Layer, Network
 from trimtab.runtime.layouts import VERSION, describe
@@ -79,27 +79,24 @@ def try_format(step: Step, passes: list[Pass], shape: tuple[int, int], keep: flo
 def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Change:
     """A layer's change, from its weight [out, in] and the parts of its sites, which may be rows of it.
 
-    Codes where all its sites have them on one grid, else the weight in `dtype`.
+    Codes where all its sites have them on one grid, else the weight in `dtype`; what was dropped is zero in both.
     """
-    def merged(part: str, fill: int | None = None) -> Tensor | None:
-        have = {s: parts[f"{s.name}:{part}"] for s in layer.sites if f"{s.name}:{part}" in parts}
-        if part == "mask":
-            have = {s: unpack_mask(bits, s.shape) for s, bits in have.items()}
-        if not have or (fill is None and len(have) < len(layer.sites)):
-            return None
-        first = next(iter(have.values()))
-        out = torch.full((len(w), *first.shape[1:]), fill or 0, dtype=first.dtype)
-        for s, t in have.items():
+    def merged(part: str) -> Tensor | None:
+        have = [parts.get(f"{s.name}:{part}") for s in layer.sites]
+        out: Tensor | None = None
+        for s, t in zip(layer.sites, have, strict=True):
+            if t is None:
+                return None
+            out = torch.empty(len(w), *t.shape[1:], dtype=t.dtype) if out is None else out
             out[slice(None) if s.rows is None else s.row_index()] = t
         return out
 
-    mask = merged("mask", 1)
-    grids = {tuple(parts[f"{s.name}:grid"].tolist()) if f"{s.name}:grid" in parts else None for s in layer.sites}
-    codes, scales, zeros = merged("codes"), merged("scales"), merged("zeros")
+    codes, scales = merged("codes"), merged("scales")
+    grids = {(*parts[f"{s.name}:grid"].tolist(), f"{s.name}:zeros" in parts) for s in layer.sites} if codes is not None else set()
     if len(grids) == 1 and codes is not None and scales is not None:
-        bits, group = grids.pop() or (0, 0)
-        return Codes(codes, scales, bits, group, zeros).change(mask)
-    return Change(w.to(dtype), mask=mask)
+        bits, group, _ = grids.pop()
+        return Codes(codes, scales, bits, group, merged("zeros")).change()
+    return Change(w.to(dtype))
 
 
 def pack(step: Step, change: Change, name: str) -> Packed:
