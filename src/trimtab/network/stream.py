@@ -150,8 +150,9 @@ class Network:
 
     @property
     def table(self) -> str:
-        """The name of the table of embeddings."""
-        return next(iter(self._table))
+        """The name of the table of embeddings, which a tied head shares."""
+        table = self.model.get_input_embeddings()
+        return f"{next(n for n, m in self.model.named_modules() if m is table)}.weight"
 
     @property
     def tied_head(self) -> bool:
