@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check docs mutate sanitize clean
+.PHONY: setup demo test check docs mutate fuzz sanitize clean
 setup: $(STAMP)
 
 KERNELS := CMakeLists.txt $(wildcard src/trimtab/kernels/*.* src/trimtab/kernels/isa/*)
@@ -34,6 +34,10 @@ docs: setup
 # Plants bugs in a copy and checks that the tests see each of them; slow, run by hand.
 mutate: setup
 	$(BIN)/python tools/mutate.py
+
+# Breaks packed directories and opens them: each is refused in one line or computes what it says; a minute, run by hand.
+fuzz: setup
+	$(BIN)/python tools/fuzz.py --count 10000
 
 # The kernels' tests once more, under the address and undefined-behaviour sanitizers; slow, run by hand.
 # SKBUILD_EDITABLE_SKIP: the editable install would otherwise answer for the extension before PYTHONPATH does.

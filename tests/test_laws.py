@@ -27,7 +27,7 @@ from trimtab.runtime.layouts import check
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
-SMALL = {"b": 4, "block": 8}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
+SMALL = {"b": 4, "block": 8, "group": 8}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
 TINY = 1e-12
 
 # --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
@@ -601,6 +601,9 @@ def law_edit_respects_its_mask(m: Method) -> None:
 
 def law_edit_hits_the_share(m: Method) -> None:
     """As many entries as the unit keeps, row by row where rows compete, group by group where it is a pattern."""
+    if not m.facts["drops"]:
+        assert all(pruned(m, name, plain(), 0.3).mask is None for name in THREE)
+        return
     if m.joint and "unit" not in m.data:
         for name in THREE:
             for keep in SHARES:
@@ -637,7 +640,7 @@ def law_edit_keeps_earlier_zeros(m: Method) -> None:
 
 
 def law_edit_keeps_all_at_one(m: Method) -> None:
-    for unit in units():
+    for unit in units() if m.facts["drops"] else ():
         if unit.free:
             for name in THREE:
                 new = pruned(m, name, unit, 1.0)
@@ -645,10 +648,38 @@ def law_edit_keeps_all_at_one(m: Method) -> None:
                 torch.testing.assert_close(new.w, weight(name), rtol=1e-4, atol=1e-4 * float(weight(name).abs().max()))
 
 
+def law_edit_parts_are_the_truth(m: Method) -> None:
+    """Where an edit leaves codes, its weight is what they decode to, to the last bit of its type."""
+    for name in THREE:
+        for dtype in (torch.float32, torch.bfloat16):
+            new = pruned(m, name, plain(), 0.5, dtype=dtype)
+            codes = Codes.of(new)
+            assert (codes is not None) == m.facts["codes"]
+            if codes is not None:
+                assert torch.equal(codes.weight().to(dtype), new.w)
+
+
+def law_edit_codes_are_the_nearest(m: Method) -> None:
+    """More bits, and smaller groups, are nearer; a zero point of its own is nearer where signs are uneven."""
+    if {"bits", "group", "asymmetric"} <= set(m.knobs):
+        for name in THREE:
+            at = env(m, name, w=weight(name).abs() + 0.01)
+
+            def off(at: dict[str, Any] = at, **knobs: Any) -> float:
+                return float((call(m, at, **knobs).w - at["w"]).norm())
+
+            assert off(bits=8) < 0.2 * off(bits=4) < 0.2 * off(bits=2)
+            assert off(group=4) < off(group=0)
+            assert off(asymmetric=True) < off()
+
+
 def law_edit_touches_every_site(m: Method) -> None:
-    """Drops something everywhere, and leaves something everywhere."""
+    """Drops something everywhere and leaves something everywhere; one that drops nothing changes every row."""
     for name in SITES:
         new = pruned(m, name, plain(), 0.5)
+        if not m.facts["drops"]:
+            assert bool((new.w != weight(name)).any(1).all()), name
+            continue
         assert 0.25 < float((new.w == 0).float().mean()) < 0.75, name
         assert bool(((new.w != 0).sum(1) > 0).all()), name
 

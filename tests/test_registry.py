@@ -128,7 +128,8 @@ def test_an_unknown_method_is_named_with_its_nearest() -> None:
 @pytest.mark.parametrize(("key", "module", "follows"), [
     ("score/wanda", "trimtab.methods.score.wanda", True), ("score/wanda", "trimtab.methods.score.obs", False),
     ("unit/nm", "trimtab.methods.select", True), ("budget/lamp", "trimtab.methods.budget.global_", True),
-    ("format/bsr", "trimtab.methods.format.bitmask", True), ("edit/admm", "trimtab.methods.solvers", True),
+    ("format/bsr", "trimtab.methods.format.panels", True), ("edit/rtn", "trimtab.methods.codes", True),
+    ("edit/admm", "trimtab.methods.solvers", True),
     ("repair/obs", "trimtab.methods.solvers", True), ("edit/mask", "trimtab.methods.solvers", False),
 ])
 def test_the_version_follows_the_sources_it_draws_on(monkeypatch: pytest.MonkeyPatch, key: str, module: str,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trimtab.runtime import hook
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "calibrate", "load", "prove", "trim"]
 
@@ -21,3 +23,6 @@ def __getattr__(name: str) -> Any:  # importing the name alone costs nothing; th
     if name in __all__:
         return getattr(import_module("trimtab.api"), name)
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+hook.install()

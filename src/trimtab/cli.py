@@ -173,6 +173,10 @@ def parser() -> Parser:
     p.add_argument("--max-memory", type=size, help="resident memory not to exceed, such as 2GB")
     p.add_argument("--min-recovery", type=share, help="fail when dense / trimmed perplexity is below")
     p.add_argument("--proof-tokens", type=count)
+    p.add_argument("--pack", nargs="?", const="recipe", default="", metavar="FORMAT",
+                   help="write for our runtime, in the recipe's own format or in this one: dense, bitmask, bsr, nm")
+    p.add_argument("--pack-dtype", choices=("float32", "bfloat16"), help="packed weights that are no codes; default: as the model's")
+    p.add_argument("--head", choices=("keep", "int8"), help="the packed head: default int8 per row where the recipe leaves codes")
     p.add_argument("--no-speed", action="store_true", help="leave the speed measurement out of the proof")
     p.add_argument("--dry-run", action="store_true", help="estimate, try one block with save and reload, write nothing")
     p.add_argument("--resume", action="store_true")
@@ -226,6 +230,7 @@ def options(a: argparse.Namespace) -> Any:
         keep=a.keep or 0.5, samples=a.samples, seq_len=a.seq_len, seed=a.seed, calib=tuple(a.calib), text=tuple(a.text),
         max_memory=a.max_memory, min_recovery=a.min_recovery, proof_tokens=a.proof_tokens, threads=a.threads,
         dtype=a.dtype, resume=a.resume, force=a.force, speed=not a.no_speed, trust_remote_code=a.trust_remote_code,
+        pack=a.pack, pack_dtype=a.pack_dtype, head=a.head,
     )
 
 

@@ -98,7 +98,8 @@ def first_guess(net: Network, recipe: Recipe, plan: Sweeps, samples: list[data.B
         seconds += walks(sweep) * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
         seconds += sum(editing(p, s, speed) for p, sites in sweep for s in sites)
     seconds += 3 * net.checkpoint.weight_bytes / COPY
-    return {"memory": peak(net, plan, samples, opts), "disk": line.disk_estimate(net, recipe, samples if opts.max_memory else []),
+    disk = line.disk_estimate(net, recipe, samples if opts.max_memory else [], bool(opts.pack))
+    return {"memory": peak(net, plan, samples, opts), "disk": disk,
             "minutes": (seconds + proving(net, opts, speed, seconds)) / 60}
 
 
@@ -108,7 +109,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     line.check_out(model, out, replace(opts, force=True))
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan = line.sweeps(recipe, net.sites)
-    line.check_recipe(net, plan, opts, opts.samples)
+    line.check_recipe(net, recipe, plan, opts, opts.samples)
     samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
     guess = first_guess(net, recipe, plan, samples, opts)
     tick(f"estimate: {guess['memory'] / 1e9:.2f} GB memory, {guess['disk'] / 1e9:.2f} GB disk, {guess['minutes']:.1f} minutes", 0, 0)

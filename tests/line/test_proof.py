@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from trimtab.core.types import Failed
+from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import Network
 from trimtab.prove.proof import _plain, faster_line, prove, run_fresh, smaller_line, verdict
 from trimtab.prove.quality import compare
@@ -125,7 +126,7 @@ def test_sizes_count_what_the_files_hold(tmp_path, monkeypatch):
     save_file({"a": x, "b": x.to(torch.bfloat16), "ids": torch.arange(9)}, tmp_path / "one.safetensors")
     save_file({"c": x.half()}, tmp_path / "two.safetensors")
     files = sorted(tmp_path.glob("*.safetensors"))
-    found = sizes(files)
+    found = sizes(Checkpoint(tmp_path, {}, files))
     assert found == {"bytes": sum(len(f.read_bytes()) for f in files), "params": 3 * 185,
                      "nonzero": 3 * int((x != 0).sum())}
 

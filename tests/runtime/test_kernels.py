@@ -204,6 +204,15 @@ def test_packing_loses_nothing(type_):
             assert again.shape == p.shape and again.dtype == dtype(type_) and again.is_contiguous()
 
 
+def test_what_is_restored_some_panels_at_a_time_is_the_same(monkeypatch):
+    w = torch.randn(200, 68, generator=torch.Generator().manual_seed(4))
+    packs = [dense(w), dense(w.bfloat16()), dense(nearest(w, 4, 32, asymmetric=True)), dense(nearest(w, 8))]
+    at_once = [layouts.restored(p) for p in packs]
+    monkeypatch.setattr(dense_file, "SOME", 3)
+    assert all(torch.equal(layouts.restored(p), t) for p, t in zip(packs, at_once, strict=True))
+    assert torch.equal(at_once[0], w)
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_codes_stand_for_the_nearest_weight_they_can(bits, asymmetric):
@@ -297,6 +306,8 @@ def test_buffers_that_contradict_each_other_are_refused():
     for p in bad:
         with pytest.raises(BadInput):
             native.Linear(p)
+        with pytest.raises(BadInput):  # where there is no compiler nobody else looks
+            layouts.check(p)
     linear = native.Linear(dense(w))
     for x, y in (((2, 127), (2, 64)), ((2, 128), (3, 64)), ((2, 128), (2, 63))):
         with pytest.raises(ValueError):

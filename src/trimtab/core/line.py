@@ -25,12 +25,13 @@ from torch import Tensor
 
 import trimtab
 from trimtab.core import data as data_
-from trimtab.core import memory
+from trimtab.core import memory, pack
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Failed, Site, Summary
+from trimtab.methods.codes import Codes
 from trimtab.methods.format.panels import pack_bits, unpack_mask
 from trimtab.network.checkpoint import Entry, SafeFile, read, write_like, write_safetensors
 from trimtab.network.stream import Network
@@ -58,6 +59,9 @@ class Options:
     speed: bool = True
     speed_seconds: float | None = None  # about how long timing may take; as long as the edit, if not said
     trust_remote_code: bool = False
+    pack: str = ""  # write for our runtime: a format, or "recipe" for the recipe's own
+    pack_dtype: str | None = None  # of packed weights that are no codes; the files' own where a kernel reads it, if not said
+    head: str | None = None  # keep or int8; int8 where the recipe leaves codes, if not said
     fresh: bool = True  # the proof in a process of its own; False only where many runs are compared in one
     cache: StatCache | None = field(default=None, compare=False)  # shared by the recipes of one run
 
@@ -90,11 +94,13 @@ def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
 
 def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None) -> Change:
     """Edit and repair one weight `w` [out, in] float32. What an earlier pass dropped (`prior`) stays dropped."""
-    unit, step = Unit(p.steps["unit"]), p.steps["edit"]
-    env: dict[str, Any] = {"w": w, "keep": share, "unit": unit, **stats}
+    step = p.steps["edit"]
+    env: dict[str, Any] = {"w": w, "keep": share, **stats}
+    if "unit" in p.steps:
+        env["unit"] = Unit(p.steps["unit"])
     if "score" in p.steps:
         s = score_site(p, w, stats)
-        env["mask"] = unit(s if prior is None else s * prior, share)
+        env["mask"] = env["unit"](s if prior is None else s * prior, share)
         if prior is not None:
             env["mask"] &= prior
     else:
@@ -108,19 +114,12 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
         raise Failed(f"{site.name}: {p.steps['edit'].key} returned a weight of wrong shape or with NaN; please report this")
     if mask is not None and bool((change.w[~mask] != 0).any()):
         raise Failed(f"{site.name}: {p.steps['edit'].key} left weights outside its own mask; please report this")
+    codes = Codes.of(change)
+    if codes is not None and not torch.equal(codes.weight(), change.w):
+        raise Failed(f"{site.name}: {p.steps['edit'].key} returned parts that do not decode to its weight; please report this")
     if prior is not None and bool((change.w[~prior] != 0).any()):
         raise Failed(f"{site.name}: {p.steps['edit'].key} brought back weights an earlier pass dropped; please report this")
     return change
-
-
-def format_of(p: Pass) -> Step:
-    """The format named, or the one made for the unit's pattern, with the unit's own knobs."""
-    if "format" in p.steps:
-        step = p.steps["format"]
-    else:
-        step = Step(f"format/{p.steps['unit'].method.facts['format']}")
-    shared = {k: v for k, v in p.steps["unit"].bound.items() if k in step.method.knobs}
-    return Step(step.key, tuple(sorted({**shared, **dict(step.knobs)}.items())))
 
 
 # ---- the plan ---------------------------------------------------------------------------------
@@ -148,15 +147,21 @@ def differentiates(p: Pass) -> bool:
     return any(get(f"stat/{n}").facts["of"] == "grad" for n in p.needs)
 
 
-def check_recipe(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], opts: Options, samples: int) -> None:
+def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], opts: Options, samples: int) -> None:
     """What can be known to fail is refused before anything is written."""
+    if net.checkpoint.packed:
+        raise BadInput(f"{net.checkpoint.path} is packed, and its weights with it; trim the model it was made from")
+    if not opts.pack and (opts.pack_dtype or opts.head):
+        raise BadInput(f"--{'pack-dtype' if opts.pack_dtype else 'head'} says how to pack; give --pack with it")
+    if opts.pack and not pack.to_pack(net, recipe, opts.head):
+        raise BadInput(f"{type(net.model).__name__} has no plain linear layer, and so nothing to pack; leave --pack out")
     for s in net.sites:
         if torch.finfo(getattr(torch, opts.dtype)).bits < torch.finfo(net.stored_dtype(s)).bits:
             raise BadInput(f"--dtype {opts.dtype} is narrower than the files ({str(net.stored_dtype(s)).removeprefix('torch.')}) "
                            f"and would round what it writes; use --dtype float32")
     largest = max((sum(s.size for s in net.sites_of(i)) for i in range(net.n_blocks)), default=0)
     for k, sweep in enumerate(plan_sweeps):
-        for p, sites in sweep:
+        for p, _ in sweep:
             if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
                                f"lower --samples or raise --max-memory")
@@ -166,18 +171,24 @@ def check_recipe(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]],
                 if net.kind != "lm":
                     raise BadInput(f"{p} needs the gradient of a language model's loss, and this model has none; "
                                    f"use wanda, sparsegpt or admm")
-            unit, seen = Unit(p.steps["unit"]), set()
-            for s in sites:
-                if s.shape not in seen:
-                    seen.add(s.shape)
-                    try:
-                        unit(torch.empty(s.shape, device="meta"), 0.5)
-                        if "format" in p.steps:
-                            f, w = format_of(p), torch.ones(s.shape, dtype=torch.bfloat16)
-                            mask = unit(torch.rand(s.shape, generator=torch.Generator().manual_seed(0)), p.keep or opts.keep)
-                            f.method({"new": Change(w * mask, mask=mask)}, **f.bound)
-                    except BadInput as e:
-                        raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
+    tried: set[tuple[Any, ...]] = set()
+    formats = pack.formats(net.sites, recipe, opts.pack.removeprefix(pack.AS_RECIPE))
+    for s in net.sites:
+        passes = [p for p in recipe.passes if p.covers(s)]
+        if gridded := [p for p in passes[:-1] if p.steps["edit"].method.facts["codes"]]:
+            raise BadInput(f"{s.name}: a pass after {gridded[0]} would leave its grid; put what rounds to codes last")
+        step, case = formats[s.name], (s.shape, str(formats[s.name]), *map(str, passes))
+        if case in tried:
+            continue
+        tried.add(case)
+        try:
+            for p in passes:
+                if "unit" in p.steps:
+                    Unit(p.steps["unit"])(torch.empty(s.shape, device="meta"), 0.5)
+            if opts.pack or any("format" in p.steps or p.steps["edit"].method.facts["codes"] for p in passes):
+                pack.try_format(step, passes, s.shape, opts.keep)
+        except BadInput as e:
+            raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
 
 
 def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: Options) -> dict[str, Any]:
@@ -187,6 +198,7 @@ def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: 
         "source": net.digest, "calibration": data_.digest(samples), "samples": len(samples),
         "dtype": opts.dtype, "device": "cpu", "threads": torch.get_num_threads(),
         "versions": {"trimtab": trimtab.__version__, "torch": torch.__version__}, "machine": platform.machine(),
+        **({"pack": [opts.pack, opts.pack_dtype, opts.head]} if opts.pack else {}),
     }
 
 
@@ -332,7 +344,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     check_out(model, out, opts)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan_sweeps = sweeps(recipe, net.sites)
-    check_recipe(net, plan_sweeps, opts, opts.samples)
+    check_recipe(net, recipe, plan_sweeps, opts, opts.samples)
     samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
     proof = proof_samples(net, opts)
     header = make_header(net, recipe, samples, opts)
@@ -347,7 +359,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
         resumed = journal.open(header, resume=opts.resume, force=opts.force)
         if opts.resume and not resumed:
             tick("resume: nothing to continue, starting afresh", 0, 0)
-        shares = run_sweeps(net, plan_sweeps, samples, journal, header, opts, tick)
+        shares = run_sweeps(net, recipe, plan_sweeps, samples, journal, header, opts, tick)
         notes = assemble(net, recipe, plan_sweeps, journal, header, shares, opts, tick)
         journal.publish(journal.dir / "finished")
         journal.close(remove=True)
@@ -414,7 +426,7 @@ def check_disk(net: Network, recipe: Recipe, samples: list[data_.Batch], out: Pa
     """Staging holds the edited blocks and the finished copy at once; hidden states may be spilled."""
     staging = out.with_name(out.name + ".partial")
     have = sum(f.stat().st_size for f in staging.glob("*.safetensors")) if opts.resume and staging.is_dir() else 0
-    need = disk_estimate(net, recipe, samples if opts.max_memory else []) - have
+    need = disk_estimate(net, recipe, samples if opts.max_memory else [], bool(opts.pack)) - have
     check_room(out, need)
 
 
@@ -427,10 +439,10 @@ def check_room(out: Path, need: float) -> None:
         raise BadInput(f"not enough disk under {where}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
 
-def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch]) -> int:
+def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch], packed: bool = False) -> int:
     hidden = sum(tokens_of(net, b) for b in samples) * int(getattr(net.config, "hidden_size", 0)) * 4
     places = net.n_blocks + 2 if any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs) else 1
-    return int(net.checkpoint.weight_bytes * (2.2 + 1.1 * max(0, len(recipe.passes) - 1)) + hidden * places + 1e7)
+    return int(net.checkpoint.weight_bytes * (2.2 + 1.1 * packed + 1.1 * max(0, len(recipe.passes) - 1)) + hidden * places + 1e7)
 
 
 def tokens_of(net: Network, batch: data_.Batch) -> int:
@@ -464,10 +476,12 @@ def writing(journal: Journal, out: Path) -> Iterator[None]:
         raise
 
 
-def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], samples: list[data_.Batch],
+def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], samples: list[data_.Batch],
                journal: Journal, header: dict[str, Any], opts: Options, tick: Report) -> dict[str, float]:
     spill = None if opts.max_memory is None else opts.max_memory // 16
     walk_on = walker(net, samples, journal.dir, spill, journal, opts.cache)
+    formats = pack.formats(net.sites, recipe, "")
+    final = {s.name: k for k, sweep in enumerate(plan_sweeps) for _, sites in sweep for s in sites}
     plan = journal.plan() or {"header": header}
     all_shares: dict[str, dict[str, float]] = plan.get("shares", {})
     for k, sweep in enumerate(plan_sweeps):
@@ -495,10 +509,10 @@ def run_sweeps(net: Network, plan_sweeps: list[list[tuple[Pass, list[Site]]]], s
                 change = edit_site(p, s, w, shares.get(s.name, math.nan), stats.of(s) if stats else {}, prior)
                 change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
                 net.set_weight(module, s, change.w)
-                fmt = format_of(p)
-                packed = fmt.method({"new": change}, **fmt.bound)
-                notes["packed_bytes"][s.name] = packed.nbytes
-                notes["formats"][s.name] = packed.label
+                if not opts.pack and k == final[s.name]:  # counted here, where it is not written
+                    values = change if change.parts else replace(change, w=change.w.to(pack.value_dtype(change.w.dtype)))
+                    packed = pack.pack(formats[s.name], values, s.name)
+                    notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
                 parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
@@ -519,19 +533,40 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     out = journal.dir / "finished"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
+    starved = [f"{i}.{n}" for i in range(net.n_blocks) if last >= 0
+               for n in json.loads(SafeFile(journal.block_path(last, i)).metadata["notes"])["starved"]]
+    warnings = [f"no calibration token reached {len(starved)} inputs ({', '.join(starved[:3])}...)"] if starved else []
+    if opts.pack:
+        notes = pack.write_packed(net, recipe, journal, last, out, asked=opts.pack.removeprefix(pack.AS_RECIPE), dtype=opts.pack_dtype,
+                                  head=opts.head, tick=tick)
+        notes["warnings"] = warnings + notes["warnings"]
+    else:
+        notes = {**write_plain(net, journal, last, out, tick), "warnings": warnings}
+        notes["rest_bytes"] = rest_bytes(net, set(notes["packed_bytes"]))
+    (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
+    result = {
+        "proof": "pending", "recipe": recipe.name, "pipeline": recipe.text, "plan_hash": plan_hash(header, shares),
+        "header": header, "shares": shares, "free": any(p.free and p.keep is None for p in recipe.passes) and opts.keep < 1, **notes,
+    }
+    write_json(out / "trimtab.json", result)
+    sync(out)
+    tick("write", 1, 1)
+    return result
+
+
+def write_plain(net: Network, journal: Journal, last: int, out: Path, tick: Report) -> dict[str, Any]:
+    """The source's files with the edited tensors, and the parts beside them. Returns packed_bytes and formats by site."""
     where: dict[str, int] = {}
     parts: dict[str, Entry] = {}
     packed: dict[str, int] = {}
     formats: dict[str, str] = {}
-    starved: list[str] = []
     for i in range(net.n_blocks) if last >= 0 else ():
         f = SafeFile(journal.block_path(last, i))
-        where |= {n: i for n in f.names if not n.startswith("trimtab:")}
-        parts |= {n.removeprefix("trimtab:"): e for n, e in f.entries.items() if n.startswith("trimtab:")}
+        where |= {n: i for n in f.names if not n.startswith(pack.PART)}
+        parts |= {n.removeprefix(pack.PART): e for n, e in f.entries.items() if n.startswith(pack.PART)}
         notes = json.loads(f.metadata["notes"])
         packed |= notes["packed_bytes"]
         formats |= notes["formats"]
-        starved += [f"{i}.{n}" for n in notes["starved"]]
 
     def replaced(name: str) -> Tensor | None:
         return SafeFile(journal.block_path(last, where[name])).read(name) if name in where else None
@@ -541,18 +576,7 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     digests = {f.name: file_digest(f) for f in sorted(out.glob("*.safetensors"))}
     write_safetensors(out / "trimtab.safetensors", {n: (e.dtype, e.shape) for n, e in parts.items()}, lambda n: read(parts[n]),
                       {"trimtab": json.dumps({"version": 1, "weights": digests}, sort_keys=True)})
-    (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
-    warnings = [f"no calibration token reached {len(starved)} inputs ({', '.join(starved[:3])}...)"] if starved else []
-    result = {
-        "proof": "pending", "recipe": recipe.name, "pipeline": recipe.text, "plan_hash": plan_hash(header, shares),
-        "header": header, "shares": shares, "packed_bytes": packed, "warnings": warnings,
-        "rest_bytes": rest_bytes(net, set(packed)), "formats": formats,
-        "free": any(p.free and p.keep is None for p in recipe.passes) and opts.keep < 1,
-    }
-    write_json(out / "trimtab.json", result)
-    sync(out)
-    tick("write", 1, 1)
-    return result
+    return {"packed_bytes": packed, "formats": formats}
 
 
 def rest_bytes(net: Network, sites: set[str]) -> int:
@@ -627,12 +651,13 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
     from trimtab.report.card import card
 
     formats = sorted(set(notes["formats"].values()))
+    packed = sum(notes["packed_bytes"].values()) + notes["rest_bytes"] if notes["packed_bytes"] and "rest_bytes" in notes else None
     with proving(out), tempfile.TemporaryDirectory() as tmp:
         request = proof_request(model, out, net, samples, opts, Path(tmp))
         memory.release()
         own = memory.rss()
         result = (run_fresh if opts.fresh else answer)(request | {
-            "packed_bytes": sum(notes["packed_bytes"].values()) + notes["rest_bytes"] if notes["packed_bytes"] else None,
+            "packed_bytes": packed,
             "packed_format": " + ".join(formats), "min_recovery": opts.min_recovery,
             "seconds": opts.speed_seconds or max(10.0, notes.get("edit_seconds") or 0.0),  # no longer than the work it judges
         }, tick)
@@ -646,7 +671,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
     write_json(out / "trimtab.json", {**notes, **result})  # not where it lies: a directory may be moved
     base = "builtin:lm" if model.parent.name == "builtin" else model.resolve().name
     tmp_card = out / "README.md.tmp"
-    tmp_card.write_text(card(result, base, commands(base, notes, opts, out)), encoding="utf-8")
+    tmp_card.write_text(card({**notes, **result}, base, commands(base, notes, opts, out)), encoding="utf-8")
     os.replace(tmp_card, out / "README.md")
     return {**result, "out": str(out)}
 
@@ -657,6 +682,9 @@ def commands(base: str, notes: dict[str, Any], opts: Options, out: Path) -> list
     for option, files in (("--calib", opts.calib), ("--text", opts.text)):
         more += f" {option} {shlex.join(files)}" if files else ""
     more += f" --dtype {opts.dtype}" if opts.dtype != Options.dtype else ""
+    if opts.pack:
+        more += f" --pack {opts.pack.removeprefix(pack.AS_RECIPE)}".rstrip()
+        more += "".join(f" --{k} {v}" for k, v in (("pack-dtype", opts.pack_dtype), ("head", opts.head)) if v)
     more += " --trust-remote-code" if opts.trust_remote_code else ""
     name, base = shlex.quote(out.name), shlex.quote(base)
     return [f"trimtab trim {base} '{notes['pipeline']}' -o {name} --samples {opts.samples} --seq-len {opts.seq_len} "

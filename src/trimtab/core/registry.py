@@ -38,6 +38,8 @@ KNOBS = {
     "outlier": "multiple of the mean above which a score is an outlier", "spread": "half-width of a window of shares",
     "iters": "iterations", "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
     "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
+    "bits": "bits of a code", "group": "inputs that share a scale, 0 for the whole row",
+    "asymmetric": "whether a grid has a zero point of its own",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
 SECTIONS = ("Formula", "Source", "Deviations")
@@ -104,7 +106,8 @@ FACTS: dict[str, dict[str, Any]] = {
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores).
     "budget": {"mean": "weight", "of": None},
     "rewrite": {},
-    "edit": {},
+    # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep.
+    "edit": {"drops": True, "codes": False},
     "repair": {},
     # holds: what it can store: "any", "mask", "nm", "block"; codes: whether it stores them; bytes: the size of every buffer as
     # (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that number,

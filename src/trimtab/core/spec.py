@@ -36,7 +36,7 @@ class Step:
         return {**self.method.knobs, **dict(self.knobs)}
 
     def __str__(self) -> str:
-        args = ",".join(f"{k}={v}" for k, v in self.knobs)
+        args = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.knobs)
         return f"{self.key}({args})" if args else self.key
 
 
@@ -50,7 +50,7 @@ class Pass:
     @property
     def free(self) -> bool:
         """Whether the share kept is the user's to choose."""
-        return bool(self.steps["unit"].method.facts["free"])
+        return "unit" in self.steps and bool(self.steps["unit"].method.facts["free"])
 
     @property
     def needs(self) -> set[str]:
@@ -59,7 +59,7 @@ class Pass:
     @property
     def budget(self) -> Step:
         """The budget, also where the unit decides it (one threshold for the model is the global budget)."""
-        return self.steps["budget"] if "budget" in self.steps else Step("budget/global")
+        return self.steps.get("budget", Step("budget/global" if "unit" in self.steps else "budget/uniform"))
 
     def covers(self, site: Site) -> bool:
         def matches(scope: str) -> bool:
@@ -101,7 +101,8 @@ class Recipe:
     @property
     def methods(self) -> dict[str, str]:
         """Version of every method it uses, statistics included."""
-        keys = {s.key for p in self.passes for s in (*p.steps.values(), p.budget)} | {f"stat/{n}" for n in self.needs}
+        keys = {s.key for p in self.passes for s in p.steps.values()} | {f"stat/{n}" for n in self.needs}
+        keys |= {p.budget.key for p in self.passes if "unit" in p.steps}
         return {k: get(k).version for k in sorted(keys)}
 
     def seeded(self, seed: int) -> Recipe:
@@ -126,7 +127,7 @@ class Recipe:
             if any(p.keep is not None for p in passes):
                 raise BadInput("--keep is given, but the recipe names its own keep: use one of the two")
             if not any(p.free for p in passes):
-                raise BadInput(f"--keep is given, but {self.name!r} fixes its own share (n:m): leave --keep out")
+                raise BadInput(f"--keep is given, but {self.name!r} fixes its own share (n:m, bits): leave --keep out")
             passes = [replace(p, keep=keep) if p.free else p for p in passes]
         return replace(self, passes=tuple(passes))
 
@@ -332,7 +333,7 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
 
 def _checked(p: Pass) -> Pass:
     if p.keep is not None and not p.free:
-        raise BadInput(f"keep is given, but {p.steps['unit']} fixes its own share: leave keep out")
+        raise BadInput(f"keep is given, but {p.steps.get('unit', p.steps['edit'])} fixes its own share: leave keep out")
     return p
 
 
@@ -360,7 +361,8 @@ def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
     out = []
     for p in row.passes:
         steps = dict(p.steps)
-        if unit is not None:
+        if unit is not None and "unit" in steps:
+            used.add("unit")
             step = unit_step(unit, p.steps["unit"].method.facts["along"])
             steps["unit"] = step
             if "budget" in step.method.joint:
@@ -372,7 +374,7 @@ def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
             used |= set(mine)
             steps[axis] = _step(s.method, {**dict(s.knobs), **mine})
         out.append(_checked(replace(p, steps=steps, keep=whole.get("keep", p.keep), order=whole.get("order", p.order))))
-    if left := sorted(set(knobs) - used):
+    if left := sorted((set(knobs) | ({"unit"} if unit is not None else set())) - used):
         known = sorted({k for p in row.passes for s in p.steps.values() for k in s.method.knobs} | {"unit", *PASS_KNOBS})
         raise BadInput(f"{row.name} has no knob {left[0]!r}{near(left[0], known)}")
     return out

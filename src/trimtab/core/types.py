@@ -58,7 +58,8 @@ class Site:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def _rows(self) -> slice | Tensor | None:
+    def row_index(self) -> slice | Tensor | None:
+        """Its rows in the parameter; None for all of them."""
         if self.rows is None:
             return None
         return slice(*self.rows) if len(self.rows) == 2 else torch.tensor(self.rows)
@@ -67,7 +68,7 @@ class Site:
         """The site's weight as a new contiguous `[out, in]` tensor."""
         w = param.detach() if self.expert is None else param.detach()[self.expert]
         w = w.T if self.transposed else w
-        rows = self._rows()
+        rows = self.row_index()
         return (w if rows is None else w[rows]).clone(memory_format=torch.contiguous_format)
 
     def put(self, param: Tensor, w: Tensor) -> None:
@@ -77,7 +78,7 @@ class Site:
         with torch.no_grad():
             dst = param.detach() if self.expert is None else param.detach()[self.expert]
             dst = dst.T if self.transposed else dst
-            rows = self._rows()
+            rows = self.row_index()
             if rows is None:
                 dst.copy_(w)
             else:

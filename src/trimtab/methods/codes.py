@@ -56,11 +56,15 @@ class Codes:
         """What it stands for, float32 [out, in]."""
         return self.each(self.scales.float()) * (self.codes.float() - self.each(self.zero().float()))
 
-    def change(self, mask: Tensor | None = None) -> Change:
-        """As an edit returns it: the parts, what they decode to, and the pattern `mask` it keeps."""
+    def parts(self) -> dict[str, Tensor]:
+        """As a change carries them; `grid` int32: bits and group."""
         parts = {"codes": self.codes, "scales": self.scales,
                  "grid": torch.tensor([self.bits, self.group], dtype=torch.int32, device=self.codes.device)}
-        return Change(self.weight(), parts if self.zeros is None else {**parts, "zeros": self.zeros}, mask)
+        return parts if self.zeros is None else {**parts, "zeros": self.zeros}
+
+    def change(self, mask: Tensor | None = None) -> Change:
+        """As an edit returns it: the parts, what they decode to, and the pattern `mask` it keeps."""
+        return Change(self.weight(), self.parts(), mask)
 
     @staticmethod
     def of(new: Change) -> Codes | None:
@@ -75,8 +79,10 @@ def nearest(w: Tensor, bits: int, group: int = 0, *, asymmetric: bool = False) -
     """Every weight rounded to the nearest code of a grid over its group (0: the row). A weight of zero stays zero.
 
     Symmetric: scale = max |w| / (2^(bits - 1) - 1); asymmetric: from min(w, 0) to max(w, 0). The scale of a row is
-    float32, of a group float16, rounded before the weights are. BadInput where a weight is not finite.
+    float32, of a group float16, rounded before the weights are. BadInput for other bits than 8, 4 and 2, and where a weight is not finite.
     """
+    if bits not in BITS.values() or group < 0:
+        raise BadInput(f"codes have 8, 4 or 2 bits and groups of inputs (0: the row), not {bits} bits and groups of {group}")
     out, inputs = w.shape
     group = min(group, inputs) or inputs
     if not bool(torch.isfinite(w).all()):

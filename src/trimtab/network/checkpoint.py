@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.journal import sync
+from trimtab.core.journal import sync, write_json
 from trimtab.core.types import BadInput
+from trimtab.methods.format.panels import Packed
+from trimtab.runtime.layouts import VERSION, described, restored
 
 CHUNK = 8 << 20
+LINE = 64       # bytes of a cache line: where the data of a file of ours begins
+SHARD = 5 << 30
+PACKED = ".packed_"  # between the name of a packed layer and that of its buffer
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # Other copies of the weights: an edited checkpoint that carried them along would contradict itself.
@@ -63,7 +68,8 @@ class SafeFile:
             raise self._bad("corrupt: its header is not JSON") from None
         if not isinstance(header, dict):
             raise self._bad("corrupt: its header is not a JSON object")
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        about = header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = about if isinstance(about, dict) else {}
         entries = {name: self._entry(name, given, size) for name, given in header.items()}
         # An empty tensor may begin where another does; it comes first.
         self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
@@ -89,7 +95,7 @@ class SafeFile:
     def _entry(self, name: str, e: Any, size: int) -> Entry:
         try:
             kind, shape, (begin, end) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise self._bad(f"corrupt: the header entry of tensor {name} is malformed") from None
@@ -107,7 +113,8 @@ class Checkpoint:
     """A directory of `config.json`, safetensors weights and whatever else belongs to the model.
 
     path, config; `tensors`: {name: Entry} in file order; `files`: the weight files; `other_files`: what to carry over
-    (tokenizer and the like, no pickles, no second copies of the weights).
+    (tokenizer and the like, no pickles, no second copies of the weights). Of a packed directory, `packed` describes its
+    layers by name; their weights are among the tensors as what they stand for, an Entry that lies nowhere.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], files: list[Path]):
@@ -118,8 +125,37 @@ class Checkpoint:
                 if name in self.tensors:
                     raise BadInput(f"tensor {name} is in both {self.tensors[name].file.name} and {f.name} of {path}; keep one")
                 self.tensors[name] = e
+        self.packed, self.buffers = self._packed()
         self.weight_bytes = sum(os.stat(f).st_size for f in files)
         self.sharded = files != [path / SINGLE]
+
+    def _packed(self) -> tuple[dict[str, Any], dict[str, dict[str, Entry]]]:
+        """Descriptions of the packed layers, and their buffers, which leave `tensors` for the weights they stand for."""
+        about = self.config.get("quantization_config")
+        if not isinstance(about, dict) or about.get("quant_method") != "trimtab":
+            return {}, {}
+        version, linears = about.get("version"), about.get("linears")
+        if isinstance(version, int) and version > VERSION:
+            raise BadInput(f"{self.path} was packed by a newer trimtab (layout {version}; this one reads {VERSION}); update trimtab")
+        if version != VERSION or not isinstance(linears, dict):
+            raise BadInput(f"{self.path / 'config.json'} does not say what is packed: its quantization_config is corrupt; fetch it again")
+        buffers: dict[str, dict[str, Entry]] = {name: {} for name in linears}
+        for full in [n for n in self.tensors if PACKED in n]:
+            name, _, buffer = full.rpartition(PACKED)
+            if name not in buffers:
+                raise BadInput(f"tensor {full} of {self.path} belongs to no packed layer of its config.json; fetch it again")
+            buffers[name][buffer] = self.tensors.pop(full)
+        for name, about in linears.items():
+            values, shape = buffers[name].get("values"), about.get("shape") if isinstance(about, dict) else None
+            if values is None or f"{name}.weight" in self.tensors or not isinstance(shape, list):
+                raise BadInput(f"packed layer {name} of {self.path} is not stored as its config.json says; fetch it again")
+            dtype = values.dtype if values.dtype.is_floating_point else torch.float32
+            self.tensors[f"{name}.weight"] = Entry(values.file, dtype, tuple(shape), 0, 0)
+        return linears, buffers
+
+    def linear(self, name: str) -> Packed:
+        """A packed layer, in memory of its own and checked. KeyError for an unknown name."""
+        return described(name, self.packed[name], {k: read(e) for k, e in self.buffers[name].items()})
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
@@ -146,7 +182,7 @@ class Checkpoint:
                 raise BadInput(f"shard {s}, named in {path / INDEX}, is missing; fetch it again")
         c = Checkpoint(path, config, [path / s for s in shards])
         for name, s in where.items():
-            if name not in c.tensors or c.tensors[name].file.name != s:
+            if PACKED not in name and (name not in c.tensors or c.tensors[name].file.name != s):
                 raise BadInput(f"tensor {name} is missing from {path / s}, where {INDEX} puts it; fetch the shard again")
         return c
 
@@ -169,6 +205,7 @@ class Checkpoint:
         The digest is sha256 over config.json and the weight files.
         """
         wanted, h, config = set(names), hashlib.sha256(), self.path / "config.json"
+        wanted |= {f"{name}{PACKED}{k}" for name, buffers in self.buffers.items() for k in buffers}
         h.update(f"{config.name}\0{os.stat(config).st_size}\0".encode() + config.read_bytes())
         for f in self.files:
             inside = SafeFile(f)
@@ -184,7 +221,9 @@ class Checkpoint:
         return h.hexdigest()
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, in memory of its own. KeyError for an unknown name."""
+        """The tensor in its stored dtype, in memory of its own; a packed weight as what it stands for. KeyError for an unknown name."""
+        if (layer := name.removesuffix(".weight")) in self.packed and name.endswith(".weight"):
+            return restored(self.linear(layer))
         return read(self.tensors[name])
 
 
@@ -235,10 +274,19 @@ def write_like(src: Checkpoint, out: Path, replace: Callable[[str], Tensor | Non
             os.fsync(fd)
         finally:
             os.close(fd)
-    for p in [*([Path(INDEX)] if src.sharded else []), *src.other_files]:
-        (out / p).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(src.path / p, out / p)
-        sync(out / p)
+    if src.sharded:
+        shutil.copy2(src.path / INDEX, out / INDEX)
+        sync(out / INDEX)
+    copy_others(src, out)
+
+
+def copy_others(src: Checkpoint, out: Path, without: tuple[str, ...] = ()) -> None:
+    """Everything but the weights, and but these names."""
+    for p in src.other_files:
+        if str(p) not in without:
+            (out / p).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(src.path / p, out / p)
+            sync(out / p)
     sync(out)
 
 
@@ -292,7 +340,7 @@ def write_safetensors(path: Path, entries: Mapping[str, tuple[torch.dtype, tuple
         header[name] = {"dtype": code[dtype], "shape": list(shape), "data_offsets": [at, at + math.prod(shape) * dtype.itemsize]}
         at = header[name]["data_offsets"][1]
     head = json.dumps(header, sort_keys=False, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * (-(8 + len(head)) % LINE)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         begin = 8 + len(head)
@@ -306,3 +354,30 @@ def write_safetensors(path: Path, entries: Mapping[str, tuple[torch.dtype, tuple
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_sharded(out: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensor: Callable[[str], Tensor],
+                  about: Callable[[list[str]], dict[str, str]], limit: int = SHARD) -> None:
+    """The weights of a directory: one file, or shards of about `limit` bytes with their index. `about`: a file's metadata.
+
+    Tensors that fill whole cache lines come first, the others by item size, so that all but a few small ones begin on one
+    and every one on its own item size: they can be mapped.
+    """
+    sizes = {n: dtype.itemsize * math.prod(shape) for n, (dtype, shape) in entries.items()}
+    files: list[list[str]] = [[]]
+    held = 0
+    for n in entries:
+        if files[-1] and held + sizes[n] > limit:
+            files.append([])
+            held = 0
+        files[-1].append(n)
+        held += sizes[n]
+    where: dict[str, str] = {}
+    for k, names in enumerate(files, 1):
+        file = SINGLE if len(files) == 1 else f"model-{k:05d}-of-{len(files):05d}.safetensors"
+        names.sort(key=lambda n: (sizes[n] % LINE != 0, -entries[n][0].itemsize if sizes[n] % LINE else 0))
+        write_safetensors(out / file, {n: entries[n] for n in names}, tensor, about(names))
+        where |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+    sync(out)

@@ -26,6 +26,19 @@ class Context:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A plain linear layer: its module's name, the stored name of its weight, and the sites that are rows of it (none: the head)."""
+
+    name: str
+    file: str
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def is_head(self) -> bool:
+        return not self.sites
+
+
 class _Reached(Exception):
     """The hidden states behind the last block's place: the front has done its work."""
 
@@ -117,6 +130,46 @@ class Network:
 
     def sites_of(self, i: int) -> list[Site]:
         return self._by_block[i]
+
+    def layers(self) -> list[Layer]:
+        """Every plain linear layer that is made of sites and stored as one tensor, in order, and a language model's head."""
+        found = []
+        for i, block in enumerate(self._blocks):
+            stacks: dict[str, list[Site]] = {}
+            for s in self._by_block[i]:
+                stacks.setdefault(s.param, []).append(s)
+            for param, sites in stacks.items():
+                pieces = self._pieces[f"{self._stem}{i}.{param}"]
+                if len(pieces) == 1 and param.endswith(".weight") and type(block.get_submodule(param.removesuffix(".weight"))) is nn.Linear:
+                    found.append(Layer(f"{self._stem}{i}.{param}".removesuffix(".weight"), pieces[0].file, tuple(sites)))
+        head = self.model.get_output_embeddings() if self.kind == "lm" else None
+        if type(head) is nn.Linear:
+            name = next(n for n, m in self.model.named_modules() if m is head)
+            found.append(Layer(name, self._pieces[self.table if self.tied_head else f"{name}.weight"][0].file))
+        return found
+
+    @property
+    def table(self) -> str:
+        """The name of the table of embeddings, which a tied head shares."""
+        table = self.model.get_input_embeddings()
+        return f"{next(n for n, m in self.model.named_modules() if m is table)}.weight"
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head's weight is the table of embeddings."""
+        return self.kind == "lm" and bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+
+    def as_packed(self, module: nn.Module, i: int) -> None:
+        """Let the layers of block `i` that are packed in the files run as they are stored; their weights are gone then."""
+        from trimtab.runtime.modules import PackedLinear
+
+        stem = f"{self._stem}{i}."
+        for name in self.checkpoint.packed:
+            if name.startswith(stem):
+                at = name.removeprefix(stem)
+                owner, _, leaf = at.rpartition(".")
+                bias = module.get_submodule(at)._parameters["bias"]
+                setattr(module.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name), bias))
 
     def _pieces_of(self, site: Site) -> list[graph.Piece]:
         return self._pieces[f"{self._stem}{site.block}.{site.param}"]

@@ -107,7 +107,7 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
             nets.append(Network.open(after, dtype=nets[0].dtype, trust_remote_code=trust_remote_code))
         except BadInput as e:  # it is our output, not the user's input
             raise Failed(f"what was written cannot be used: {e}") from None
-    size = [sizes(n.checkpoint.files) for n in nets]
+    size = [sizes(n.checkpoint) for n in nets]
     with tempfile.TemporaryDirectory(dir=scratch) as spill:
         found = compare(nets[0], nets[1] if after else None, batches, bytes_of_text, Path(spill), max_memory, progress)
     none = {"decode_tok_s": None, "prefill_tok_s": None}
@@ -124,7 +124,7 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
         if packed_bytes is not None:
             result["packed"] = {"format": packed_format, "bytes": packed_bytes}
         result["smaller"] = smaller_line(result["before"], result["after"], result["packed"])
-        masked = size[1]["nonzero"] < size[0]["nonzero"] and size[1]["params"] == size[0]["params"]
+        masked = size[1]["nonzero"] < size[0]["nonzero"] and size[1]["params"] == size[0]["params"] and not nets[1].checkpoint.packed
         result["faster"] = faster_line(timed, masked)
         met, warnings = verdict(result, min_recovery)
         result |= {"warnings": warnings, "proof": "passed" if met else "failed"}

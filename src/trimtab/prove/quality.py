@@ -38,13 +38,13 @@ class Stream:
     def step(self, i: int) -> dict[str, tuple[int, int]]:
         """Run block i over every batch. Returns {site: (zeros, entries)} of that block's weights."""
         module = self.net.block(i)
+        zeros = {}
+        for site in self.net.sites_of(i):
+            w = site.get(module.get_parameter(site.param))
+            zeros[site.name] = (w.numel() - int(torch.count_nonzero(w)), w.numel())
+        self.net.as_packed(module, i)
         for b, context in enumerate(self.contexts):
             self.hidden[b] = self.net.run(module, i, self.hidden[b], context)
-        zeros = {}
-        for site in self.net.sites:
-            if site.block == i:
-                w = site.get(module.get_parameter(site.param))
-                zeros[site.name] = (w.numel() - int(torch.count_nonzero(w)), w.numel())
         return zeros
 
     def logits(self, b: int, row: int, begin: int, end: int) -> Tensor:

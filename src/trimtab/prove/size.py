@@ -1,37 +1,38 @@
 """How large a checkpoint is: bytes as the file system counts them, and parameters as the files hold them."""
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from trimtab.network.checkpoint import Entry, SafeFile
+from trimtab.network.checkpoint import Checkpoint, Entry, SafeFile
 
 CHUNK = 16 << 20
 _SIGNLESS = {1: (torch.int8, 0x7F), 2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF),
              8: (torch.int64, 0x7FFFFFFFFFFFFFFF)}
 
 
-def _weights(file: Path) -> list[Entry]:
-    return [e for e in SafeFile(file).entries.values() if e.dtype.is_floating_point]
+def _weights(c: Checkpoint, file: Path) -> list[Entry]:
+    """The floating point tensors of a file that are weights as they stand: no part of a packed layer."""
+    hidden = {(e.file, e.begin) for buffers in c.buffers.values() for e in buffers.values()}
+    return [e for e in SafeFile(file).entries.values() if e.dtype.is_floating_point and (e.file, e.begin) not in hidden]
 
 
-def parameters(files: Iterable[Path]) -> int:
-    """Floating point entries stored, without reading them; tied tensors are stored once and counted once."""
-    return sum((e.end - e.begin) // e.dtype.itemsize for f in files for e in _weights(f))
+def parameters(c: Checkpoint) -> int:
+    """Floating point entries stored, without reading them; tied tensors are stored once and counted once, of packed layers
+    what they stand for."""
+    packed = sum(c.tensors[f"{name}.weight"].shape[0] * c.tensors[f"{name}.weight"].shape[1] for name in c.packed)
+    return packed + sum((e.end - e.begin) // e.dtype.itemsize for f in c.files for e in _weights(c, f))
 
 
-def sizes(files: Iterable[Path]) -> dict[str, int]:
-    """`bytes` (os.stat), `params`, `nonzero` of weight files, read 16 MB at a time. Minus zero is a zero."""
-    size = params = nonzero = 0
-    for file in files:
-        size += os.stat(file).st_size
+def sizes(c: Checkpoint) -> dict[str, int]:
+    """`bytes` (os.stat), `params`, `nonzero` of the weight files, read 16 MB or a packed layer at a time. Minus zero is a zero."""
+    nonzero = sum(int(torch.count_nonzero(c.read(f"{name}.weight"))) for name in c.packed)
+    for file in c.files:
         with open(file, "rb") as f:
-            for e in _weights(file):
+            for e in _weights(c, file):
                 f.seek(e.begin)
-                params, left = params + (e.end - e.begin) // e.dtype.itemsize, e.end - e.begin
+                left = e.end - e.begin
                 dtype, magnitude = _SIGNLESS[e.dtype.itemsize]  # as integers, so that any float format counts alike
                 while left:
                     part = bytearray(min(CHUNK, left))
@@ -39,4 +40,4 @@ def sizes(files: Iterable[Path]) -> dict[str, int]:
                         raise OSError(f"{file}: ends {len(part) - (got or 0)} bytes early")
                     nonzero += int(torch.count_nonzero(torch.frombuffer(part, dtype=dtype) & magnitude))
                     left -= len(part)
-    return {"bytes": size, "params": params, "nonzero": nonzero}
+    return {"bytes": c.weight_bytes, "params": parameters(c), "nonzero": nonzero}

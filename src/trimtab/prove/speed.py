@@ -104,6 +104,8 @@ def _estimators(nets: list[Network], prompt: int, batch: int, repeats: int) -> l
         net.release()
     tokens = starts[0][0][0].shape[:2].numel()
     blocks = [net.block(net.n_blocks // 2) for net in nets]
+    for net, block in zip(nets, blocks, strict=True):
+        net.as_packed(block, net.n_blocks // 2)
     passes: list[list[list[float]]] = [[] for _ in nets]
     for r in range(repeats + 1):
         for k in _turn(r, len(nets)):
@@ -144,7 +146,7 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, Any]:
 def measure(before: Path | Network, after: Path | Network | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
             threads: int | None = None, repeats: int = 5, max_memory: int | None = None, seconds: float | None = None,
             dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Time both checkpoints with plain transformers, in turns A B, B A, A B; medians over `repeats`.
+    """Time both checkpoints with plain transformers, packed layers on our kernels, in turns A B, B A, A B; medians over `repeats`.
 
     Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
     generate), prefill_tok_s, first_token_s and `spread` {key: [min, max]}, and `ratio` {key: {median, min, max}} of
@@ -162,7 +164,7 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         new = min(new, max(1, places - prompt))
     room = (_free() + rss() if max_memory is None else max_memory) - SLACK
     files = [sum(n.checkpoint.weight_bytes for n in nets), max(n.checkpoint.weight_bytes for n in nets)]
-    entries = sum(parameters(n.checkpoint.files) for n in nets)
+    entries = sum(parameters(n.checkpoint) for n in nets)
     # While a model loads its file is mapped, and mapped pages count.
     if rss() + dtype.itemsize * entries + files[1] < room:
         how: torch.dtype | None = dtype
@@ -205,4 +207,4 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
             "after": figures[1] if after is not None else None, "ratio": ratio, "repeats": repeats,
             "prompt": prompt, "new": new if kind == "lm" else None, "batch": batch,
             "threads": torch.get_num_threads(), "dtype": str(how or nets[0].dtype).removeprefix("torch."),
-            "runner": "torch", "rss_bytes": held}
+            "runner": "trimtab" if any(n.checkpoint.packed for n in nets) else "torch", "rss_bytes": held}

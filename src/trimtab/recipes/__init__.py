@@ -49,3 +49,5 @@ recipe("wanda_redundancy", "row | wanda | redundancy | mask", source="measure of
        claims=[Claim("better than uniform Wanda at 70 %", "wanda_redundancy", "wanda", "70%", "ours: no figure")])
 recipe("blocks", "block(b=32) | magnitude | uniform | mask", source="arXiv:2507.03117 (BLaST), one shot, without its training",
        note="The paper trains through the sparsification; one shot at 95 % is an honest zero point, not its result.")
+recipe("rtn", "rtn(bits=4,group=128)", source="common practice; the baseline of arXiv:2210.17323 (GPTQ)",
+       note="Round to nearest. After a pruning pass it keeps the zeros: `nm(n=2,m=4) | wanda ; rtn(bits=4)`.")

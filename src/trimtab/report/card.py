@@ -28,6 +28,8 @@ def card(run: Run, base: str, commands: list[str]) -> str:
     out += ["", "## Commands", "", fence + "sh", *commands, fence, "", "## Limits", "",
             "- The figures hold for the held-out text and the machine they were measured on, and for no other.",
             "- Perplexity and agreement do not see all a model may lose: rare facts, long contexts, other languages.",
+            "- The layers are packed for trimtab's kernels: transformers opens the files after `import trimtab`, and not without it."
+            if "pack" in run.get("header", {}) else
             "- The zeros are stored as ordinary numbers here, so that plain transformers opens the files; "
             "the lines above say what that does to bytes and seconds.",
             "- License and intended use are those of the model it came from.", ""]

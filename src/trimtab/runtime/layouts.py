@@ -1,6 +1,9 @@
 """Packed weights of any format: back to what they were, checked, and the format that takes the fewest bytes."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import PANEL, TYPES, Packed
 
+VERSION = 1  # of packed directories
 LARGEST = 2**31 - 1
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -51,6 +55,26 @@ def check(p: Packed) -> None:
     for name in sorted(want.keys() | have):
         if want.get(name) != have.get(name):
             raise BadInput(f"{p.format} {p.type} {list(p.shape)}: {want.get(name, 0)} bytes of {name} expected, {have.get(name, 0)} given")
+
+
+def describe(p: Packed) -> dict[str, Any]:
+    """All of it but the buffers, as JSON data."""
+    return {"format": p.format, "type": p.type, "shape": list(p.shape), "dim": p.dim, **{k: getattr(p, k) for k in NUMBERS}}
+
+
+def described(name: str, about: Any, buffers: Mapping[str, Tensor]) -> Packed:
+    """The inverse of `describe`, with its buffers in any shape; checked. BadInput names the layer."""
+    keys = {"format", "type", "shape", "dim", *NUMBERS}
+    try:
+        if not isinstance(about, dict) or set(about) != keys or not isinstance(about["shape"], list):
+            raise BadInput(f"it should be described by {', '.join(sorted(keys))}")
+        if not all(isinstance(about[k], str) for k in ("format", "type", "dim")):
+            raise BadInput("its format, type and dim should be words")
+        p = Packed(**{**about, "shape": tuple(about["shape"]), "buffers": {k: t.reshape(-1) for k, t in buffers.items()}})
+        check(p)
+    except BadInput as e:
+        raise BadInput(f"packed layer {name} is corrupt: {e}") from None
+    return p
 
 
 def smallest(w: Tensor) -> Packed:

@@ -8,7 +8,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import BITS, Codes
-from trimtab.methods.format.panels import TYPES, Packed, Values, decoded, interleaved, matrix, pattern, straight, words
+from trimtab.methods.format.panels import TYPES, Packed, Values, decoded, interleaved, matrix, pattern, straight, values_of, words
 
 
 def size(shape: tuple[int, int], values: Values, kept: int, knobs: dict[str, Any]) -> dict[str, int]:
@@ -32,8 +32,8 @@ def stored(p: Packed) -> int:
 
 
 def restore(p: Packed) -> Tensor:
-    (out, inputs), values = p.shape, p.buffers["values"]
-    inside = straight(values, p.cols) if p.type not in BITS else decoded(p, p.cols, p.cols)
+    (out, inputs), count = p.shape, len(p.buffers["columns"])
+    inside = decoded(p, count, p.cols, p.cols) if p.type in BITS else straight(values_of(p, count, p.cols), p.cols)
     grid = torch.zeros(out // p.rows, inputs // p.cols, p.rows, p.cols, dtype=inside.dtype, device=inside.device)
     row = torch.repeat_interleave(torch.arange(out // p.rows, device=inside.device), p.buffers["pointers"].diff())
     grid.index_put_((row, p.buffers["columns"].long()), inside.transpose(1, 2), accumulate=True)

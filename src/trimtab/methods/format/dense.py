@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.core.registry import method
@@ -19,8 +21,11 @@ from trimtab.methods.format.panels import (
     sides,
     straight,
     unpanelled,
+    values_of,
     words,
 )
+
+SOME = 64  # panels restored together
 
 
 def size(shape: tuple[int, int], values: Values, kept: int, knobs: dict[str, Any]) -> dict[str, int]:
@@ -37,8 +42,15 @@ def stored(p: Packed) -> int:
 
 
 def restore(p: Packed) -> Tensor:
-    out, inputs = p.shape
-    return unpanelled(straight(p.buffers["values"], inputs) if p.type not in BITS else decoded(p, inputs, p.group), out)
+    """Some panels at a time, for a head is large."""
+    count, inputs, values = -(-p.shape[0] // PANEL), p.shape[1], p.buffers["values"]
+    whole = torch.empty(p.shape, dtype=torch.float32 if p.type in BITS else values.dtype, device=values.device)
+    for a in range(0, count, SOME):
+        rows = whole[a * PANEL:(a + SOME) * PANEL]
+        some, n = replace(p, buffers={k: t.reshape(count, -1)[a:a + SOME] for k, t in p.buffers.items()}), -(-len(rows) // PANEL)
+        inside = decoded(some, n, inputs, p.group) if p.type in BITS else straight(values_of(some, n, inputs), inputs)
+        rows.copy_(unpanelled(inside, len(rows)))
+    return whole
 
 
 @method("format", inverse=restore, holds="any", codes=True, bytes=size, stored=stored)

@@ -46,7 +46,8 @@ def places(p: Packed) -> Tensor:
     out, inputs = p.shape if p.dim == "in" else p.shape[::-1]
     shape = (-(-out // PANEL), inputs // p.m, p.n, PANEL)
     if p.type in BITS and p.m == 4:
-        return unworded(p.buffers["bits"], 2, inputs // p.m * p.n).reshape(shape)
+        held = inputs // p.m * p.n
+        return unworded(p.buffers["bits"].reshape(shape[0], -(-held // 16), PANEL, 4), 2, held).reshape(shape)
     return unpack_bits(p.buffers["bits"], width(p.m), shape[0] * shape[1] * shape[2] * PANEL).view(shape)
 
 
@@ -64,9 +65,9 @@ def stored(p: Packed) -> int:
 
 def restore(p: Packed) -> Tensor:
     out, inputs = p.shape if p.dim == "in" else p.shape[::-1]
-    at, values = places(p).long(), p.buffers["values"]
-    if p.type in BITS:
-        values = decoded(p, inputs // p.m * p.n, p.group // p.m * p.n).reshape(at.shape)
+    at, held = places(p).long(), inputs // p.m * p.n
+    values = decoded(p, len(at), held, p.group // p.m * p.n) if p.type in BITS else p.buffers["values"]
+    values = values.reshape(at.shape)
     groups = torch.zeros(at.shape[0], inputs // p.m, p.m, PANEL, dtype=values.dtype, device=values.device)
     w = unpanelled(groups.scatter_add_(2, at, values).flatten(1, 2), out)
     return w if p.dim == "in" else w.T.contiguous()

@@ -158,13 +158,22 @@ def sides(w: Codes) -> dict[str, Tensor]:
     return both if w.zeros is None else {**both, "zeros": panels(w.zeros).contiguous()}
 
 
-def decoded(p: Packed, inputs: int, group: int) -> Tensor:
-    """Codes as weights, as they are stored: `inputs` in groups of `group`, [panels or blocks, inputs, rows] float32."""
-    scales = p.buffers["scales"].float()
-    zeros = p.buffers["zeros"].float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
-    of_each = (len(scales), -1 if scales.numel() else 1, p.rows)
-    scales, zeros = (t.view(of_each).repeat_interleave(group, 1)[:, :inputs] for t in (scales, zeros))
-    return scales * (unworded(p.buffers["values"], BITS[p.type], inputs).float() - zeros)
+def values_of(p: Packed, count: int, inputs: int) -> Tensor:
+    """The values of so many panels or blocks in their shape, which the bytes do not tell: [count, inputs, rows], of bfloat16
+    [count, inputs / 2, rows, 2], of codes [count, words, rows, 4]."""
+    inputs, tail = {"f32": (inputs, ()), "bf16": (-(-inputs // 2), (2,))}.get(p.type) or (-(-inputs * BITS[p.type] // 32), (4,))
+    return p.buffers["values"].reshape(count, inputs, p.rows, *tail)
+
+
+def decoded(p: Packed, count: int, inputs: int, group: int) -> Tensor:
+    """Codes as weights, as they are stored: `inputs` in groups of `group`, [count panels or blocks, inputs, rows] float32."""
+    of_each = (count, -(-inputs // group), p.rows)
+    scales = p.buffers["scales"].reshape(of_each).float()
+    zeros = p.buffers["zeros"].reshape(of_each).float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
+    w = unworded(values_of(p, count, inputs), BITS[p.type], inputs).float()
+    for g, part in enumerate(w.split(group, 1)):  # in place: a head is large
+        part.sub_(zeros[:, g:g + 1]).mul_(scales[:, g:g + 1])
+    return w
 
 
 # ---- streams of bits --------------------------------------------------------------------------

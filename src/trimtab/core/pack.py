@@ -1,0 +1,232 @@
+"""Which format a site is stored in, and the packed directory: the layers as kernels read them, everything else as it was."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.journal import Journal, sync, write_json
+from trimtab.core.spec import Pass, Recipe, Step
+from trimtab.core.types import BadInput, Change, Site
+from trimtab.methods.codes import Codes, nearest
+from trimtab.methods.format.dense import dense
+from trimtab.methods.format.panels import Packed
+from trimtab.network.checkpoint import SafeFile, copy_others, finite, read, write_safetensors, write_sharded
+from trimtab.network.stream import Layer, Network
+from trimtab.runtime.layouts import VERSION, describe
+
+AS_RECIPE = "recipe"  # --pack without a format
+ROWS = 4096           # of the head, rounded together
+PART = "trimtab:"     # how a block of the journal marks what is no tensor of the checkpoint
+
+
+# ---- formats ----------------------------------------------------------------------------------
+def of_unit(p: Pass, step: Step) -> Step:
+    """The format with those knobs of the unit that it has, and its own."""
+    shared = {k: v for k, v in p.steps["unit"].bound.items() if k in step.method.knobs} if "unit" in p.steps else {}
+    return Step(step.key, tuple(sorted({**shared, **dict(step.knobs)}.items())))
+
+
+def format_of(passes: Iterable[Pass], asked: str = "") -> Step:
+    """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for the last
+    pattern, or dense where that stores no codes and the site has some."""
+    found, named, codes = Step("format/dense"), False, False
+    for p in passes:
+        codes |= p.steps["edit"].method.facts["codes"]
+        if asked and "unit" in p.steps:
+            found, named = of_unit(p, Step(f"format/{asked}")), True
+        elif asked:
+            found, named = found if named else Step(f"format/{asked}"), True
+        elif "format" in p.steps:
+            found, named = of_unit(p, p.steps["format"]), True
+        elif "unit" in p.steps and not named:
+            found = of_unit(p, Step(f"format/{p.steps['unit'].method.facts['format']}"))
+    return found if named or not codes or found.method.facts["codes"] else Step("format/dense")
+
+
+def value_dtype(stored: torch.dtype, asked: str | None = None) -> torch.dtype:
+    """What a weight is packed in that is no codes: `asked`, or what takes no more bytes than the files do."""
+    return getattr(torch, asked) if asked else torch.float32 if stored.itemsize >= 4 else torch.bfloat16
+
+
+def has_codes(recipe: Recipe) -> bool:
+    return any(p.steps["edit"].method.facts["codes"] for p in recipe.passes)
+
+
+def try_format(step: Step, passes: list[Pass], shape: tuple[int, int], keep: float) -> None:
+    """BadInput if a site of this shape cannot be stored so; found on noise, before anything is written."""
+    w = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    mask = torch.ones(shape, dtype=torch.bool)
+    change = Change(w.bfloat16())
+    for p in passes:
+        if "unit" in p.steps:
+            unit = p.steps["unit"]
+            mask &= unit.method({"s": w * mask, "keep": p.keep or keep}, **unit.bound)
+            change = Change((w * mask).bfloat16(), mask=mask)
+        if p.steps["edit"].method.facts["codes"]:
+            knobs = p.steps["edit"].bound
+            change = nearest(w * mask, knobs["bits"], knobs["group"]).change(change.mask)
+    step.method({"new": change}, **step.bound)
+
+
+# ---- layers -----------------------------------------------------------------------------------
+def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Change:
+    """A layer's change, from its weight [out, in] and the parts of its sites, which may be rows of it.
+
+    Codes where all its sites have them on one grid, else the weight in `dtype`; what was dropped is zero in both.
+    """
+    def merged(part: str) -> Tensor | None:
+        have = [parts.get(f"{s.name}:{part}") for s in layer.sites]
+        out: Tensor | None = None
+        for s, t in zip(layer.sites, have, strict=True):
+            if t is None:
+                return None
+            out = torch.empty(len(w), *t.shape[1:], dtype=t.dtype) if out is None else out
+            out[slice(None) if s.rows is None else s.row_index()] = t
+        return out
+
+    codes, scales = merged("codes"), merged("scales")
+    grids = {(*parts[f"{s.name}:grid"].tolist(), f"{s.name}:zeros" in parts) for s in layer.sites} if codes is not None else set()
+    if len(grids) == 1 and codes is not None and scales is not None:
+        bits, group, _ = grids.pop()
+        return Codes(codes, scales, bits, group, merged("zeros")).change()
+    return Change(w.to(dtype))
+
+
+def pack(step: Step, change: Change, name: str) -> Packed:
+    try:
+        return step.method({"new": change}, **step.bound)
+    except BadInput as e:
+        raise BadInput(f"{name}: {e}") from None
+
+
+def head_in_int8(recipe: Recipe, head: str | None) -> bool:
+    """Whether the head is stored in int8 per row: asked for, or not refused where the recipe leaves codes."""
+    return head == "int8" or (head is None and has_codes(recipe))
+
+
+def to_pack(net: Network, recipe: Recipe, head: str | None) -> list[Layer]:
+    """The layers that are packed: all plain ones of the blocks, and the head, unless it is the table of embeddings as it is."""
+    return [x for x in net.layers() if not x.is_head or not net.tied_head or head_in_int8(recipe, head)]
+
+
+def in_int8(w: Tensor) -> Codes:
+    """A large matrix in int8 per row, some rows at a time: as float32 it would be the largest thing in memory."""
+    some = [nearest(rows.float(), 8) for rows in w.split(ROWS)]
+    return Codes(torch.cat([c.codes for c in some]), torch.cat([c.scales for c in some]), 8, w.shape[1])
+
+
+# ---- the directory ----------------------------------------------------------------------------
+def stage(path: Path, packed: Mapping[str, Packed]) -> None:
+    """Packed layers in a file of their own, with what describes them; atomically."""
+    buffers = {f"{name}.packed_{k}": t for name, p in packed.items() for k, t in p.buffers.items()}
+    sums = {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest() for n, t in buffers.items()}
+    about = {"linears": {n: describe(p) for n, p in packed.items()}, "labels": {n: p.label for n, p in packed.items()}, "sha256": sums}
+    tmp = path.with_suffix(".tmp")
+    write_safetensors(tmp, {n: (t.dtype, tuple(t.shape)) for n, t in buffers.items()}, buffers.__getitem__,
+                      {k: json.dumps(v) for k, v in about.items()})
+    sync(tmp)
+    os.replace(tmp, path)
+
+
+def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out: Path, *, asked: str, dtype: str | None,
+                 head: str | None, tick: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Fill the directory `out` from the network's files and the journal's blocks of sweep `last` (-1: nothing was edited).
+
+    Returns the notes: packed_bytes, formats (label) by layer, and warnings. One block is in memory at a time.
+    """
+    edited: dict[str, Path] = {}
+    for i in range(net.n_blocks) if last >= 0 else ():
+        path = journal.block_path(last, i)
+        edited |= {n: path for n in SafeFile(path).names if not n.startswith(PART)}
+    steps = formats(net.sites, recipe, asked)
+
+    def weight(name: str) -> Tensor:
+        return SafeFile(edited[name]).read(name) if name in edited else net.checkpoint.read(name)
+
+    def packed(layers: list[Layer], parts: Mapping[str, Tensor]) -> dict[str, Packed]:
+        made = {}
+        for layer in layers:
+            w = weight(layer.file)
+            if not finite(w):
+                raise BadInput(f"{layer.name}: a weight is NaN or inf; only finite weights can be packed")
+            values = value_dtype(w.dtype, dtype)
+            if layer.is_head:
+                made[layer.name] = dense(Change(w, in_int8(w).parts()) if head_in_int8(recipe, head) else Change(w.to(values)))
+            else:
+                same = {str(steps[s.name]) for s in layer.sites}
+                step = steps[layer.sites[0].name] if len(same) == 1 else Step("format/dense")
+                made[layer.name] = pack(step, whole(layer, w, parts, values), layer.name)
+        return made
+
+    layers = to_pack(net, recipe, head)
+    staged: list[SafeFile] = []
+    for i in range(net.n_blocks + 1):
+        mine = [x for x in layers if (x.is_head if i == net.n_blocks else not x.is_head and x.sites[0].block == i)]
+        path = journal.dir / f"packed{i:05d}.safetensors"
+        if mine and not path.exists():
+            f = SafeFile(journal.block_path(last, i)) if last >= 0 and i < net.n_blocks else None
+            names = {s.name for x in mine for s in x.sites}
+            wanted = {n.removeprefix(PART): n for n in f.names if n.startswith(PART)} if f else {}
+            stage(path, packed(mine, {k: f.read(n) for k, n in wanted.items() if f and k.rpartition(":")[0] in names}))
+        if mine:
+            staged.append(SafeFile(path))
+        tick("pack", i + 1, net.n_blocks + 1)
+
+    linears, labels, sums = ({k: v for f in staged for k, v in json.loads(f.metadata[what]).items()}
+                             for what in ("linears", "labels", "sha256"))
+    untied = net.tied_head and any(x.is_head for x in layers)
+    gone = {f"{x.name}.weight" if x.is_head and net.tied_head else x.file for x in layers}
+    # A table that is stored under the name of the head alone gets its own.
+    alone = [x.file for x in layers if x.is_head and net.tied_head and x.file in gone]
+    moved = {net.table: alone[0]} if alone else {}
+    buffers = {n: e for f in staged for n, e in f.entries.items()}
+    entries = {n: (e.dtype, e.shape) for n, e in buffers.items()}
+    stay = {n: n for n in net.checkpoint.tensors if n not in gone} | moved
+    entries |= {n: (net.checkpoint.tensors[was].dtype, net.checkpoint.tensors[was].shape) for n, was in stay.items()}
+
+    def tensor(name: str) -> Tensor:
+        return read(buffers[name]) if name in buffers else weight(stay[name])
+
+    def about(names: list[str]) -> dict[str, str]:
+        mine = {n: sums[n] for n in names if n in sums}
+        return {"format": "pt", **({"trimtab": json.dumps({"version": VERSION, "sha256": mine}, sort_keys=True)} if mine else {})}
+
+    tick("write", 0, 1)
+    write_sharded(out, entries, tensor, about)
+    copy_others(net.checkpoint, out, without=("config.json",))
+    config = {**net.checkpoint.config, **({"tie_word_embeddings": False} if untied else {}),
+              "quantization_config": {"quant_method": "trimtab", "version": VERSION, "linears": linears}}
+    write_json(out / "config.json", config)
+    if (description := description_of(net)) is not None:
+        write_json(out / "decoder.json", description)
+    sizes = {name: sum(buffers[b].end - buffers[b].begin for b in buffers if b.rpartition(".packed_")[0] == name) for name in linears}
+    return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, dtype)}
+
+
+def description_of(net: Network) -> dict[str, Any] | None:
+    """What the decoder executes, as data, for decoder.json; None for a network that it does not run."""
+    return None
+
+
+def told(net: Network, layers: list[Layer], dtype: str | None) -> list[str]:
+    """What the user should know of how it was packed."""
+    packed = {s.name for x in layers for s in x.sites}
+    lines = []
+    if left := [s.name for s in net.sites if s.name not in packed]:
+        names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+        lines.append(f"{len(left)} sites ({names}) are no plain linear layers and stay ordinary tensors")
+    if dtype is None and any(net.checkpoint.tensors[x.file].dtype == torch.float16 for x in layers):
+        lines.append("float16 weights are rounded to bfloat16, which kernels read; --pack-dtype float32 keeps every bit")
+    return lines
+
+
+def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Step]:
+    """The format of every site; dense where no pass went over it."""
+    return {s.name: format_of([p for p in recipe.passes if p.covers(s)], asked) for s in sites}

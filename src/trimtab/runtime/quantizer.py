@@ -1,0 +1,62 @@
+"""What transformers asks when it meets a packed directory: its packed layers become layers that run on our kernels."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trimtab.core.types import BadInput
+from trimtab.methods.format.panels import Packed
+from trimtab.runtime import packed
+from trimtab.runtime.modules import PackedLinear
+
+METHOD = "trimtab"
+
+
+@register_quantization_config(METHOD)
+class TrimtabConfig(QuantizationConfigMixin):
+    """`version` of the layout; `linears`: the description of every packed layer by the name of its module."""
+
+    def __init__(self, version: int = 1, linears: dict[str, Any] | None = None, **_: Any):
+        self.quant_method = METHOD
+        self.version, self.linears = version, linears or {}
+
+
+@register_quantizer(METHOD)
+class TrimtabQuantizer(HfQuantizer):
+    """Packed layers lie in mappings of the files: transformers loads everything else."""
+
+    requires_calibration = True  # it reads what was packed, and packs nothing
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
+        if not checkpoint_files:
+            raise BadInput("a packed model is loaded from its directory")
+        with torch.device("cpu"):  # around it transformers builds without memory
+            self._replace(model, packed.open(Path(checkpoint_files[0]).parent).linears)
+        model._keys_to_ignore_on_load_unexpected.add(r"\.packed_\w+$")
+
+    def _replace(self, model: Any, linears: dict[str, Packed]) -> None:
+        base = f"{model.base_model_prefix}."
+        modules = dict(model.named_modules())
+        for name, linear in linears.items():
+            # The same files serve the bare model and the one with a head; a head that is not there is not needed.
+            at = next((n for n in (name, base + name, name.removeprefix(base)) if n in modules), None)
+            if at is None:
+                continue
+            old = modules[at]
+            if type(old) is not nn.Linear or tuple(old.weight.shape) != linear.shape:
+                raise BadInput(f"{at} of {type(model).__name__} is no linear layer of {list(linear.shape)}, as which it was packed")
+            owner, _, leaf = at.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, PackedLinear(linear, old.bias))
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,373 @@
+"""Packed directories: what is written, what opens them, and what refuses to."""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tools import fuzz
+from torch import nn
+
+from tests import tiny
+from trimtab import api, cli
+from trimtab.core import pack
+from trimtab.core.types import BadInput
+from trimtab.methods.codes import Codes, nearest
+from trimtab.network.checkpoint import Checkpoint, SafeFile, write_sharded
+from trimtab.network.stream import load_module
+from trimtab.prove.proof import answer
+from trimtab.runtime import layouts, packed
+from trimtab.runtime.modules import PackedLinear
+
+FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def proof_in_this_process(monkeypatch, request):
+    if "fresh" not in request.keywords:
+        monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+
+
+@pytest.fixture(scope="module")
+def every_format(tmp_path_factory) -> Path:
+    """A model packed in every format, 4:8 and n:m along the output among them, which have no kernel."""
+    with pytest.warns(UserWarning, match="saves bytes, not time"):
+        return fuzz.sample(tmp_path_factory.mktemp("packed"))
+
+
+def run(capsys, *argv: object) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def trim(capsys, model, recipe, out, calib, *more: object) -> tuple[int, str, str]:
+    return run(capsys, "trim", model, recipe, "-o", out, "--calib", calib, "--text", calib, *FAST, *more)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    c = Checkpoint.open(path)
+    return {n: c.read(n) for n in c.tensors}
+
+
+# ---- what is written --------------------------------------------------------------------------
+def test_codes_are_those_of_the_recipe_and_the_head_is_int8(capsys, tiny_lm, tmp_path, calib):
+    code, out, err = trim(capsys, tiny_lm, "rtn(bits=4,group=32)", tmp_path / "o", calib, "--pack", "--json")
+    assert code == 0, err
+    result, source, got = json.loads(out), weights(tiny_lm), packed.open(tmp_path / "o", verify=True)
+    for name, p in got.linears.items():
+        w = source[f"{name}.weight" if name != "lm_head" else "model.embed_tokens.weight"].float()
+        want = nearest(w, 8) if name == "lm_head" else nearest(w, 4, 32)
+        assert (p.format, p.type, p.group) == ("dense", f"i{want.bits}", want.group)
+        assert torch.equal(layouts.restored(p), want.weight()), name
+    assert len(got.linears) == 3 * 7 + 1 and set(got.tensors) == {n for n in source if "_proj" not in n}
+    assert all(torch.equal(t, source[n]) for n, t in got.tensors.items())
+    assert got.config["tie_word_embeddings"] is False
+    files = {p.name for p in (tmp_path / "o").iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "recipe.yaml", "README.md",
+            "trimtab.json"} <= files
+    assert "trimtab.safetensors" not in files and not (tmp_path / "o.partial").exists()
+    assert "import trimtab" in (tmp_path / "o" / "README.md").read_text() and "--pack" in (tmp_path / "o" / "README.md").read_text()
+    # What the proof counted: bytes of the files, and of the packed layers the weights they stand for, the new head among them.
+    head = 4096 * 32
+    assert result["after"]["params"] == result["before"]["params"] + head and result["packed"] is None
+    assert result["after"]["bytes"] == (tmp_path / "o" / "model.safetensors").stat().st_size
+    assert result["after"]["nonzero"] == sum(int(t.count_nonzero()) for t in weights(tmp_path / "o").values())
+
+
+def test_the_row_dense_is_packed_as_it_was(capsys, tiny_lm, tmp_path, calib):
+    code, out, _ = trim(capsys, tiny_lm, "dense", tmp_path / "o", calib, "--pack", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["recovery"] == pytest.approx(1, abs=1e-6) and result["zero_share"] < 0.01
+    source = weights(tiny_lm)
+    assert all(torch.equal(t, source[n]) for n, t in weights(tmp_path / "o").items())
+    assert "lm_head" not in packed.open(tmp_path / "o").linears  # it is the table of embeddings, which stays
+    model = api.load(tmp_path / "o").module
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("more, want", [
+    (("--head", "keep"), {"head": None, "up": ("dense", "i8")}),
+    (("--pack-dtype", "float32"), {"head": ("dense", "i8"), "up": ("dense", "i8")})])
+def test_head_and_float_type_are_the_users(capsys, tiny_lm, tmp_path, calib, more, want):
+    recipe = "mlp: rtn(bits=8,group=0)"
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack", *more)[0] == 0
+    linears = packed.open(tmp_path / "o").linears
+    found = {k: (linears[n].format, linears[n].type) if n in linears else None for k, n in (("head", "lm_head"), ("up", UP))}
+    assert found == want
+    asked = "f32" if "float32" in more else "bf16"
+    assert linears["model.layers.0.self_attn.q_proj"].type == asked  # no pass went over it: dense, in the files' own type
+
+
+def test_a_table_stored_under_the_heads_name_alone_is_not_lost(capsys, tiny_lm, tmp_path, calib):
+    shutil.copytree(tiny_lm, tmp_path / "a")
+    tensors = {n: t for f in tiny_lm.glob("*.safetensors") for n, t in load_file(f).items()}
+    for f in [*(tmp_path / "a").glob("*.safetensors"), tmp_path / "a" / "model.safetensors.index.json"]:
+        f.unlink()
+    table = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": table}, tmp_path / "a" / "model.safetensors")
+    code, _, err = trim(capsys, tmp_path / "a", "rtn", tmp_path / "o", calib, "--pack")
+    assert code == 0, err
+    got = packed.open(tmp_path / "o")
+    assert torch.equal(got.tensors["model.embed_tokens.weight"], table) and got.linears["lm_head"].type == "i8"
+    model = load_module(tmp_path / "o")
+    assert torch.equal(model.model.embed_tokens.weight, table.float()) and isinstance(model.lm_head, PackedLinear)
+
+
+def test_a_later_rtn_keeps_the_zeros_and_their_format(capsys, tiny_lm, tmp_path, calib):
+    both = "nm(n=2,m=4) | wanda ; rtn(bits=4,group=32)"
+    assert trim(capsys, tiny_lm, "nm(n=2,m=4) | wanda", tmp_path / "one", calib, "--pack")[0] == 0
+    assert trim(capsys, tiny_lm, both, tmp_path / "two", calib, "--pack")[0] == 0
+    assert trim(capsys, tiny_lm, both, tmp_path / "plain", calib)[0] == 0
+    one, two, plain = (weights(tmp_path / n) for n in ("one", "two", "plain"))
+    p = packed.open(tmp_path / "two").linears[UP]
+    assert (p.format, p.n, p.m, p.type) == ("nm", 2, 4, "i4")
+    for name in (n for n in one if "_proj" in n):
+        assert (one[name] == 0).float().mean() >= 0.5
+        assert not two[name][one[name] == 0].any(), name
+        assert torch.equal(two[name].bfloat16(), plain[name])  # the ordinary directory holds what the codes stand for
+    parts = SafeFile(tmp_path / "plain" / "trimtab.safetensors")
+    assert {"1.mlp.up:codes", "1.mlp.up:scales", "1.mlp.up:grid", "1.mlp.up:mask"} <= set(parts.names)
+    notes = json.loads((tmp_path / "plain" / "trimtab.json").read_text())
+    assert notes["formats"]["1.mlp.up"] == "nm i4" and notes["packed"]["format"] == "nm i4"
+    assert notes["packed_bytes"]["1.mlp.up"] == p.nbytes  # what an ordinary run counts is what a packed one writes
+
+
+def test_every_format_is_read_back_through_memory_maps(every_format):
+    model = packed.open(every_format, verify=True)
+    kinds = {(p.format, p.type, p.dim, p.m) for p in model.linears.values()}
+    assert kinds >= {("nm", "f32", "in", 4), ("nm", "f32", "out", 4), ("nm", "f32", "in", 8), ("bsr", "f32", "in", 1),
+                     ("bitmask", "f32", "in", 1), ("nm", "i4", "in", 4), ("bsr", "i8", "in", 1), ("dense", "i2", "in", 1),
+                     ("dense", "i8", "in", 1)}
+    c = Checkpoint.open(every_format)
+    raw = load_file(every_format / "model.safetensors")  # the library the ecosystem reads with agrees on what is in the file
+    assert safe_open(every_format / "model.safetensors", "pt").metadata()["format"] == "pt"
+    lines = Path("/proc/self/maps").read_text().splitlines() if sys.platform == "linux" else []
+    mapped = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in lines if str(every_format) in line]
+    for name, p in model.linears.items():
+        assert torch.equal(layouts.restored(p), c.read(f"{name}.weight")) and layouts.restored(p).dtype == c.tensors[f"{name}.weight"].dtype
+        for k, t in p.buffers.items():
+            assert torch.equal(t, raw[f"{name}.packed_{k}"].reshape(-1))
+            if t.nbytes % 64 == 0:
+                assert t.data_ptr() % 64 == 0, (name, k)
+                assert not lines or not t.numel() or any(a <= t.data_ptr() < b for a, b in mapped), (name, k)  # not a copy
+
+
+def test_large_models_are_written_in_shards(every_format, tmp_path):
+    shutil.copytree(every_format, tmp_path / "o")
+    f = SafeFile(every_format / "model.safetensors")
+    (tmp_path / "o" / "model.safetensors").unlink()
+    sums = json.loads(f.metadata["trimtab"])["sha256"]
+
+    def about(names: list[str]) -> dict[str, str]:
+        return {"trimtab": json.dumps({"sha256": {n: sums[n] for n in names if n in sums}})}
+
+    write_sharded(tmp_path / "o", {n: (e.dtype, e.shape) for n, e in f.entries.items()}, f.read, about, limit=8_000)
+    assert len(list((tmp_path / "o").glob("model-*.safetensors"))) > 2
+    a, b = packed.open(every_format), packed.open(tmp_path / "o", verify=True)
+    assert all(torch.equal(t, b.linears[n].buffers[k]) for n, p in a.linears.items() for k, t in p.buffers.items())
+    assert a.tensors.keys() == b.tensors.keys()
+    with pytest.warns(UserWarning, match="not time"):
+        assert isinstance(load_module(tmp_path / "o").model.layers[0].mlp.up_proj, PackedLinear)
+
+
+def test_a_stopped_run_continues_to_the_same_bytes(capsys, tiny_lm, tmp_path, calib, monkeypatch):
+    recipe = "nm(n=2,m=4) | wanda ; rtn(bits=4)"
+
+    def hashes(path: Path) -> dict[str, str]:
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir() if p.name not in ("trimtab.json", "README.md")}
+
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "whole", calib, "--pack")[0] == 0
+    stage, seen = pack.stage, []
+    for stop in (2, 4):  # while blocks are packed, and before the head is
+        def dying(path, made, stop=stop):
+            seen.append(path.name)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            stage(path, made)
+
+        monkeypatch.setattr(pack, "stage", dying)
+        code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack", "--resume")
+        assert code == 1 and "--resume" in err and not (tmp_path / "o").exists()
+    monkeypatch.setattr(pack, "stage", stage)
+    code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack", "dense", "--resume")
+    assert code == 2 and "another plan (differs in pack)" in err
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack", "--resume")[0] == 0
+    assert seen == [f"packed0000{i}.safetensors" for i in (0, 1, 1, 2)]  # what was packed was not packed again
+    assert hashes(tmp_path / "o") == hashes(tmp_path / "whole") and not (tmp_path / "o.partial").exists()
+    assert trim(capsys, tiny_lm, "rtn", tmp_path / "o", calib, "--pack")[0] == 2
+    assert trim(capsys, tiny_lm, "rtn", tmp_path / "o", calib, "--pack", "--force")[0] == 0
+    assert packed.open(tmp_path / "o").linears[UP].format == "dense"
+
+
+# ---- who opens it -----------------------------------------------------------------------------
+@pytest.mark.parametrize("first", ["trimtab", "transformers.quantizers.auto"])
+def test_plain_transformers_opens_it_once_trimtab_is_imported(every_format, first):
+    code = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+import {first}
+{"assert not {'transformers', 'torch'} & set(sys.modules)" if first == "trimtab" else ""}
+import trimtab
+from transformers import AutoModel, AutoModelForCausalLM
+from trimtab.runtime.modules import PackedLinear
+model = AutoModelForCausalLM.from_pretrained({str(every_format)!r})
+assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 15
+bare = AutoModel.from_pretrained({str(every_format)!r})
+assert sum(isinstance(m, PackedLinear) for m in bare.modules()) == 14
+"""
+    env = {"PYTHONPATH": str(Path(pack.__file__).parents[2]), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "phi3", "opt", "gpt_neox", "bert", "vit", "qwen2_moe", "llama_classifier"])
+def test_packed_layers_run_inside_every_kind_of_family(tmp_path, name):
+    """Fused weights, biases, tied heads, renamed tensors, experts: the same output, exactly the weights there were."""
+    x = {k: v[:2].contiguous() for k, v in tiny.inputs(name).items()}
+    save_file(x, tmp_path / "x.safetensors")
+    result = api.trim(tiny.save(name, tmp_path / "a"), "dense", tmp_path / "b", pack="recipe", speed=False, fresh=False, seq_len=10,
+                      text=(str(tmp_path / "x.safetensors"),))
+    plain, ours = load_module(tmp_path / "a"), load_module(tmp_path / "b")
+    layers = [n for n, m in ours.named_modules() if isinstance(m, PackedLinear)]
+    assert len(layers) >= 8 and all(type(plain.get_submodule(n)) is nn.Linear for n in layers)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**x)[0], plain(**x)[0], rtol=1e-4, atol=1e-4)
+    assert result["after"]["params"] == result["before"]["params"] and result["recovery"] == pytest.approx(1, abs=1e-5)
+    assert bool(result["warnings"]) == (name == "qwen2_moe")  # stacks of experts are no layers, and it says so
+
+
+def test_rows_of_a_fused_weight_share_their_format(tmp_path):
+    """Phi's q, k, v are one layer: packed as one where they were treated alike, dense where they were not."""
+    x = {k: v[:2].contiguous() for k, v in tiny.inputs("phi3").items()}
+    save_file(x, tmp_path / "x.safetensors")
+    model, kinds = tiny.save("phi3", tmp_path / "a"), {}
+    for recipe in ("rtn(bits=4,group=32)", "*.q: rtn(bits=4,group=32)", "nm(n=2,m=4) | magnitude",
+                   "*.q: rtn(bits=4,asymmetric=true) ; *.k,*.v: rtn(bits=4)"):
+        out = tmp_path / str(len(kinds))
+        api.trim(model, recipe, out, pack="recipe", speed=False, fresh=False, seq_len=10, text=(str(tmp_path / "x.safetensors"),))
+        p = packed.open(out).linears["model.layers.0.self_attn.qkv_proj"]
+        plain = tmp_path / f"plain{len(kinds)}"
+        api.trim(model, recipe, plain, speed=False, fresh=False, seq_len=10, text=(str(tmp_path / "x.safetensors"),))
+        assert torch.equal(layouts.restored(p), Checkpoint.open(plain).read("model.layers.0.self_attn.qkv_proj.weight"))
+        kinds[recipe] = f"{p.format} {p.type}"
+    assert list(kinds.values()) == ["dense i4", "dense f32", "nm f32", "dense f32"]
+
+
+@pytest.mark.fresh
+def test_commands_take_a_packed_directory(capsys, tiny_lm, tmp_path, calib):
+    small = ("--text", calib, "--json", "-q", "--seq-len", 32, "--proof-tokens", 64)
+    code, out, _ = run(capsys, "trim", tiny_lm, "rtn(bits=8)", "-o", tmp_path / "o", "--pack", *small)
+    result = json.loads(out)
+    assert code == 0 and result["timing"]["runner"] == "trimtab" and "with trimtab" in result["faster"] and result["recovery"] > 0.99
+    code, out, _ = run(capsys, "eval", tmp_path / "o", *small)
+    assert code == 0 and json.loads(out)["score"] == pytest.approx(result["score"], rel=1e-5)
+    code, out, _ = run(capsys, "inspect", tmp_path / "o", "--json", "-q", "--samples", 2, "--seq-len", 32)
+    assert code == 0 and json.loads(out)["roles"]["mlp.up"]["sites"] == 3
+    code, out, _ = run(capsys, "bench", tmp_path / "o", "--against", tiny_lm, "--prompt", 4, "--new", 2, "--json")
+    assert code == 0 and json.loads(out)["runner"] == "trimtab" and json.loads(out)["decode_tok_s"] > 0
+    code, out, _ = run(capsys, "generate", tmp_path / "o", "def f", "--max-new-tokens", 3, "--json")
+    assert code == 0 and json.loads(out)["prompt"] == "def f"
+
+
+# ---- what is refused --------------------------------------------------------------------------
+@pytest.mark.parametrize("recipe, more, told", [
+    ("wanda", ("--head", "int8"), "give --pack with it"),
+    ("wanda", ("--pack-dtype", "float32"), "give --pack with it"),
+    ("wanda", ("--pack", "coo"), "no method 'format/coo'"),
+    ("row | magnitude", ("--pack", "nm"), "keeps .* entries; use the unit of that name"),
+    ("rtn", ("--pack", "bitmask"), "holds no codes"),
+    ("block(b=32) | magnitude ; rtn(bits=4,group=16)", ("--pack",), "want groups of 32 inputs, not 16"),
+    ("block(b=32) | magnitude ; rtn(bits=4,group=16)", (), "want groups of 32 inputs, not 16"),
+    ("rtn ; row | magnitude", (), "would leave its grid"),
+    ("rtn(bits=3)", (), "8, 4 or 2 bits"),
+    ("rtn", ("--keep", "0.5"), "fixes its own share"),
+])
+def test_bad_input_is_one_line_and_nothing_written(capsys, tiny_lm, tmp_path, calib, recipe, more, told):
+    code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, *more)
+    assert code == 2 and re.search(told, err) and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packed_directory_is_not_trimmed_again(capsys, every_format, tmp_path, calib):
+    code, _, err = trim(capsys, every_format, "magnitude", tmp_path / "o", calib)
+    assert code == 2 and "trim the model it was made from" in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_plain_layers_is_not_packed(tmp_path):
+    save_file({"input_ids": torch.arange(20).view(2, 10)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="GPT2LMHeadModel has no plain linear layer"):
+        api.trim(tiny.save("gpt2", tmp_path / "a"), "dense", tmp_path / "b", pack="recipe", fresh=False,
+                 text=(str(tmp_path / "x.safetensors"),))
+
+
+def test_float16_is_rounded_with_a_word_or_kept_in_float32(tmp_path):
+    save_file({"input_ids": torch.arange(3, 23).view(2, 10)}, tmp_path / "x.safetensors")
+    model = tiny.save("llama", tmp_path / "a", dtype=torch.float16)
+    how = {"speed": False, "fresh": False, "seq_len": 10, "text": (str(tmp_path / "x.safetensors"),), "pack": "recipe"}
+    told = api.trim(model, "row | magnitude", tmp_path / "b", **how)["warnings"]
+    assert any("float16 weights are rounded to bfloat16" in t for t in told)
+    assert packed.open(tmp_path / "b").linears[UP].type == "bf16"
+    told = api.trim(model, "dense", tmp_path / "c", pack_dtype="float32", **how)["warnings"]
+    assert not told and torch.equal(weights(tmp_path / "c")[f"{UP}.weight"], weights(model)[f"{UP}.weight"].float())
+
+
+def changed(whole: Path, to: Path, **about: object) -> Path:
+    shutil.copytree(whole, to)
+    config = json.loads((to / "config.json").read_text())
+    config["quantization_config"] |= about
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_what_is_newer_not_packed_or_not_what_was_written_is_refused(every_format, tiny_lm, tmp_path):
+    with pytest.raises(BadInput, match=r"packed by a newer trimtab \(layout 2; this one reads 1\); update trimtab"):
+        packed.open(changed(every_format, tmp_path / "new", version=2))
+    for k, about in enumerate(({"version": "1"}, {"linears": []}, {"linears": {}})):
+        with pytest.raises(BadInput, match=r"corrupt|belongs to no packed layer"):
+            packed.open(changed(every_format, tmp_path / f"odd{k}", **about))
+    with pytest.raises(BadInput, match="is not packed"):
+        packed.open(tiny_lm)
+    shutil.copytree(every_format, tmp_path / "flipped")
+    file = tmp_path / "flipped" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[SafeFile(file).entries["model.layers.0.mlp.down_proj.packed_values"].begin + 5] ^= 1
+    file.write_bytes(raw)
+    packed.open(tmp_path / "flipped")
+    with pytest.raises(BadInput, match="its hash differs"):
+        packed.open(tmp_path / "flipped", verify=True)
+
+
+def test_transformers_is_told_too(every_format, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(BadInput, match="newer trimtab"):
+        AutoModelForCausalLM.from_pretrained(changed(every_format, tmp_path / "new", version=2))
+    config = json.loads((every_format / "config.json").read_text())
+    other = changed(every_format, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(BadInput, match="no linear layer of"):
+        AutoModelForCausalLM.from_pretrained(other)
+
+
+def test_broken_directories_are_refused_or_compute_what_they_say(every_format, tmp_path):
+    seen = fuzz.fuzz(every_format, 300, 1, tmp_path)
+    assert sum(n for what, n in seen.items() if what.endswith("refused")) > 100
+    assert sum(n for what, n in seen.items() if what.endswith("ran")) > 20
+
+
+def test_parts_that_are_not_the_weight_are_a_failure(capsys, tiny_lm, tmp_path, calib, monkeypatch):
+    change = Codes.change
+    monkeypatch.setattr(Codes, "change", lambda self, mask=None: replace(change(self, mask), w=self.weight() * 2))
+    code, _, err = trim(capsys, tiny_lm, "rtn", tmp_path / "o", calib)
+    assert code == 1 and "parts that do not decode to its weight" in err and not (tmp_path / "o").exists()
