@@ -18,7 +18,7 @@ from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import Network
 from trimtab.runtime import native, torch_decoder
-from trimtab.runtime.decoder import DTYPES, Decoder, check_sampling, open_plain
+from trimtab.runtime.decoder import DTYPES, Decoder, check_sampling, open_decoder
 from trimtab.runtime.text import Pieces, open_tokenizer, stop_ids
 
 
@@ -35,19 +35,20 @@ def silent(stage: str, done: int, of: int) -> None:
 class Handle:
     """A loaded model: `.module` (transformers), `.tokenizer`, `.generate`. What is not used is not loaded."""
 
-    def __init__(self, path: Path, dtype: str = "float32", trust_remote_code: bool = False):
+    def __init__(self, path: Path, dtype: str | None = None, trust_remote_code: bool = False):
         self.path, self.dtype, self._trust = path, dtype, trust_remote_code
-        self._config = Checkpoint.open(path).config  # a damaged directory is refused now
+        checkpoint = Checkpoint.open(path)  # a damaged directory is refused now
+        self._config, self._packed = checkpoint.config, bool(checkpoint.packed)
         self._family = graph.family_of(self._config, path / "config.json")
         self._modules: dict[str, Any] = {}
-        self._decoders: dict[str, Decoder | None] = {}
+        self._decoders: dict[str | None, Decoder | None] = {}
         notes = path / "trimtab.json"
         if notes.exists() and json.loads(notes.read_text(encoding="utf-8")).get("proof") in ("failed", "pending"):
             warnings.warn(f"{path} did not pass its proof; see its README.md", stacklevel=3)
 
     @property
     def module(self) -> Any:
-        return self._module(self.dtype)
+        return self._module(self.dtype or "float32")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -62,16 +63,18 @@ class Handle:
             self._modules[dtype] = load_module(self.path, getattr(torch, dtype), self._trust)
         return self._modules[dtype]
 
-    def _decoder(self, dtype: str) -> Decoder | None:
+    def _decoder(self, dtype: str | None) -> Decoder | None:
         """The native decoder, where it was built and runs this model."""
         if dtype not in self._decoders:
-            self._decoders[dtype] = open_plain(self.path, dtype) if self._runs_natively() else None
+            self._decoders[dtype] = open_decoder(self.path, dtype) if self._runs_natively() else None
         return self._decoders[dtype]
 
     def _runs_natively(self) -> bool:
         names = self._config.get("architectures") or [""]
         if native.core() is None or not str(names[0]).endswith("ForCausalLM") or not (self.path / "tokenizer.json").exists():
             return False
+        if self._packed:
+            return (self.path / "decoder.json").exists()
         try:
             graph.describe(self._family, self._config)
         except BadInput:  # transformers may know what to do with it
@@ -87,9 +90,10 @@ class Handle:
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         dtype = dtype or self.dtype
-        if dtype not in DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             raise BadInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         decoder = self._decoder(dtype)
+        dtype = dtype or "float32"
         if decoder is None and not type(self._module(dtype)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
             raise BadInput(f"{self.path} is a {type(self._module(dtype)).__name__}, which does not continue text; give a language model")
         tokenizer = open_tokenizer(self.path)
@@ -122,8 +126,8 @@ def _pieces(new: Iterator[int], pieces: Pieces, stop: set[int]) -> Iterator[str]
             yield piece
 
 
-def load(model: str | Path, dtype: str = "float32", trust_remote_code: bool = False) -> Handle:
-    """Open a directory, `builtin:lm` or a hub id for use."""
+def load(model: str | Path, dtype: str | None = None, trust_remote_code: bool = False) -> Handle:
+    """Open a directory, `builtin:lm` or a hub id for use. `dtype`: float32, bfloat16; None: as packed, float32 if it is not."""
     return Handle(resolve(model), dtype, trust_remote_code)
 
 

@@ -209,6 +209,7 @@ def parser() -> Parser:
     p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this share together")
     p.add_argument("--seed", type=seed, default=0)
     model_options(p)
+    p.set_defaults(dtype=None)  # as it was packed
 
     p = command("verify", "re-measure the claims of recipes on the built-in model")
     p.add_argument("recipe", nargs="*")

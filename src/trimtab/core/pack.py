@@ -17,6 +17,7 @@ from trimtab.core.types import BadInput, Change, Site
 from trimtab.methods.codes import Codes, nearest
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.panels import Packed
+from trimtab.network import graph
 from trimtab.network.checkpoint import SafeFile, copy_others, finite, read, write_safetensors, write_sharded
 from trimtab.network.stream import Layer, Network
 from trimtab.runtime.layouts import VERSION, describe
@@ -212,7 +213,12 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
 
 def description_of(net: Network) -> dict[str, Any] | None:
     """What the decoder executes, as data, for decoder.json; None for a network that it does not run."""
-    return None
+    if net.kind != "lm":
+        return None
+    try:
+        return graph.describe(net.family, net.checkpoint.config)
+    except BadInput:
+        return None
 
 
 def told(net: Network, layers: list[Layer], dtype: str | None) -> list[str]:

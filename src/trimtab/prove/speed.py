@@ -6,6 +6,7 @@ import inspect
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 
 from trimtab.core.memory import rss
-from trimtab.core.types import Progress
+from trimtab.core.types import BadInput, Progress
 from trimtab.network.stream import Network
 from trimtab.prove.size import parameters
+from trimtab.runtime import native
+from trimtab.runtime.decoder import Decoder, open_decoder
 
 KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
 SLACK = 128 << 20  # activations, caches, the allocator
-Run = Callable[[], dict[str, float]]
+Run = Callable[[], dict[str, float]]  # one timed pass
 
 
 def _free() -> int:
@@ -54,6 +57,30 @@ def _load(net: Network, dtype: torch.dtype, trust: bool) -> torch.nn.Module:
         return auto.from_pretrained(net.checkpoint.path, dtype=dtype, trust_remote_code=trust).eval()
     finally:
         logging.set_verbosity(said)
+
+
+def _native(net: Network, how: torch.dtype) -> Decoder | None:
+    """The checkpoint in our own decoder, where it runs it; None elsewhere."""
+    if native.core() is None or net.kind != "lm" or how not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        return open_decoder(net.checkpoint.path, None if net.checkpoint.packed else str(how).removeprefix("torch."))
+    except BadInput:  # not a family of its
+        return None
+
+
+def _decode(decoder: Decoder, inputs: dict[str, Tensor], new: int) -> dict[str, float]:
+    """What `_generate` does, in our own decoder."""
+    rows, prompt = inputs["input_ids"].shape
+    start = perf_counter()
+    ids = decoder.generate_batch(list(inputs["input_ids"]), new + 1)
+    next(ids)
+    first = perf_counter()
+    for _ in ids:
+        pass
+    end = perf_counter()
+    return {"decode_tok_s": new * rows / (end - first), "prefill_tok_s": prompt * rows / (first - start),
+            "first_token_s": first - start}
 
 
 def _generate(model: torch.nn.Module, inputs: dict[str, Tensor], new: int) -> dict[str, float]:
@@ -146,11 +173,15 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, Any]:
 def measure(before: Path | Network, after: Path | Network | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
             threads: int | None = None, repeats: int = 5, max_memory: int | None = None, seconds: float | None = None,
             dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Time both checkpoints with plain transformers, packed layers on our kernels, in turns A B, B A, A B; medians over `repeats`.
+    """Time both checkpoints in turns A B, B A, A B; medians over `repeats`.
+
+    With transformers, packed layers on our kernels; where a checkpoint is packed and our decoder runs its family, all of
+    them in our decoder too, so that what is not packed has its chance there. Of a checkpoint the faster runner counts.
 
     Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
-    generate), prefill_tok_s, first_token_s and `spread` {key: [min, max]}, and `ratio` {key: {median, min, max}} of
-    after to before, taken pair by pair. In `dtype`, or the stored dtype if that does not fit; when the two do not fit
+    generate), prefill_tok_s, first_token_s, `spread` {key: [min, max]}, `runner` and `runners` (the same of each), and
+    `ratio` {key: {median, min, max}} of after to before, taken pair by pair. In `dtype`, or the stored dtype if that does
+    not fit; when the two do not fit
     in `max_memory` bytes together, `"speed"` is "estimated" from one real block and the head. `seconds` bounds the
     time roughly, by generating fewer tokens.
     """
@@ -164,7 +195,8 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         new = min(new, max(1, places - prompt))
     room = (_free() + rss() if max_memory is None else max_memory) - SLACK
     files = [sum(n.checkpoint.weight_bytes for n in nets), max(n.checkpoint.weight_bytes for n in nets)]
-    entries = sum(parameters(n.checkpoint) for n in nets)
+    ours = any(n.checkpoint.packed for n in nets) and nets[0].kind == "lm"
+    entries = sum(parameters(n.checkpoint) for n in nets) * (2 if ours else 1)  # once more in the decoder
     # While a model loads its file is mapped, and mapped pages count.
     if rss() + dtype.itemsize * entries + files[1] < room:
         how: torch.dtype | None = dtype
@@ -174,37 +206,51 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         how = None
     if how is None:
         rows = _estimators(nets, prompt, batch, repeats)
+        counted = ["trimtab" if n.checkpoint.packed else "torch" for n in nets]
+        runners: list[dict[str, Any]] = [{} for _ in nets]
         held = rss()
     else:
         inputs = _inputs(nets[0], prompt, batch)
         inputs = {k: v.to(how) if v.is_floating_point() else v for k, v in inputs.items()}
-        models = [_load(n, how, trust_remote_code) for n in nets]
-        for model in models:  # warm up, and see how long a token takes
-            warm = _generate(model, inputs, min(new, 8)) if kind == "lm" else _forward(model, inputs, 2)
+        # (which checkpoint, runner, a pass that makes so many tokens)
+        passes: list[tuple[int, str, Callable[[int], dict[str, float]]]] = []
+        for k, net in enumerate(nets):
+            step = _generate if kind == "lm" else _forward
+            passes.append((k, "torch", partial(step, _load(net, how, trust_remote_code), inputs)))
+            if ours and (decoder := _native(net, how)) is not None:
+                passes.append((k, "trimtab", partial(_decode, decoder, inputs)))
+        # Warm up, and see how long it takes.
+        warm = [run(min(new, 8) if kind == "lm" else 2) for _, _, run in passes]
         if seconds is not None and kind == "lm":
-            left = seconds / repeats / len(models) - warm["first_token_s"]
-            new = max(min(new, 8), min(new, int(left * warm["decode_tok_s"] / batch)))
-        times = min(new, 16)
-        rows = [[] for _ in models]
+            left = seconds / repeats - sum(w["first_token_s"] for w in warm)
+            new = max(min(new, 8), min(new, int(left / sum(batch / w["decode_tok_s"] for w in warm))))
+        each = new if kind == "lm" else min(new, 16)
+        timed: list[list[dict[str, float]]] = [[] for _ in passes]
         for r in range(repeats):
-            for k in _turn(r, len(models)):
-                model = models[k]
-                rows[k].append(_generate(model, inputs, new) if kind == "lm" else _forward(model, inputs, times))
+            for i in _turn(r, len(passes)):
+                timed[i].append(passes[i][2](each))
             if progress is not None:
                 progress("speed", r + 1, repeats)
         held = rss()
-        del models, model
+        rows, runners, counted = [], [], []
+        for k in range(len(nets)):
+            mine = {name: timed[i] for i, (n, name, _) in enumerate(passes) if n == k}
+            best = max(mine, key=lambda name: statistics.median(r[KEYS[0] if kind == "lm" else KEYS[1]] for r in mine[name]))
+            rows.append(mine[best])
+            counted.append(best)
+            runners.append({name: _figures(r) for name, r in mine.items()})
+        del passes, warm
         gc.collect()
-    figures = [_figures(r) for r in rows]
+    figures = [_figures(r) | {"runner": name, "runners": all_} for r, name, all_ in zip(rows, counted, runners, strict=True)]
     ratio: dict[str, dict[str, float]] = {}
     if after is not None:
         for key in KEYS[:2]:
             if key in rows[0][0]:
-                each = [b[key] / a[key] for a, b in zip(*rows, strict=True)]
-                ratio[key] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
+                pairs = [b[key] / a[key] for a, b in zip(*rows, strict=True)]
+                ratio[key] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
     last = {key: figures[-1][key] for key in KEYS}  # what `bench --json` shows of the model itself
     return {**last, "speed": "estimated" if how is None else "measured", "before": figures[0],
             "after": figures[1] if after is not None else None, "ratio": ratio, "repeats": repeats,
             "prompt": prompt, "new": new if kind == "lm" else None, "batch": batch,
             "threads": torch.get_num_threads(), "dtype": str(how or nets[0].dtype).removeprefix("torch."),
-            "runner": "trimtab" if any(n.checkpoint.packed for n in nets) else "torch", "rss_bytes": held}
+            "runner": counted[-1] if len(set(counted)) == 1 else f"{counted[-1]} against {counted[0]}", "rss_bytes": held}

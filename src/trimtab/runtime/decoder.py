@@ -1,6 +1,7 @@
 """The native decoder: a described network on packed weights, from token ids to logits or to further ids."""
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change, Failed
+from trimtab.methods.codes import BITS
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.panels import Packed
 from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint, finite
-from trimtab.runtime import native
+from trimtab.runtime import native, packed
 
 CHUNK = 256  # tokens of prompts that pass through the layers together
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
@@ -181,6 +183,45 @@ def wanted(description: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             look(sublayer)
     take(description["head"])
     return list(linears), list(tensors)
+
+
+def open_decoder(path: Path, dtype: str | None = None) -> Decoder:
+    """The decoder of a directory, plain or packed.
+
+    `dtype`: float32 (exact) or bfloat16; None: float32 for a plain directory, for a packed one as it was packed: x in eight
+    bits where the weights are codes, in bfloat16 where they are bfloat16. BadInput where the directory is damaged or there
+    is no decoder for it.
+    """
+    return open_packed(path, dtype) if Checkpoint.open(Path(path)).packed else open_plain(path, dtype or "float32")
+
+
+def open_packed(path: Path, dtype: str | None = None) -> Decoder:
+    """A packed directory, on the memory it is mapped to; `dtype` as `open_decoder` has it."""
+    model = packed.open(path)
+    file = model.path / "decoder.json"
+    if not file.exists():
+        raise BadInput(f"{path} has no decoder.json: its family has no native decoder; open it with transformers, after import trimtab")
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+        linears, tensors = wanted(description)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{file} is no description of a decoder; fetch it again") from None
+    types = {p.type for p in model.linears.values()}
+    narrowest = DTYPES[dtype] if dtype else "i8" if types & set(BITS) else "bf16" if "bf16" in types else "f32"
+
+    def tensor(name: str) -> Tensor:
+        if name not in model.tensors:
+            raise BadInput(f"tensor {name} is missing from {path}; its decoder.json asks for it")
+        return model.tensors[name]
+
+    def linear(name: str) -> Packed:
+        if name in model.linears:
+            return model.linears[name]
+        # A map that was not packed: outside the recipe's scope, or a head that is the table of embeddings.
+        stored = f"{name}.weight"
+        return dense(Change(_plain(tensor(stored if stored in model.tensors else description["embedding"]))))
+
+    return Decoder(description, {n: linear(n) for n in linears}, {n: tensor(n) for n in tensors}, narrowest=narrowest)
 
 
 def open_plain(path: Path, dtype: str = "float32") -> Decoder:
