@@ -66,55 +66,39 @@ inline void spread_panel(const Weights& w, const X* x, int64_t batch, float* y, 
 }
 
 #if defined(__AVX512VBMI2__)
-// One row of x: from the stream into the sums, some panels at once.
-template <class T, class X, int STREAMS>
-inline void spread_streams(const Weights& w, const X* x, float* y, int64_t p, int64_t step) {
-    const int64_t steps = (w.in + STEP<T> - 1) / STEP<T>;
-    const T* values[STREAMS];
-    const std::byte* bits[STREAMS];
-    Tile<PANEL, 1> tile[STREAMS];
-    for (int s = 0; s < STREAMS; ++s) {
-        values[s] = reinterpret_cast<const T*>(w.values) + w.pointers[p + s * step];
-        bits[s] = w.bits + (p + s * step) * steps * 4 * STEP<T>;
-        tile[s].open(y, w.out, 0, true);
-    }
-    auto pairs = [&](int64_t i, auto both) {  // of bfloat16; `both`: the second input is there
-        for (int s = 0; s < STREAMS; ++s) {
-            __builtin_prefetch(bits[s] + i * 4 + AHEAD / 8);
-            __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD);
-            __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD + 64);
+// One row of x: from the stream into the sums.
+template <class T, class X>
+inline void one_row_spread(const Weights& w, const X* x, float* y, int64_t p) {
+    const T* values = reinterpret_cast<const T*>(w.values) + w.pointers[p];
+    const std::byte* bits = w.bits + p * ((w.in + STEP<T> - 1) / STEP<T>) * 4 * STEP<T>;
+    Tile<PANEL, 1> tile;
+    tile.open(y, w.out, 0, true);
+    for (int64_t i = 0; i < w.in; i += STEP<T>) {
+        __builtin_prefetch(bits + i * 4 + AHEAD / 8);
+        __builtin_prefetch(reinterpret_cast<const std::byte*>(values) + AHEAD);
+        __builtin_prefetch(reinterpret_cast<const std::byte*>(values) + AHEAD + 64);
+        if constexpr (sizeof(T) == 4) {
+            const uint32_t mask = peek<uint32_t>(bits + i * 4), low = mask & 0xffff;
+            tile.sum[0][0] = tile.sum[0][0].fma(spread16(low, values), Vec::all(x[i]));
+            tile.sum[0][1] = tile.sum[0][1].fma(spread16(mask >> 16, values + std::popcount(low)), Vec::all(x[i]));
+            values += std::popcount(mask);
+        } else {
             for (int v = 0; v < 2; ++v) {
-                const uint32_t mask = peek<uint32_t>(bits[s] + (i + v) * 4);
-                const __m512i w32 = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values[s]));
-                values[s] += std::popcount(mask);
+                const uint32_t mask = peek<uint32_t>(bits + (i + v) * 4);
+                const Vec pairs{_mm512_castsi512_ps(_mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)))};
+                values += std::popcount(mask);
                 if constexpr (sizeof(X) == 2) {
-                    tile[s].sum[0][v].v = _mm512_dpbf16_ps(tile[s].sum[0][v].v, (__m512bh)w32, (__m512bh)_mm512_set1_epi32(peek<int>(x + i)));
+                    tile.sum[0][v] = tile.sum[0][v].dot(pairs, Vec::all(peek<float>(x + i)));
                 } else {
-                    tile[s].sum[0][v] = tile[s].sum[0][v].fma({_mm512_castsi512_ps(_mm512_slli_epi32(w32, 16))}, Vec::all(x[i]));
-                    if (both)
-                        tile[s].sum[0][v] = tile[s].sum[0][v].fma({_mm512_castsi512_ps(_mm512_and_si512(w32, _mm512_set1_epi32(int(0xffff0000))))},
-                                                                 Vec::all(x[i + 1]));
+                    uint16_t both[32];
+                    std::memcpy(both, &pairs, sizeof both);
+                    tile.sum[0][v] = tile.sum[0][v].fma(Vec::low(both), Vec::all(x[i]));
+                    if (i + 1 < w.in) tile.sum[0][v] = tile.sum[0][v].fma(Vec::high(both), Vec::all(x[i + 1]));
                 }
             }
         }
-    };
-    if constexpr (sizeof(T) == 2) {
-        int64_t i = 0;
-        for (; i + 1 < w.in; i += 2) pairs(i, std::true_type());
-        if (i < w.in) pairs(i, std::false_type());
-    } else {
-        for (int64_t i = 0; i < w.in; ++i)
-            for (int s = 0; s < STREAMS; ++s) {
-                __builtin_prefetch(bits[s] + i * 4 + AHEAD / 8);
-                __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD);
-                __builtin_prefetch(reinterpret_cast<const std::byte*>(values[s]) + AHEAD + 64);
-                const uint32_t mask = peek<uint32_t>(bits[s] + i * 4), low = mask & 0xffff;
-                tile[s].sum[0][0] = tile[s].sum[0][0].fma(spread16(low, values[s]), Vec::all(x[i]));
-                tile[s].sum[0][1] = tile[s].sum[0][1].fma(spread16(mask >> 16, values[s] + std::popcount(low)), Vec::all(x[i]));
-                values[s] += std::popcount(mask);
-            }
     }
-    for (int s = 0; s < STREAMS; ++s) tile[s].close(y, w.out, (p + s * step) * PANEL);
+    tile.close(y, w.out, p * PANEL);
 }
 #endif
 
@@ -122,7 +106,7 @@ template <class T, class X>
 inline void spread_all(const Weights& w, const X* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
 #if defined(__AVX512VBMI2__)
     if (batch == 1) {
-        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { spread_streams<T, X, STREAMS>(w, x, y, p, step); });
+        for (int64_t p = begin; p < end; ++p) one_row_spread<T>(w, x, y, p);
         return;
     }
 #endif

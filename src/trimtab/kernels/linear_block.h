@@ -39,30 +39,26 @@ inline void blocks(const Weights& w, const X* x, int64_t batch, float* y, int64_
     }
 }
 
-// Dense with one row of x: some panels at once, `step` apart.
-template <class T, class X, int STREAMS>
-inline void stream_dense(const Weights& w, const X* x, float* y, int64_t p, int64_t step) {
+// Dense with one row of x.
+template <class T, class X>
+inline void one_row(const Weights& w, const X* x, float* y, int64_t p) {
     constexpr int64_t some = sizeof(T) == 2 ? 2 : 1;  // inputs that lie side by side
     const int64_t each = (w.in + some - 1) / some * some * PANEL;
     const T* at = reinterpret_cast<const T*>(w.values) + p * each;
-    Tile<PANEL, 1> tile[STREAMS];
-    for (int s = 0; s < STREAMS; ++s) tile[s].open(y, w.out, 0, true);
-    for (int64_t i = 0; i + some <= w.in; i += some)
-        for (int s = 0; s < STREAMS; ++s) {
-            const T* here = at + s * step * each + i * PANEL;
-            for (int k = 0; k < some * PANEL * int(sizeof(T)); k += 64)
-                __builtin_prefetch(reinterpret_cast<const std::byte*>(here) + AHEAD + k);
-            tile[s].add(here, x + i, some);
-        }
-    if (const int64_t left = w.in % some)
-        for (int s = 0; s < STREAMS; ++s) tile[s].add(at + s * step * each + (w.in - left) * PANEL, x + w.in - left, left);
-    for (int s = 0; s < STREAMS; ++s) tile[s].close(y, w.out, (p + s * step) * PANEL);
+    Tile<PANEL, 1> tile;
+    tile.open(y, w.out, 0, true);
+    for (int64_t i = 0; i + some <= w.in; i += some, at += some * PANEL) {
+        for (int k = 0; k < some * PANEL * int(sizeof(T)); k += 64) __builtin_prefetch(reinterpret_cast<const std::byte*>(at) + AHEAD + k);
+        tile.add(at, x + i, some);
+    }
+    if (const int64_t left = w.in % some) tile.add(at, x + w.in - left, left);
+    tile.close(y, w.out, p * PANEL);
 }
 
 template <class T, class X>
 inline void dense(const Weights& w, const X* x, int64_t batch, float* y, int64_t begin, int64_t end) {
-    if (batch == 1) streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_dense<T, X, STREAMS>(w, x, y, p, step); });
-    else blocks<PANEL, T>(w, x, batch, y, begin, end);
+    if (batch > 1) return blocks<PANEL, T>(w, x, batch, y, begin, end);
+    for (int64_t p = begin; p < end; ++p) one_row<T>(w, x, y, p);
 }
 
 template <class T>

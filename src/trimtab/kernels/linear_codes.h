@@ -61,46 +61,34 @@ inline void close_total(const float* total, const Weights& w, float* y, int64_t 
     for (int r = 0; r < ROWS; ++r) std::copy_n(total + r * HEIGHT, std::min<int64_t>(HEIGHT, w.out - first), y + r * w.out + first);
 }
 
-// One row of x with some panels, `step` apart.
-template <int BITS, int STREAMS>
-inline void stream_codes(const Weights& w, const Codes& x, int64_t group, float* y, int64_t p, int64_t step) {
+// One row of x.
+template <int BITS>
+inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float* y, int64_t p) {
     constexpr int P = 32 / BITS, FIELDS = 8 / BITS, V = PANEL / Vec::N;
     const int64_t words = (w.in + P - 1) / P, groups = w.groups();
-    const std::byte* at[STREAMS];
-    Vec total[STREAMS][V];
-    for (int s = 0; s < STREAMS; ++s) {
-        at[s] = w.values + (p + s * step) * words * PANEL * 4;
-        for (int v = 0; v < V; ++v) total[s][v] = Vec::zero();
-    }
+    const std::byte* at = w.values + p * words * PANEL * 4;
+    Tile<PANEL, 1> total;
+    total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < x.groups; ++g) {
-        Ints sum[STREAMS][V];
-        for (int s = 0; s < STREAMS; ++s)
-            for (int v = 0; v < V; ++v) sum[s][v] = Ints::zero();
+        Ints sum[V];
+        for (int v = 0; v < V; ++v) sum[v] = Ints::zero();
         const int64_t from = g * group / P, until = (std::min(w.in, (g + 1) * group) + P - 1) / P;
         for (int64_t i = from; i < until; ++i) {
-            Ints its[FIELDS];
-            for (int f = 0; f < FIELDS; ++f) its[f] = Ints::all(peek<int>(x.x + i * P + 4 * f));
-            for (int s = 0; s < STREAMS; ++s) {
-                const std::byte* here = at[s] + i * PANEL * 4;
-                for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
-                for (int v = 0; v < V; ++v) {
-                    const Ints word = Ints::load(here + v * Vec::N * 4);
-                    for (int f = 0; f < FIELDS; ++f) sum[s][v] = sum[s][v].template dot<BITS>(field<BITS>(word, f), its[f]);
-                }
+            const std::byte* here = at + i * PANEL * 4;
+            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
+            for (int v = 0; v < V; ++v) {
+                const Ints word = Ints::load(here + v * Vec::N * 4);
+                for (int f = 0; f < FIELDS; ++f)
+                    sum[v] = sum[v].template dot<BITS>(field<BITS>(word, f), Ints::all(peek<int>(x.x + i * P + 4 * f)));
             }
         }
-        for (int s = 0; s < STREAMS; ++s)
-            for (int v = 0; v < V; ++v) {
-                const int64_t side = ((p + s * step) * groups + (groups > 1 ? g : 0)) * PANEL + v * Vec::N;
-                const Vec whole = sum[s][v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[g]);
-                total[s][v] = total[s][v].fma(whole, scale_at(w, side) * Vec::all(x.scales[g]));
-            }
+        for (int v = 0; v < V; ++v) {
+            const int64_t side = (p * groups + (groups > 1 ? g : 0)) * PANEL + v * Vec::N;
+            const Vec whole = sum[v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[g]);
+            total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side) * Vec::all(x.scales[g]));
+        }
     }
-    for (int s = 0; s < STREAMS; ++s) {
-        Tile<PANEL, 1> tile;
-        for (int v = 0; v < V; ++v) tile.sum[0][v] = total[s][v];
-        tile.close(y, w.out, (p + s * step) * PANEL);
-    }
+    total.close(y, w.out, p * PANEL);
 }
 
 // Dense: a panel is all inputs of 32 outputs.
@@ -110,7 +98,7 @@ void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, 
     const Input input = in_tiles(w);
     const Codes x(ready, input, w.in, batch);
     if (batch == 1) {
-        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_codes<BITS, STREAMS>(w, x, input.group, y, p, step); });
+        for (int64_t p = begin; p < end; ++p) one_row_codes<BITS>(w, x, input.group, y, p);
         return;
     }
     const int64_t words = (w.in + P - 1) / P, groups = w.groups();
@@ -204,19 +192,13 @@ void linear_codes_nm(const Weights& w, const void* ready, int64_t batch, float* 
     const Input input = in_rows(w);
     const Codes x(ready, input, w.in, batch);
     const Pairs pairs(w);
-    auto panels = [&]<int ROWS, int STREAMS>(int64_t row, int64_t p, int64_t step) {
-        Tile<PANEL, ROWS> tile[STREAMS];
-        for (int s = 0; s < STREAMS; ++s) tile[s].open(y, w.out, 0, true);
-        for (int64_t g = 0; g < x.groups; ++g)
-            for (int s = 0; s < STREAMS; ++s) pair_group<BITS, ROWS>(w, pairs, x, row, p + s * step, g, input.group, tile[s]);
-        for (int s = 0; s < STREAMS; ++s) tile[s].close(y + row * w.out, w.out, (p + s * step) * PANEL);
-    };
-    if (batch == 1) {
-        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { panels.template operator()<1, STREAMS>(0, p, step); });
-        return;
-    }
     for (int64_t p = begin; p < end; ++p)
-        tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) { panels.template operator()<ROWS, 1>(row, p, 0); });
+        tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
+            Tile<PANEL, ROWS> tile;
+            tile.open(y, w.out, 0, true);
+            for (int64_t g = 0; g < x.groups; ++g) pair_group<BITS, ROWS>(w, pairs, x, row, p, g, input.group, tile);
+            tile.close(y + row * w.out, w.out, p * PANEL);
+        });
 }
 
 }  // namespace trimtab::ISA

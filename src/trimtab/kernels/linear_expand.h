@@ -20,41 +20,38 @@ inline void expand(const Weights& w, const std::byte* words, int64_t k, int64_t 
     }
 }
 
-// One row of x, some panels at once: the sum of codes times x in a group, less the zero point times the sum of x.
-template <int BITS, int STREAMS>
-inline void stream_expand(const Weights& w, const float* x, float* y, int64_t p, int64_t step) {
+// One row of x: the sum of codes times x in a group, less the zero point times the sum of x.
+template <int BITS>
+inline void one_row_expand(const Weights& w, const float* x, float* y, int64_t p) {
     constexpr int P = 32 / BITS, V = PANEL / Vec::N;
     const int64_t words = (w.in + P - 1) / P, groups = w.groups();
-    Tile<PANEL, 1> total[STREAMS];
-    for (int s = 0; s < STREAMS; ++s) total[s].open(y, w.out, 0, true);
+    Tile<PANEL, 1> total;
+    total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t from = g * w.group, until = std::min(w.in, from + w.group);
-        Tile<PANEL, 1> part[STREAMS];
-        for (int s = 0; s < STREAMS; ++s) part[s].open(y, w.out, 0, true);
+        Tile<PANEL, 1> part;
+        part.open(y, w.out, 0, true);
         float met = 0;
         for (int64_t i = from; i < until; i += P) {
             const int some = int(std::min<int64_t>(P, until - i));
             for (int k = 0; k < some; ++k) met += x[i + k];
-            for (int s = 0; s < STREAMS; ++s) {
-                const std::byte* here = w.values + ((p + s * step) * words + i / P) * PANEL * 4;
-                for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
-                for (int v = 0; v < V; ++v) {
-                    const Ints word = Ints::load(here + v * Vec::N * 4);
-                    if (some == P)
-                        for (int k = 0; k < P; ++k) part[s].sum[0][v] = part[s].sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
-                    else
-                        for (int k = 0; k < some; ++k) part[s].sum[0][v] = part[s].sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
-                }
+            const std::byte* here = w.values + (p * words + i / P) * PANEL * 4;
+            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
+            for (int v = 0; v < V; ++v) {
+                const Ints word = Ints::load(here + v * Vec::N * 4);
+                if (some == P)
+                    for (int k = 0; k < P; ++k) part.sum[0][v] = part.sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
+                else
+                    for (int k = 0; k < some; ++k) part.sum[0][v] = part.sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
             }
         }
-        for (int s = 0; s < STREAMS; ++s)
-            for (int v = 0; v < V; ++v) {
-                const int64_t side = ((p + s * step) * groups + g) * PANEL + v * Vec::N;
-                const Vec whole = part[s].sum[0][v] - zero_at<BITS>(w, side) * Vec::all(met);
-                total[s].sum[0][v] = total[s].sum[0][v].fma(whole, scale_at(w, side));
-            }
+        for (int v = 0; v < V; ++v) {
+            const int64_t side = (p * groups + g) * PANEL + v * Vec::N;
+            const Vec whole = part.sum[0][v] - zero_at<BITS>(w, side) * Vec::all(met);
+            total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side));
+        }
     }
-    for (int s = 0; s < STREAMS; ++s) total[s].close(y, w.out, (p + s * step) * PANEL);
+    total.close(y, w.out, p * PANEL);
 }
 
 inline int64_t expand_scratch(const Weights& w, int64_t) { return EXPAND * w.rows; }
@@ -63,7 +60,7 @@ template <int BITS>
 void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
     const float* x = static_cast<const float*>(ready);
     if (batch == 1) {
-        streams(begin, end, [&]<int STREAMS>(int64_t p, int64_t step) { stream_expand<BITS, STREAMS>(w, x, y, p, step); });
+        for (int64_t p = begin; p < end; ++p) one_row_expand<BITS>(w, x, y, p);
         return;
     }
     const int64_t words = (w.in * BITS + 31) / 32, groups = w.groups();

@@ -9,7 +9,7 @@
 namespace trimtab::ISA {
 
 // Bytes from what is multiplied now to what is asked of memory: the hardware stops at the end of a page.
-constexpr int64_t AHEAD = 4096;
+constexpr int64_t AHEAD = 2048;
 
 // Rows of x a tile takes: as many sums as there are registers, two vectors left for weights.
 template <int HEIGHT>
@@ -100,16 +100,6 @@ inline void tiles(int64_t batch, const F& f) {
     if constexpr (most > 2)
         for (; row + 2 <= batch; row += 2) f.template operator()<2>(row);
     for (; row < batch; ++row) f.template operator()<1>(row);
-}
-
-// One row of x: memory gives more to a thread that reads several panels at once. Calls f<STREAMS>(panel, step) for the
-// panels panel, panel + step, ... until begin .. end are done.
-template <class F>
-inline void streams(int64_t begin, int64_t end, const F& f) {
-    constexpr int most = Vec::N == 16 ? 4 : 1;
-    const int64_t step = (end - begin) / most;
-    for (int64_t p = begin; p < begin + step; ++p) f.template operator()<most>(p, step);
-    for (int64_t p = begin + step * most; p < end; ++p) f.template operator()<1>(p, 0);
 }
 
 }  // namespace trimtab::ISA
