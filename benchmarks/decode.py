@@ -1,0 +1,130 @@
+"""Whole models, tokens per second: our decoder on packed directories beside llama.cpp, all in one run, taking turns.
+
+    python benchmarks/random_llama.py build/llama-110m --size 110m
+    python benchmarks/decode.py build/llama-110m results/decode.jsonl [--llama PYTHON] [--rounds 5] [--only NAME ...]
+
+Packs the model with every recipe below into DIR-packed/ (once), then starts one process a candidate; each waits until it is
+its turn. Prompt 64 and 64 new tokens, and a prompt of 512; 2 threads; medians over the rounds, the spread is the quartiles.
+`--llama`: an interpreter with llama-cpp-python, gguf and numpy.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PACKED = {
+    "dense bf16": ["dense"],
+    "int8": ["rtn(bits=8,group=0)"],
+    "int4 g128": ["rtn(bits=4,group=128)"],
+    "2:4 int4 g128": ["nm(n=2,m=4) | magnitude ; rtn(bits=4,group=128)"],
+    "mlp blocks 20% kept, bf16": ["mlp: blocks", "--keep", "0.2"],
+    "mlp blocks 5% kept, bf16": ["mlp: blocks", "--keep", "0.05"],
+}
+SETTINGS = {"decode_tok_s": (64, 64), "prefill_tok_s": (512, 1)}
+
+
+def serve(path: Path, threads: int) -> None:
+    """Our side of the protocol: a line "PROMPT NEW" in, a line of JSON out."""
+    import torch
+
+    from trimtab.core.memory import rss
+    from trimtab.runtime.decoder import open_decoder
+
+    torch.set_num_threads(threads)
+    before, began = rss(), time.perf_counter()
+    decoder = open_decoder(path)
+    loaded = time.perf_counter() - began
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prompt, new = map(int, line.split())
+        ids = torch.randint(10, 1000, (prompt,), generator=torch.Generator().manual_seed(0))
+        start = time.perf_counter()
+        steps = decoder.generate(ids, new + 1)
+        next(steps)
+        first = time.perf_counter()
+        for _ in steps:
+            pass
+        end = time.perf_counter()
+        print(json.dumps({"prefill_tok_s": prompt / (first - start), "decode_tok_s": new / (end - first), "load_s": loaded,
+                          "rss_over_import": rss() - before}), flush=True)
+
+
+def main() -> int:
+    from trimtab.demo import machine
+    from trimtab.runtime import native
+
+    ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    ask.add_argument("model", type=Path)
+    ask.add_argument("out", type=Path)
+    ask.add_argument("--llama", type=Path)
+    ask.add_argument("--rounds", type=int, default=5)
+    ask.add_argument("--threads", type=int, default=2)
+    ask.add_argument("--only", nargs="+", choices=PACKED, default=list(PACKED))
+    a = ask.parse_args()
+    folder = a.model.with_name(a.model.name + "-packed")
+    folder.mkdir(exist_ok=True)
+    commands: dict[str, list[str]] = {}
+    for name in a.only:
+        at = folder / "".join(c if c.isalnum() else "-" for c in name)
+        if not at.exists():
+            subprocess.run([sys.executable, "-m", "trimtab.cli", "trim", str(a.model), *PACKED[name], "-o", str(at), "--pack", "--no-speed",
+                            "--proof-tokens", "512", "--samples", "2", "-q"], check=True, stdout=subprocess.DEVNULL)
+        commands[f"trimtab {name}"] = [sys.executable, __file__, "--serve", str(at), str(a.threads)]
+    if a.llama:
+        theirs, script = folder / "llama", Path(__file__).with_name("llama_worker.py")
+        if not theirs.with_suffix(".q4_0.gguf").exists():
+            subprocess.run([a.llama, script, "make", a.model / "config.json", theirs], check=True, stderr=subprocess.DEVNULL)
+        for kind in ("bf16", "q8_0", "q4_0"):
+            commands[f"llama.cpp {kind}"] = [str(a.llama), str(script), "serve", str(theirs.with_suffix(f".{kind}.gguf")), str(a.threads)]
+    workers = {n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()}
+    figures: dict[str, dict[str, list[float]]] = {n: {k: [] for k in SETTINGS} for n in workers}
+    extra: dict[str, dict[str, Any]] = {}
+    reads = []
+
+    def turn(name: str, prompt: int, new: int) -> dict[str, Any]:
+        to, back = workers[name].stdin, workers[name].stdout
+        assert to and back
+        to.write(f"{prompt} {new}\n")
+        to.flush()
+        return json.loads(back.readline())
+
+    for w in workers.values():
+        assert w.stdout and w.stdout.readline().strip() == "ready"
+    for r in range(a.rounds + 1):
+        for name in workers:
+            for key, (prompt, new) in SETTINGS.items():
+                got = turn(name, prompt, new)
+                if r:
+                    figures[name][key].append(got[key])
+                extra[name] = {k: got[k] for k in ("load_s", "rss_over_import") if k in got}
+        reads.append(native.core().read_bandwidth(400 << 20, a.threads, 2))
+    for w in workers.values():
+        w.kill()
+    read = statistics.median(reads)
+    for name, by in figures.items():
+        for key, values in by.items():
+            low, mid, high = statistics.quantiles(values, n=4)
+            prompt, new = SETTINGS[key]
+            row = {"recipe": name, "model": a.model.name, "setting": f"prompt {prompt}, {new} new", "metric": key, "value": round(mid, 2),
+                   "quartiles": [round(low, 2), round(high, 2)], "seed": 0, "methods": {}, "rounds": a.rounds, "threads": a.threads,
+                   "read_gb_s": round(read / 1e9, 2), "machine": machine(), "isa": native.level(), "date": time.strftime("%Y-%m-%d"),
+                   **extra[name]}
+            with a.out.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row, sort_keys=True) + "\n")
+        decode, prefill = (statistics.median(by[k]) for k in SETTINGS)
+        print(f"{name:28}{decode:9.1f} decode{prefill:10.1f} prefill  {extra[name]}", flush=True)
+    print(f"read bandwidth {read / 1e9:.1f} GB/s")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        sys.exit(main())
