@@ -168,8 +168,36 @@ def counts_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
     return table(["axis", "methods", "names"], body)
 
 
+def kernels_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/kernels.py: time, spread, bandwidth, and the fastest other runtime of the same run."""
+    body = []
+    for r in every:
+        low, high = r["quartiles"]
+        wanted = f"{r['wanted']:.2f} ({r['bound']}): {'met' if r['met'] else '**missed**'}" if "wanted" in r else ""
+        times = f"{r['times_fastest_other']:.2f} x {r['fastest_other']}" if "fastest_other" in r else ""
+        body.append((r["recipe"], f"{r['value']:.3f}", f"{low:.3f} to {high:.3f}", f"{r['share_of_read_bandwidth']:.0%}", times, wanted))
+    return table(["layer", "ms", "quartiles", "of the read bandwidth", "against the fastest other", "wanted"], body)
+
+
+def decode_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/decode.py: one line a candidate."""
+    by: dict[str, dict[str, Row]] = {}
+    for r in every:
+        by.setdefault(r["recipe"], {})[r["metric"]] = r
+
+    def figure(r: Row) -> str:
+        return f"{r['value']:,.1f} ({r['quartiles'][0]:,.1f} to {r['quartiles'][1]:,.1f})"
+
+    body = []
+    for name, r in by.items():
+        held = r["decode_tok_s"].get("rss_over_import")
+        body.append((name, figure(r["decode_tok_s"]), figure(r["prefill_tok_s"]), f"{held / 1e6:,.0f} MB" if held else ""))
+    return table(["model", "decode, tokens/s", "prefill, tokens/s", "resident over a bare import"], body)
+
+
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
+    "kernels": kernels_table, "decode": decode_table,
 }
 
 
