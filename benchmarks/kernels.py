@@ -197,7 +197,8 @@ def report(these: list[Candidate], table: str, batch: int, read: float, a: argpa
         low, _, high = statistics.quantiles(c.times, n=4)
         peers = [p for p in these if p.of == (c.of or c.baseline)]
         best = min(peers, key=took) if peers else None
-        row = {"recipe": c.name, "model": f"one layer {a.shape}, cold", "setting": f"{table}-batch-{batch}", "metric": "milliseconds", "seed": 0,
+        row = {"recipe": c.name, "model": f"one layer {a.shape}, cold", "setting": f"{table}-batch-{batch}", "seed": 0,
+               "metric": "milliseconds",
                "methods": {}, "value": round(t * 1e3, 4), "quartiles": [round(low * 1e3, 4), round(high * 1e3, 4)],
                "bytes": c.bytes, "share_of_read_bandwidth": round(c.bytes / t / read, 3), "read_gb_s": round(read / 1e9, 2),
                "threads": a.threads, "calls": len(c.times), "machine": machine(), "isa": native.level(), "date": time.strftime("%Y-%m-%d")}

@@ -2,6 +2,10 @@
 
 #include <unistd.h>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -12,7 +16,35 @@
 namespace trimtab {
 namespace {
 
-constexpr int SPIN = 2000;  // tries before a waiting thread goes to sleep: tens of microseconds, the gap between two layers
+constexpr int SPIN = 4000;  // tries before a waiting thread goes to sleep: tens of microseconds, the gap between two layers
+
+void breathe() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+int here() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// A thread that was woken on the processor of the one that woke it moves to another: the two would take turns there for
+// milliseconds. It is not bound to any.
+void step_aside(int from) {
+#if defined(__linux__)
+    cpu_set_t all;
+    if (here() != from || sched_getaffinity(0, sizeof all, &all) || CPU_COUNT(&all) < 2) return;
+    cpu_set_t others = all;
+    CPU_CLR(from, &others);
+    if (!sched_setaffinity(0, sizeof others, &others)) sched_setaffinity(0, sizeof all, &all);
+#else
+    (void)from;
+#endif
+}
 
 class Pool {
 public:
@@ -22,6 +54,7 @@ public:
         work_ = &work;
         count_ = count;
         parts_ = threads;
+        caller_ = here();
         left_.store(int(workers_.size()), std::memory_order_relaxed);
         {
             std::lock_guard lock(mutex_);
@@ -30,7 +63,7 @@ public:
         wake_.notify_all();
         part(0);
         for (int tries = 0; left_.load(std::memory_order_acquire); ++tries)
-            if (tries > SPIN) std::this_thread::yield();
+            tries > SPIN ? std::this_thread::yield() : breathe();
     }
 
 private:
@@ -45,10 +78,12 @@ private:
     void serve(int id, uint64_t seen) {
         for (;;) {
             int tries = 0;
-            while (round_.load(std::memory_order_acquire) == seen && tries < SPIN) ++tries;
+            while (round_.load(std::memory_order_acquire) == seen && tries < SPIN) ++tries, breathe();
             if (round_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock lock(mutex_);
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
+                lock.unlock();
+                step_aside(caller_);
             }
             seen = round_.load(std::memory_order_acquire);
             if (id < parts_) part(id);
@@ -68,7 +103,7 @@ private:
     std::atomic<int> left_{0};
     const std::function<void(int64_t, int64_t, int)>* work_ = nullptr;
     int64_t count_ = 0;
-    int parts_ = 1;
+    int parts_ = 1, caller_ = -1;
 };
 
 }  // namespace
