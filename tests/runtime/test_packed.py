@@ -22,10 +22,12 @@ from trimtab import api, cli
 from trimtab.core import pack
 from trimtab.core.types import BadInput
 from trimtab.methods.codes import Codes, nearest
+from trimtab.methods.format.dense import dense
 from trimtab.network.checkpoint import Checkpoint, SafeFile, write_sharded
 from trimtab.network.stream import load_module
 from trimtab.prove.proof import answer
-from trimtab.runtime import layouts, packed
+from trimtab.runtime import layouts, native, packed
+from trimtab.runtime.decoder import open_decoder
 from trimtab.runtime.modules import PackedLinear
 
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
@@ -371,3 +373,51 @@ def test_parts_that_are_not_the_weight_are_a_failure(capsys, tiny_lm, tmp_path, 
     monkeypatch.setattr(Codes, "change", lambda self, mask=None: replace(change(self, mask), w=self.weight() * 2))
     code, _, err = trim(capsys, tiny_lm, "rtn", tmp_path / "o", calib)
     assert code == 1 and "parts that do not decode to its weight" in err and not (tmp_path / "o").exists()
+
+
+# ---- the decoder ------------------------------------------------------------------------------
+@pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
+@pytest.mark.parametrize("recipe, more, narrowest", [
+    ("dense", ("--pack-dtype", "float32"), "f32"), ("dense", (), "bf16"), ("rtn(bits=4,group=32)", (), "i8"),
+    ("mlp: magnitude(unit=2:4)", ("--head", "keep"), "bf16"),  # attention and a tied head are outside the recipe's scope
+])
+def test_the_decoder_says_what_transformers_says(capsys, tiny_lm, tmp_path, calib, recipe, more, narrowest):
+    code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack", *more)
+    assert code == 0, err
+    decoder, ids = open_decoder(tmp_path / "o"), torch.arange(3, 40)
+    assert decoder.narrowest == narrowest
+    module = load_module(tmp_path / "o", torch.float32, False)
+    for m in module.modules():
+        if isinstance(m, PackedLinear):
+            m.narrowest = ""
+    with torch.no_grad():
+        want = module(ids[None]).logits[0].float()
+    assert float((decoder.logits(ids, narrowest="f32") - want).abs().max()) < 1e-4 * float(want.abs().max())
+    assert float((decoder.logits(ids) - want).norm() / want.norm()) < 0.03  # as it is run: x rounded where that pays
+    exact = open_decoder(tmp_path / "o", "float32")
+    assert exact.narrowest == "f32"
+    code, out, err = run(capsys, "generate", tmp_path / "o", "def f(x):", "--max-new-tokens", "3", "--json")
+    assert code == 0 and json.loads(out)["text"] is not None, err
+
+
+@pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
+def test_a_packed_layer_of_codes_rounds_x_as_the_decoder_does():
+    layer = PackedLinear(dense(nearest(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), 4, 32).change()))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer(x), layer.linear(x, narrowest="i8")) and not torch.equal(layer(x), layer.linear(x))
+
+
+@pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
+def test_a_damaged_description_is_one_line(capsys, tiny_lm, tmp_path, calib):
+    out = tmp_path / "o"
+    assert trim(capsys, tiny_lm, "dense", out, calib, "--pack")[0] == 0
+    whole = json.loads((out / "decoder.json").read_text())
+    for broken in ("{", "[]", json.dumps(whole | {"version": 99}), json.dumps({k: v for k, v in whole.items() if k != "layers"}),
+                   json.dumps(whole | {"head": ["lm_head", "nothing"]}), json.dumps(whole | {"embedding": "nothing"})):
+        (out / "decoder.json").write_text(broken)
+        code, _, err = run(capsys, "generate", out, "def f(x):")
+        assert code == 2 and len(err.strip().splitlines()) == 1, (broken[:40], err)
+    (out / "decoder.json").unlink()
+    with pytest.raises(BadInput, match=r"decoder\.json"):
+        open_decoder(out)
+    assert run(capsys, "generate", out, "def f(x):", "--max-new-tokens", "2")[0] == 0  # in torch

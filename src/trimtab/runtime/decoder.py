@@ -218,8 +218,8 @@ def open_packed(path: Path, dtype: str | None = None) -> Decoder:
         if name in model.linears:
             return model.linears[name]
         # A map that was not packed: outside the recipe's scope, or a head that is the table of embeddings.
-        stored = f"{name}.weight"
-        return dense(Change(_plain(tensor(stored if stored in model.tensors else description["embedding"]))))
+        is_table = name == description["head"] and f"{name}.weight" not in model.tensors
+        return dense(Change(_plain(tensor(description["embedding"] if is_table else f"{name}.weight"))))
 
     return Decoder(description, {n: linear(n) for n in linears}, {n: tensor(n) for n in tensors}, narrowest=narrowest)
 
