@@ -267,17 +267,24 @@ def test_rows_of_a_fused_weight_share_their_format(tmp_path):
 
 
 @pytest.mark.fresh
+def runners(*measured: dict) -> bool:
+    """Whether each was timed by all that can run it, and the faster one counts: which one that is, the machine decides."""
+    return all(set(m["runners"]) == {"torch", *(["trimtab"] if native.core() else [])}
+               and m["decode_tok_s"] == max(r["decode_tok_s"] for r in m["runners"].values()) for m in measured)
+
+
 def test_commands_take_a_packed_directory(capsys, tiny_lm, tmp_path, calib):
     small = ("--text", calib, "--json", "-q", "--seq-len", 32, "--proof-tokens", 64)
     code, out, _ = run(capsys, "trim", tiny_lm, "rtn(bits=8)", "-o", tmp_path / "o", "--pack", *small)
     result = json.loads(out)
-    assert code == 0 and result["timing"]["runner"] == "trimtab" and "with trimtab" in result["faster"] and result["recovery"] > 0.99
+    assert code == 0 and runners(result["timing"]["before"], result["timing"]["after"]) and " with " in result["faster"]
+    assert result["recovery"] > 0.99
     code, out, _ = run(capsys, "eval", tmp_path / "o", *small)
     assert code == 0 and json.loads(out)["score"] == pytest.approx(result["score"], rel=1e-5)
     code, out, _ = run(capsys, "inspect", tmp_path / "o", "--json", "-q", "--samples", 2, "--seq-len", 32)
     assert code == 0 and json.loads(out)["roles"]["mlp.up"]["sites"] == 3
     code, out, _ = run(capsys, "bench", tmp_path / "o", "--against", tiny_lm, "--prompt", 4, "--new", 2, "--json")
-    assert code == 0 and json.loads(out)["runner"] == "trimtab" and json.loads(out)["decode_tok_s"] > 0
+    assert code == 0 and runners(json.loads(out)["before"]) and json.loads(out)["decode_tok_s"] > 0
     code, out, _ = run(capsys, "generate", tmp_path / "o", "def f", "--max-new-tokens", 3, "--json")
     assert code == 0 and json.loads(out)["prompt"] == "def f"
 
