@@ -56,12 +56,7 @@ inline void spread_panel(const Weights& w, const X* x, int64_t batch, float* y, 
     for (int64_t k = 0; k < w.in; k += SPREAD) {
         const int64_t some = std::min(SPREAD, w.in - k), masks = (some + STEP<T> - 1) / STEP<T> * STEP<T>;
         for (int64_t i = 0; i < masks; ++i, bits += 4) spread(peek<uint32_t>(bits), values, spaced + i * 32);
-        tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-            Tile<PANEL, ROWS> tile;
-            tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-            tile.add(spaced, x + row * width + k * ROWS, some);
-            tile.close(y + row * w.out, w.out, p * PANEL);
-        });
+        add_panel(w, spaced, x, width, k, some, batch, y, p);
     }
 }
 

@@ -68,12 +68,7 @@ void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y,
         for (int64_t k = 0; k < w.in;) {
             const int64_t g = k / w.group, some = std::min({EXPAND, w.in - k, (g + 1) * w.group - k});
             expand<BITS, PANEL>(w, w.values + p * words * PANEL * 4, k, some, (p * groups + g) * PANEL, scratch);
-            tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-                Tile<PANEL, ROWS> tile;
-                tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-                tile.add(scratch, x + row * w.in + k * ROWS, some);
-                tile.close(y + row * w.out, w.out, p * PANEL);
-            });
+            add_panel(w, scratch, x, w.in, k, some, batch, y, p);
             k += some;
         }
     }
@@ -124,12 +119,7 @@ void linear_expand_nm(const Weights& w, const void* ready, int64_t batch, float*
                         (at_a.where(j, a) + at_b.where(j, b)).store(scratch + (i - k + j) * PANEL + v * Vec::N);
                 }
             }
-            tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-                Tile<PANEL, ROWS> tile;
-                tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-                tile.add(scratch, x + row * w.in + k * ROWS, some);
-                tile.close(y + row * w.out, w.out, p * PANEL);
-            });
+            add_panel(w, scratch, x, w.in, k, some, batch, y, p);
             k += some;
         }
     }

@@ -102,4 +102,15 @@ inline void tiles(int64_t batch, const F& f) {
     for (; row < batch; ++row) f.template operator()<1>(row);
 }
 
+// Inputs k .. k + some of panel p, laid out as in a dense panel, for all rows of x, each `width` units of X long.
+template <class T, class X>
+inline void add_panel(const Weights& w, const T* panel, const X* x, int64_t width, int64_t k, int64_t some, int64_t batch, float* y, int64_t p) {
+    tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
+        Tile<PANEL, ROWS> tile;
+        tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
+        tile.add(panel, x + row * width + k * ROWS, some);
+        tile.close(y + row * w.out, w.out, p * PANEL);
+    });
+}
+
 }  // namespace trimtab::ISA

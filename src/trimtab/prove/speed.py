@@ -23,7 +23,7 @@ from trimtab.runtime.decoder import Decoder, open_decoder
 
 KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
 SLACK = 128 << 20  # activations, caches, the allocator
-Run = Callable[[], dict[str, float]]  # one timed pass
+Run = Callable[[int], dict[str, float]]  # a timed pass that makes so many tokens, or goes so many times
 
 
 def _free() -> int:
@@ -212,8 +212,7 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
     else:
         inputs = _inputs(nets[0], prompt, batch)
         inputs = {k: v.to(how) if v.is_floating_point() else v for k, v in inputs.items()}
-        # (which checkpoint, runner, a pass that makes so many tokens)
-        passes: list[tuple[int, str, Callable[[int], dict[str, float]]]] = []
+        passes: list[tuple[int, str, Run]] = []  # which checkpoint, runner
         for k, net in enumerate(nets):
             step = _generate if kind == "lm" else _forward
             passes.append((k, "torch", partial(step, _load(net, how, trust_remote_code), inputs)))

@@ -4,6 +4,7 @@ Importing trimtab must not import transformers: where that is not there yet, a f
 """
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ TABLE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    import trimtab.runtime.quantizer  # noqa: F401  (enters itself)
+    importlib.import_module("trimtab.runtime.quantizer")  # enters itself
 
 
 class _Waiting(MetaPathFinder):
