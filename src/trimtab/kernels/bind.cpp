@@ -1,7 +1,9 @@
 // What Python sees: the kernels there are, what the processor can run, linear maps and decoders.
 #include "bandwidth.h"
 #include "bind.h"
+#include "mlp.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -26,6 +28,39 @@ void Bound::run(In x, Out y, int threads, const std::string& name, const std::st
     nb::gil_scoped_release free;
     trimtab::run({&job, 1}, from, batch, threads);
 }
+
+namespace {
+
+// An MLP of maps that live as long as it does.
+struct BoundMlp {
+    nb::object gate, up, down;
+    Mlp mlp;
+
+    BoundMlp(nb::object g, nb::object u, nb::object d, const std::string& activation) : gate(g), up(u), down(d) {
+        auto map = [](nb::object o) { return Map{{&nb::cast<const Bound&>(o).linear, {}}}; };
+        if (!g.is_none()) mlp.gate = map(g);
+        mlp.up = map(u);
+        mlp.down = map(d);
+        mlp.activation = activation_of(activation);
+        if (mlp.gate && (inputs(*mlp.gate) != inputs(mlp.up) || outputs(*mlp.gate) != outputs(mlp.up)))
+            throw std::invalid_argument("gate and up must be of one shape");
+        if (inputs(mlp.down) != outputs(mlp.up))
+            throw std::invalid_argument("down takes " + std::to_string(inputs(mlp.down)) + " features, up gives " + std::to_string(outputs(mlp.up)));
+        for (const Map* m : {&mlp.up, &mlp.down, mlp.gate ? &*mlp.gate : &mlp.up})
+            if (!m->front().linear->best(Type::f32, 1)) throw std::invalid_argument("no kernel here runs the layout of a map of this MLP");
+    }
+
+    void run(In x, Out y, int threads, const std::string& narrowest) const {
+        if (int64_t(x.shape(1)) != inputs(mlp.up) || y.shape(0) != x.shape(0) || int64_t(y.shape(1)) != outputs(mlp.down))
+            throw std::invalid_argument("x must be [batch, " + std::to_string(inputs(mlp.up)) + "] and y [batch, " + std::to_string(outputs(mlp.down)) + "]");
+        const With with{activation(narrowest), checked_threads(threads), table().ops};
+        const float* from = x.data();
+        nb::gil_scoped_release free;
+        trimtab::run(mlp, from, int64_t(x.shape(0)), y.data(), with);
+    }
+};
+
+}  // namespace
 
 NB_MODULE(_trimtab_kernels, m) {
     m.attr("VERSION") = TRIMTAB_VERSION;
@@ -66,5 +101,8 @@ NB_MODULE(_trimtab_kernels, m) {
         }, "narrowest"_a, "Kernels that can run it here, best last; x may be rounded to `narrowest`.")
         .def("run", &Bound::run, "x"_a, "y"_a, "threads"_a, "kernel"_a = "", "narrowest"_a = "f32",
              "y = x W^T; `kernel` by name, or the best one here that rounds x to no less than `narrowest`.");
+    nb::class_<BoundMlp>(m, "Mlp")
+        .def(nb::init<nb::object, nb::object, nb::object, const std::string&>(), "gate"_a.none(), "up"_a, "down"_a, "activation"_a)
+        .def("run", &BoundMlp::run, "x"_a, "y"_a, "threads"_a, "narrowest"_a = "f32", "y = down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate.");
     bind_decoder(m);
 }

@@ -230,20 +230,18 @@ private:
         return a;
     }
 
-    Mlp mlp(Reader& r) {
-        Mlp m{};
-        m.norm = norm(r, "norm", p.hidden);
-        m.up = map(r, "up", p.hidden);
-        if (r.has("gate")) m.gate = map(r, "gate", p.hidden, outputs(m.up));
-        m.down = map(r, "down", outputs(m.up), p.hidden);
-        static const std::vector<std::pair<std::string, Activation>> known{
-            {"silu", Activation::silu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}, {"relu", Activation::relu}};
-        const std::string name = r.text_of("activation");
-        const auto found = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k.first == name; });
-        if (found == known.end()) bad(r.at("activation"), "unknown activation " + name + "; there are silu, gelu, gelu_tanh and relu");
-        m.activation = found->second;
+    Feed mlp(Reader& r) {
+        Feed f{norm(r, "norm", p.hidden), {}};
+        f.mlp.up = map(r, "up", p.hidden);
+        if (r.has("gate")) f.mlp.gate = map(r, "gate", p.hidden, outputs(f.mlp.up));
+        f.mlp.down = map(r, "down", outputs(f.mlp.up), p.hidden);
+        try {
+            f.mlp.activation = activation_of(r.text_of("activation"));
+        } catch (const std::invalid_argument& e) {
+            bad(r.at("activation"), e.what());
+        }
         r.done();
-        return m;
+        return f;
     }
 
     Sublayer sublayer(Reader& r, const std::string& op) {

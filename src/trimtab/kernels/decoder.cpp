@@ -15,15 +15,8 @@
 namespace trimtab {
 namespace {
 
-// Below this much work a second thread costs more than it saves.
-constexpr int64_t SMALL = 1 << 16;
 // Rows of queries that are computed together: their scores over a page stay in the second-level cache.
 constexpr int64_t TOGETHER = 64;
-
-float* sized(std::vector<float>& v, int64_t n) {
-    if (int64_t(v.size()) < n) v.resize(size_t(n));
-    return v.data();
-}
 
 class Alone {
 public:
@@ -62,44 +55,9 @@ Session::Session(const Program& program, const Options& options)
     if (options.batch < 1) throw std::invalid_argument("a batch is at least one sequence");
 }
 
-template <class F>
-void Session::each_row(int64_t rows, int64_t width, const F& f) const {
-    auto some = [&](int64_t begin, int64_t end, int) {
-        for (int64_t r = begin; r < end; ++r) f(r);
-    };
-    parallel(rows, rows * width < SMALL ? 1 : options_.threads, std::ref(some));
-}
-
 void Session::normed(const Norm& n, const float* x, int64_t rows, float* y) const {
     const int64_t width = int64_t(n.weight.size());
-    each_row(rows, width, [&](int64_t r) { options_.ops->rms(x + r * width, n.weight.data(), width, n.eps, y + r * width); });
-}
-
-// Maps of the same x. Their first factors run together, what is left of each one after the other.
-void Session::apply(std::span<const Target> targets, const float* x, int64_t rows) {
-    std::array<Job, 3> jobs;
-    std::array<float*, 3> at;
-    for (size_t i = 0; i < targets.size(); ++i) {
-        const Map& m = *targets[i].map;
-        const Linear& first = *m[0].linear;
-        at[i] = m.size() == 1 ? targets[i].y : sized(between_[2 * i], rows * first.weights().out);
-        jobs[i] = {&first.weights(), first.best(options_.narrowest, rows), at[i]};
-    }
-    run({jobs.data(), targets.size()}, x, rows, options_.threads);
-    for (size_t i = 0; i < targets.size(); ++i) {
-        const Map& m = *targets[i].map;
-        for (size_t s = 0; s < m.size(); ++s) {
-            const Linear& linear = *m[s].linear;
-            const int64_t width = linear.weights().out;
-            if (s) {
-                float* y = s + 1 == m.size() ? targets[i].y : sized(between_[2 * i + s % 2], rows * width);
-                const Job job{&linear.weights(), linear.best(options_.narrowest, rows), y};
-                run({&job, 1}, std::exchange(at[i], y), rows, options_.threads);
-            }
-            if (!m[s].bias.empty())
-                each_row(rows, width, [&](int64_t r) { options_.ops->add(at[i] + r * width, m[s].bias.data(), width); });
-        }
-    }
+    each_row(rows, width, options_.threads, [&](int64_t r) { options_.ops->rms(x + r * width, n.weight.data(), width, n.eps, y + r * width); });
 }
 
 // Cosines and sines of this pass's positions, once for all layers that turn alike.
@@ -114,7 +72,7 @@ void Session::turn() {
     for (size_t i = 0; i < p_.ropes.size(); ++i) {
         const Rope& rope = p_.ropes[i];
         const size_t pairs = rope.inverse.size();
-        each_row(count_, int64_t(pairs) * 32, [&](int64_t r) {
+        each_row(count_, int64_t(pairs) * 32, options_.threads, [&](int64_t r) {
             float* cos = turns_.data() + turns_at_[i] + size_t(r) * 2 * pairs;
             for (size_t j = 0; j < pairs; ++j) {
                 const double angle = float(positions_[size_t(r)]) * rope.inverse[j];
@@ -131,7 +89,7 @@ void Session::attention(const Attention& a, const float* x) {
     const int64_t wide = a.heads * a.head_dim, narrow = a.kv_heads * a.head_dim, group = a.heads / a.kv_heads;
     normed(a.norm, x, count_, sized(normed_, count_ * p_.hidden));
     float *q = sized(q_, count_ * wide), *k = sized(k_, count_ * narrow), *v = sized(v_, count_ * narrow);
-    apply(std::array<Target, 3>{{{&a.q, q}, {&a.k, k}, {&a.v, v}}}, normed_.data(), count_);
+    apply(std::array<Target, 3>{{{&a.q, q}, {&a.k, k}, {&a.v, v}}}, normed_.data(), count_, with());
     Cache* caches = &caches_[a.cache * rows_.size()];
     for (const Segment& s : segments_) caches[s.sequence].reach(s.begin + s.count, heads.bytes());
     auto ready = [&](float* row, int64_t count, const std::optional<Norm>& norm, const float* cos, size_t pairs) {
@@ -143,7 +101,7 @@ void Session::attention(const Attention& a, const float* x) {
     const size_t pairs = a.rope ? p_.ropes[*a.rope].inverse.size() : 0;
     const float* turns = a.rope ? turns_.data() + turns_at_[*a.rope] : nullptr;
     for (const Segment& s : segments_)
-        each_row(s.count, wide + 4 * narrow, [&](int64_t i) {
+        each_row(s.count, wide + 4 * narrow, options_.threads, [&](int64_t i) {
             const int64_t r = s.row + i;
             const float* cos = turns + size_t(r) * 2 * pairs;
             ready(q + r * wide, a.heads, a.q_norm, cos, pairs);
@@ -168,24 +126,19 @@ void Session::attention(const Attention& a, const float* x) {
     parallel(int64_t(work_.size()), cost < SMALL ? 1 : options_.threads, std::ref(attend));
     if (a.window)
         for (const Segment& s : segments_) caches[s.sequence].forget(s.begin + s.count - a.window + 1);
-    apply(std::array<Target, 1>{{{&a.o, sized(out_, count_ * p_.hidden)}}}, mixed, count_);
+    apply(std::array<Target, 1>{{{&a.o, sized(out_, count_ * p_.hidden)}}}, mixed, count_, with());
 }
 
-void Session::mlp(const Mlp& m, const float* x) {
-    const int64_t width = outputs(m.up);
-    normed(m.norm, x, count_, sized(normed_, count_ * p_.hidden));
-    float *up = sized(up_, count_ * width), *gate = m.gate ? sized(gate_, count_ * width) : nullptr;
-    if (gate) apply(std::array<Target, 2>{{{&*m.gate, gate}, {&m.up, up}}}, normed_.data(), count_);
-    else apply(std::array<Target, 1>{{{&m.up, up}}}, normed_.data(), count_);
-    each_row(count_, 2 * width, [&](int64_t r) { options_.ops->activate(m.activation, gate ? gate + r * width : nullptr, up + r * width, width); });
-    apply(std::array<Target, 1>{{{&m.down, sized(out_, count_ * p_.hidden)}}}, up, count_);
+void Session::feed_forward(const Feed& f, const float* x) {
+    normed(f.norm, x, count_, sized(normed_, count_ * p_.hidden));
+    run(f.mlp, normed_.data(), count_, sized(out_, count_ * p_.hidden), with());
 }
 
 // The tokens of this pass through all layers: x_ is what the head's norm reads.
 void Session::forward() {
     const int64_t hidden = p_.hidden;
     float* x = sized(x_, count_ * hidden);
-    each_row(count_, hidden, [&](int64_t r) {
+    each_row(count_, hidden, options_.threads, [&](int64_t r) {
         float* to = x + r * hidden;
         const std::byte* from = p_.embedding + tokens_[size_t(r)] * hidden * (p_.embedding_type == Type::f32 ? 4 : 2);
         for (int64_t i = 0; i < hidden; ++i) {
@@ -208,8 +161,8 @@ void Session::forward() {
         }
         for (const Sublayer& s : step) {
             if (const Attention* a = std::get_if<Attention>(&s)) attention(*a, from);
-            else mlp(std::get<Mlp>(s), from);
-            each_row(count_, hidden, [&](int64_t r) { options_.ops->add(x + r * hidden, out_.data() + r * hidden, hidden); });
+            else feed_forward(std::get<Feed>(s), from);
+            each_row(count_, hidden, options_.threads, [&](int64_t r) { options_.ops->add(x + r * hidden, out_.data() + r * hidden, hidden); });
         }
     }
 }
@@ -246,7 +199,7 @@ void Session::append(std::span<const std::span<const int64_t>> ids) {
 
 void Session::score(const float* states, int64_t rows, float* logits) {
     normed(p_.norm, states, rows, sized(normed_, rows * p_.hidden));
-    apply(std::array<Target, 1>{{{&p_.head, logits}}}, normed_.data(), rows);
+    apply(std::array<Target, 1>{{{&p_.head, logits}}}, normed_.data(), rows, with());
 }
 
 void Session::feed(std::span<const std::span<const int64_t>> ids, float* logits) {

@@ -8,8 +8,7 @@
 #include <variant>
 #include <vector>
 
-#include "linear.h"
-#include "ops.h"
+#include "mlp.h"
 #include "sampler.h"
 
 namespace trimtab {
@@ -18,15 +17,6 @@ struct Norm {
     std::vector<float> weight;
     float eps;
 };
-
-// Linear maps applied in turn, each with a bias or none: one, or the factors of one.
-struct Affine {
-    const Linear* linear;
-    std::vector<float> bias;
-};
-using Map = std::vector<Affine>;
-inline int64_t inputs(const Map& m) { return m.front().linear->weights().in; }
-inline int64_t outputs(const Map& m) { return m.back().linear->weights().out; }
 
 struct Rope {
     std::vector<float> inverse;  // frequencies, radians a position; pairs (i, i + size) of a head turn together
@@ -45,14 +35,12 @@ struct Attention {
     size_t cache;                // its number among the attentions
 };
 
-struct Mlp {
+struct Feed {
     Norm norm;
-    std::optional<Map> gate;
-    Map up, down;
-    Activation activation;
+    Mlp mlp;
 };
 
-using Sublayer = std::variant<Attention, Mlp>;
+using Sublayer = std::variant<Attention, Feed>;
 // Sublayers that read the same input; what they give is added to it. Mostly one.
 using Step = std::vector<Sublayer>;
 
@@ -111,18 +99,15 @@ public:
 private:
     struct Row { int64_t length = 0, pending = -1, drawn = 0; bool stopped = false; std::vector<float> state; };
     struct Segment { int64_t sequence, begin, count, row; };  // positions begin .. begin + count are rows row .. row + count
-    struct Target { const Map* map; float* y; };
 
     void append(std::span<const std::span<const int64_t>> ids);
     void forward();
     void attention(const Attention& a, const float* x);
-    void mlp(const Mlp& m, const float* x);
-    void apply(std::span<const Target> targets, const float* x, int64_t rows);
+    void feed_forward(const Feed& f, const float* x);
+    With with() const { return {options_.narrowest, options_.threads, options_.ops}; }
     void score(const float* states, int64_t rows, float* logits);
     void normed(const Norm& n, const float* x, int64_t rows, float* y) const;
     void turn();
-    template <class F>
-    void each_row(int64_t rows, int64_t width, const F& f) const;
 
     const Program& p_;
     const Options options_;
@@ -131,10 +116,9 @@ private:
     std::vector<Segment> segments_;
     int64_t count_ = 0;          // rows of this pass
     std::vector<int64_t> tokens_, positions_;
-    std::vector<float> x_, before_, normed_, out_, mixed_, q_, k_, v_, gate_, up_, states_, logits_;
+    std::vector<float> x_, before_, normed_, out_, mixed_, q_, k_, v_, states_, logits_;
     std::vector<float> turns_;   // [ropes][rows][2][pairs]: cosines, then sines
     std::vector<size_t> turns_at_;
-    std::vector<float> between_[6];
     std::vector<Attend> work_;
     Sampler sampler_;
     std::atomic<bool> busy_{false};

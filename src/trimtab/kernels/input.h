@@ -25,8 +25,8 @@ struct Codes {
     }
 };
 
-// Rows of x that a kernel of lanes takes together.
-constexpr int64_t LANES = 4 * Vec::N;
+// Rows of x that a kernel of lanes takes together: 256 inputs of them are what the first-level cache holds.
+constexpr int64_t LANES = std::min(4 * Vec::N, 32);
 
 // Rows begin .. end into blocks of LANES rows, [in, rows] each; the last block has as many vectors as it takes.
 inline void to_lanes(const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, float* to) {

@@ -7,6 +7,9 @@ namespace trimtab {
 
 // Outputs that lie side by side in a panel. Formats with blocks have panels as high as their blocks.
 constexpr int PANEL = 32;
+// Outputs of a panel of csr, and inputs of its tiles: so few that eight bits tell them apart. An output's entries in a tile
+// are filled up to a multiple of some.
+constexpr int CSR_ROWS = 128, CSR_COLS = 256, CSR_FILL = 4;
 // Bytes that may be read, and are thrown away, behind the last value of a buffer that is expanded in registers.
 constexpr int SLACK = 64;
 
@@ -26,8 +29,9 @@ struct Weights {
     Type type;                 // of the values
     Type scale_type;           // f32 or f16
     const std::byte* values;
-    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has; csr: columns, 16 bits each
+    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has; csr: entries of an output in a tile, 16 bits each
     const int32_t* columns;    // blocks: block column of each
+    const uint8_t* offsets;    // csr: the input of each entry, from the first of its tile on
     const int64_t* pointers;   // where a panel's blocks (or values) begin, [panels + 1]
     const std::byte* scales;   // [panels or blocks, groups, rows]
     const uint8_t* zeros;      // as scales; null: the middle code everywhere
@@ -41,7 +45,7 @@ struct Input {
     Type type;                 // f32 as it is; bf16: rounded, rows filled up to pairs; i8: rounded by groups
     int64_t group;             // i8: inputs that share a scale
     int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
-    int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, up to four vectors together
+    int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, a few vectors together
     bool operator==(const Input&) const = default;
     int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + 63) / 64 * 16; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read

@@ -67,10 +67,11 @@ const Table& table(const std::string& isa) {
 }
 
 Linear::Linear(const Layout& l, const Buffers& b) {
+    bytes_ = int64_t(b.values.size() + b.bits.size() + b.columns.size() + b.pointers.size() + b.scales.size() + b.zeros.size());
     if (l.out < 1 || l.in < 1 || l.out > INT32_MAX || l.in > INT32_MAX) bad("a linear map needs 1 to 2^31 - 1 outputs and inputs");
     const Type type = type_of(l.type);
     if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16, i8, i4 and i2");
-    w_ = {l.out, l.in, l.rows, l.cols, l.n, l.m, l.group, type, Type::f32, b.values.data(), b.bits.data(), nullptr, nullptr, nullptr, nullptr};
+    w_ = {l.out, l.in, l.rows, l.cols, l.n, l.m, l.group, type, Type::f32, b.values.data(), b.bits.data(), nullptr, nullptr, nullptr, nullptr, nullptr};
     if (l.rows < 1 || l.rows > 1024 || l.cols < 1 || l.cols > l.in) bad("a panel is 1 to 1024 outputs high and at most as wide as the matrix");
     const bool codes = code_bits(type) > 0;
     const std::string& f = l.format;
@@ -126,18 +127,24 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         if (int64_t(b.values.size()) < pointers_.back() * size_of(type) + SLACK) bad("bitmask: fewer values than bits, or no slack behind them");
     } else if (f == "csr") {
         if (codes) bad("csr: codes have no kernel");
-        if (l.rows != 1 || l.in > 65536) bad("csr: a panel is one output, and columns are below 65536");
-        copy(b.pointers, pointers_, l.out + 1, "pointers");
-        if (pointers_.front() != 0 || !std::is_sorted(pointers_.begin(), pointers_.end())) bad("csr: pointers do not rise from 0");
-        if (pointers_.back() > l.out * l.in) bad("csr: more values than places");
-        want(b.values, pointers_.back() * size_of(type), "values");
-        want(b.columns, pointers_.back() * 2, "columns");
-        w_.bits = b.columns.data();
-        for (int64_t i = 0; i < pointers_.back(); ++i) {
-            uint16_t c;
-            std::memcpy(&c, w_.bits + i * 2, 2);
-            if (c >= l.in) bad("csr: a column lies outside the matrix");
-        }
+        if (l.rows != CSR_ROWS || l.cols != std::min<int64_t>(CSR_COLS, l.in)) bad("csr: tiles are 128 outputs high and 256 inputs wide");
+        const int64_t tiles = up(l.in, CSR_COLS), kept = int64_t(b.columns.size());
+        want(b.pointers, w_.panels() * tiles * CSR_ROWS * 2, "counts");
+        w_.bits = b.pointers.data();
+        want(b.values, kept * size_of(type), "values");
+        w_.offsets = reinterpret_cast<const uint8_t*>(b.columns.data());
+        pointers_.assign(1, 0);
+        int64_t at = 0;
+        for (int64_t p = 0; p < w_.panels(); ++p, pointers_.push_back(at))
+            for (int64_t i = 0; i < tiles * CSR_ROWS; ++i) {
+                uint16_t count;
+                std::memcpy(&count, w_.bits + (p * tiles * CSR_ROWS + i) * 2, 2);
+                const int64_t width = std::min<int64_t>(CSR_COLS, l.in - i / CSR_ROWS * CSR_COLS);
+                if (count % CSR_FILL || count > kept - at) bad("csr: an output counts more entries than there are, or no multiple of 4");
+                for (const int64_t until = at + count; at < until; ++at)
+                    if (w_.offsets[at] >= width) bad("csr: an entry lies outside the matrix");
+            }
+        if (at != kept) bad("csr: " + std::to_string(kept) + " entries, and the outputs count " + std::to_string(at));
     } else if (f == "nm") {
         if (l.m < 2 || l.n < 1 || l.n > l.m || l.in % l.m) bad("nm: want 0 < n <= m, and m to divide the inputs");
         if (l.rows != PANEL) bad("nm: panels are 32 outputs high");

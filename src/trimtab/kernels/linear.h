@@ -26,6 +26,7 @@ public:
     Linear(const Layout& layout, const Buffers& buffers);
     Linear(const Linear&) = delete;
     const Weights& weights() const { return w_; }
+    int64_t bytes() const { return bytes_; }  // of all buffers
     // Kernels that can run it here, best last. `narrowest`: x may be rounded to this type (f32: not at all).
     const std::vector<const Kernel*>& kernels(Type narrowest) const;
     // The one for this many rows of x; null if there is none.
@@ -36,6 +37,7 @@ private:
     std::vector<int32_t> columns_;
     std::vector<int64_t> pointers_;
     Weights w_;
+    int64_t bytes_;
 };
 
 struct Job { const Weights* weights; const Kernel* kernel; float* y; };

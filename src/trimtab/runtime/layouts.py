@@ -20,7 +20,7 @@ VERSION = 1  # of packed directories
 LARGEST = 2**31 - 1
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "bits": (torch.uint8,), "columns": (torch.int32, torch.uint16), "pointers": (torch.int64,), "zeros": (torch.uint8,),
+    "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64, torch.uint16), "zeros": (torch.uint8,),
     "scales": (torch.float32, torch.float16),
 }
 

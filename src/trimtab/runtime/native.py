@@ -94,3 +94,29 @@ class Linear:
         narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
         self._native.run(rows, y, threads or torch.get_num_threads(), kernel, narrowest)
         return y.view(*x.shape[:-1], self.packed.shape[0])
+
+
+class Mlp:
+    """The MLP of three packed weights, two without a gate, as one operation: y = down(f(gate(x)) * up(x)) in float32.
+
+    `activation`: silu, gelu, gelu_tanh or relu. BadInput where the shapes do not meet, or a layout has no kernel here.
+    """
+
+    def __init__(self, gate: Linear | None, up: Linear, down: Linear, activation: str):
+        given = [m for m in (gate, up, down) if m is not None]
+        if not all(m.kernels for m in given):
+            raise BadInput("an MLP runs on native kernels alone, and one of its weights has none here")
+        try:
+            self._native = core().Mlp(gate and gate._native, up._native, down._native, activation)
+        except ValueError as e:
+            raise BadInput(str(e)) from None
+        self.shape = (down.packed.shape[0], up.packed.shape[1])
+
+    def __call__(self, x: Tensor, threads: int = 0, narrowest: str = "") -> Tensor:
+        """x [..., in]; `threads` and `narrowest` as `Linear` has them."""
+        if x.shape[-1] != self.shape[1]:
+            raise BadInput(f"x has {x.shape[-1]} features, the MLP takes {self.shape[1]}")
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+        y = torch.empty(rows.shape[0], self.shape[0])
+        self._native.run(rows, y, threads or torch.get_num_threads(), narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32"))
+        return y.view(*x.shape[:-1], self.shape[0])

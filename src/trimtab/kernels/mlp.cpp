@@ -1,0 +1,47 @@
+#include "mlp.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <utility>
+
+#include "pool.h"
+
+namespace trimtab {
+namespace {
+
+// Rows that go through all of it before the next ones do: what lies between the maps is still in the cache when it is read.
+constexpr int64_t TOGETHER = 24;
+// Every thread reads all weights for every so many rows, which pays where they stay in the last-level cache.
+constexpr int64_t CACHED = 16 << 20;
+
+void whole(const Mlp& m, const float* x, int64_t rows, float* y, const With& with) {
+    thread_local std::vector<float> gates, ups;
+    const int64_t width = outputs(m.up);
+    float *up = sized(ups, rows * width), *gate = m.gate ? sized(gates, rows * width) : nullptr;
+    if (gate) apply(std::array<Target, 2>{{{&*m.gate, gate}, {&m.up, up}}}, x, rows, with);
+    else apply(std::array<Target, 1>{{{&m.up, up}}}, x, rows, with);
+    each_row(rows, 2 * width, with.threads, [&](int64_t r) { with.ops->activate(m.activation, gate ? gate + r * width : nullptr, up + r * width, width); });
+    apply(std::array<Target, 1>{{{&m.down, y}}}, up, rows, with);
+}
+
+}  // namespace
+
+Activation activation_of(const std::string& name) {
+    static const std::pair<const char*, Activation> known[] = {
+        {"silu", Activation::silu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}, {"relu", Activation::relu}};
+    for (const auto& [word, a] : known)
+        if (name == word) return a;
+    throw std::invalid_argument("unknown activation " + name + "; there are silu, gelu, gelu_tanh and relu");
+}
+
+void run(const Mlp& m, const float* x, int64_t rows, float* y, const With& with) {
+    const int64_t weights = (m.gate ? bytes(*m.gate) : 0) + bytes(m.up) + bytes(m.down);
+    if (weights > CACHED || rows < with.threads * TOGETHER) return whole(m, x, rows, y, with);
+    parallel(rows, with.threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t r = begin; r < end; r += TOGETHER)
+            whole(m, x + r * inputs(m.up), std::min(TOGETHER, end - r), y + r * outputs(m.down), {with.narrowest, 1, with.ops});
+    });
+}
+
+}  // namespace trimtab
