@@ -28,8 +28,9 @@ CASES = {
     # four values of 16 bytes, filled up to 128: 32 numbers.
     "format/bitmask": Case({"new": PAIRS}, {"bits": [2, 0, 0, 0] * 2 + [1, 0, 0, 0] * 2, "values": [2, 3, 5, -7] + [0] * 28},
                            differs="format/nm"),
-    # Row 0 keeps its inputs 2 and 3, row 1 its inputs 0 and 1.
-    "format/csr": Case({"new": PAIRS}, {"columns": [2, 3, 0, 1], "pointers": [0, 2, 4], "values": [5, -7, 2, 3]}, differs="format/bitmask"),
+    # Row 0 keeps its inputs 2 and 3, row 1 its inputs 0 and 1; each is filled up to four entries. One tile of 128 rows.
+    "format/csr": Case({"new": PAIRS}, {"columns": [2, 3, 3, 3, 0, 1, 1, 1], "pointers": [4, 4] + [0] * 126,
+                                        "values": [5, -7, 0, 0, 2, 3, 0, 0]}, differs="format/bitmask"),
     # Of each output two values; places 0, 2 and 0, 3 in two bits each, lowest first, four outputs a byte: first values are
     # all at place 0; second ones 2 + 3 * 4, and of the empty outputs place 1 in two bits: 1 + 4 + 16 + 64.
     "format/nm": Case({"new": THIN}, {"bits": [0] * 8 + [2 + 3 * 4 + 16 + 64] + [85] * 7,

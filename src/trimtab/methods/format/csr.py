@@ -32,7 +32,7 @@ def stored(p: Packed) -> int:
     counts = counts.long().view(down, across, ROWS)
     if int(counts.sum()) != len(columns) or bool((counts % FILL).any()):
         raise BadInput(f"csr: {int(counts.sum())} entries are counted, not everywhere a multiple of {FILL}; {len(columns)} are there")
-    width = torch.full((across,), COLS)
+    width = torch.full((across,), COLS, device=columns.device)
     width[-1] = p.shape[1] - (across - 1) * COLS
     if bool((columns.long() >= width[None, :, None].expand_as(counts).reshape(-1).repeat_interleave(counts.view(-1))).any()):
         raise BadInput("csr: an entry lies outside the matrix")
@@ -76,7 +76,7 @@ def csr(new: Change) -> Packed:
     fill = counts.add(-counts % FILL).flatten()
     # Where an output ends, its last entry comes again, as zero.
     ends = counts.flatten().cumsum(0).repeat_interleave(fill - counts.flatten()) - 1
-    at = torch.cat([torch.arange(int(counts.sum())), ends]).sort(stable=True)
+    at = torch.cat([torch.arange(int(counts.sum()), device=counts.device), ends]).sort(stable=True)
     again = at.indices >= counts.sum()
     return Packed("csr", shape, TYPES[w.dtype], {
         "values": tiled(w)[kept][at.values].masked_fill(again, 0), "columns": kept.nonzero()[:, 3].to(torch.uint8)[at.values],
