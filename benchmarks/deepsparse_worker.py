@@ -31,7 +31,8 @@ def graph(x: Any, weights: list[Any], path: Path) -> None:
     given = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, list(x.shape))]
     made = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [len(x), len(weights[-1])])]
     held = [numpy_helper.from_array(np.ascontiguousarray(w.T), f"w{i}") for i, w in enumerate(weights)]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "layer", given, made, held), opset_imports=[helper.make_opsetid("", 13)]), str(path))
+    whole = helper.make_graph(nodes, "layer", given, made, held)
+    onnx.save(helper.make_model(whole, opset_imports=[helper.make_opsetid("", 13)]), str(path))
 
 
 def main() -> None:

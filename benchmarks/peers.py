@@ -1,12 +1,19 @@
-"""One linear layer [out, in] as other runtimes run it: each function gives a maker of copies, or None without the package.
+"""A linear layer [out, in] or a SwiGLU MLP as other runtimes run it: each function gives a maker of copies, or None without
+the package.
 
 A maker packs a copy of the layer once and returns a call; what the call takes and gives stays in the runtime's own arrays.
 """
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import json
+import os
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,6 +120,17 @@ def ort_int8(w: Tensor, x: Tensor, threads: int) -> Maker | None:
     return make
 
 
+def _compiled(model: Any, x: Tensor, dtype: torch.dtype, threads: int) -> Call:
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(model, "CPU", {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY"})
+    request = compiled.create_infer_request()
+    request.set_input_tensor(ov.Tensor(x.float().numpy()))
+    return request.infer
+
+
 def openvino_dense(w: Tensor, x: Tensor, threads: int) -> Maker | None:
     """OpenVINO's MatMul, computed in the precision of `w`."""
     if not have("openvino"):
@@ -120,16 +138,72 @@ def openvino_dense(w: Tensor, x: Tensor, threads: int) -> Maker | None:
     import openvino as ov
     from openvino import opset13 as ops
 
-    core = ov.Core()
-    given = x.float().numpy()
-
     def make() -> Call:
         p = ops.parameter(list(x.shape), ov.Type.f32)
         y = ops.matmul(p, ops.constant(w.float().numpy()), False, True)
-        compiled = core.compile_model(ov.Model([y], [p]), "CPU", {
-            "INFERENCE_PRECISION_HINT": "bf16" if w.dtype == torch.bfloat16 else "f32", "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY"})
-        request = compiled.create_infer_request()
-        request.set_input_tensor(ov.Tensor(given))
-        return request.infer
+        return _compiled(ov.Model([y], [p]), x, w.dtype, threads)
     return make
+
+
+# ---- SwiGLU MLPs: gate, up [ff, d], down [d, ff] ------------------------------------------------
+def torch_mlp(weights: list[Tensor], x: Tensor) -> Maker:
+    """torch.nn.functional.linear, three times."""
+    f = torch.nn.functional
+
+    def make() -> Call:
+        gate, up, down = (w.clone() for w in weights)
+        return lambda: f.linear(f.silu(f.linear(x, gate)) * f.linear(x, up), down)
+    return make
+
+
+def prepacked_mlp(weights: list[Tensor], x: Tensor) -> Maker:
+    """oneDNN on weights laid out for it once, silu inside the first layer."""
+    run = torch.ops.mkldnn._linear_pointwise
+
+    def make() -> Call:
+        gate, up, down = (torch.ops.mkldnn._reorder_linear_weight(w, len(x)) for w in weights)
+        return lambda: run(run(x, gate, None, "swish", [], "") * run(x, up, None, "none", [], ""), down, None, "none", [], "")
+    return make
+
+
+def openvino_mlp(weights: list[Tensor], x: Tensor, threads: int) -> Maker | None:
+    """OpenVINO, computed in the precision of the weights."""
+    if not have("openvino"):
+        return None
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    def make() -> Call:
+        p = ops.parameter(list(x.shape), ov.Type.f32)
+        gate, up, down = (ops.constant(w.float().numpy()) for w in weights)
+        y = ops.matmul(ops.multiply(ops.swish(ops.matmul(p, gate, False, True)), ops.matmul(p, up, False, True)), down, False, True)
+        return _compiled(ov.Model([y], [p]), x, weights[0].dtype, threads)
+    return make
+
+
+# ---- DeepSparse, in a process of its own --------------------------------------------------------
+def deepsparse(python: Path, weights: list[Tensor], x: Tensor, threads: int, copies: int) -> Callable[[int], list[float]]:
+    """A function of a number of calls that gives the seconds of each; weights float32, one or the three of an MLP.
+
+    The process ends with the interpreter. RuntimeError if it does not start.
+    """
+    folder = tempfile.TemporaryDirectory()
+    at = Path(folder.name)
+    for name, t in [("x", x), *((f"w{i}", w) for i, w in enumerate(weights))]:
+        np.save(at / f"{name}.npy", t.float().numpy())
+    spec = {"x": str(at / "x.npy"), "weights": [str(at / f"w{i}.npy") for i in range(len(weights))], "threads": threads, "copies": copies}
+    (at / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    worker = subprocess.Popen([python, Path(__file__).with_name("deepsparse_worker.py"), at / "spec.json"], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]})
+    assert worker.stdin and worker.stdout
+    to, back = worker.stdin, worker.stdout
+    if "ready" not in (line.strip() for line in iter(back.readline, "")):
+        raise RuntimeError(f"{python} does not run DeepSparse")
+    atexit.register(worker.kill)
+    folder.cleanup()
+
+    def call(count: int) -> list[float]:
+        to.write(f"{count}\n")
+        to.flush()
+        return json.loads(back.readline())
+    return call
