@@ -856,7 +856,8 @@ def coded(m: Method, knobs: dict[str, Any]) -> Iterator[Change]:
     if not m.facts["codes"] or knobs.get("dim") == "out":
         return
     for new in held(m, knobs, torch.float32):
-        groups = (knobs["cols"] or knobs["b"],) if m.facts["holds"] == "block" else (0, 8)
+        cols = knobs["cols"] or knobs["b"] if m.facts["holds"] == "block" else 0
+        groups = (cols if cols > 1 else 0,) if cols else (0, 8)
         for bits, asymmetric, group in ((8, False, groups[0]), (4, True, groups[-1]), (2, False, groups[-1])):
             yield nearest(new.w, bits, group, asymmetric=asymmetric).change(new.mask)
 

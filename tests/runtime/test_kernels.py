@@ -60,7 +60,7 @@ def test_the_kernels_are_built_where_there_is_a_compiler():
 def thin(out: int, inputs: int, gen: torch.Generator) -> Iterator[tuple[str, float, Tensor]]:
     """Patterns of zeros, from none kept to all kept: name of the layout, share, what is kept [out, in]."""
     for share in (0.0, 0.2, 1.0):
-        for rows, cols in ((16, 16), (32, 32), (64, 64), (32, 1), (16, 4), (32, inputs)):
+        for rows, cols in ((16, 16), (32, 32), (64, 64), (32, 1), (1, 32), (1, 64), (16, 4), (32, inputs)):
             if out % rows == 0 and inputs % cols == 0:
                 blocks = torch.rand(out // rows, inputs // cols, generator=gen) < share  # 0.0: all empty; 0.2: empty block rows
                 yield f"bsr {rows} {cols}", share, blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
@@ -100,8 +100,9 @@ def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packe
             yield nm(nearest(w * 0, bits, asymmetric=asymmetric))
             for name, _, kept in thin(out, inputs, gen):
                 rows, cols = map(int, name.split()[1:])
-                if rows == 32 and cols % 32 == 0:
-                    yield bsr(nearest(w * kept, bits, cols, asymmetric=asymmetric), rows, cols)
+                if bits < 8 and (rows == 1 or cols % 8):
+                    continue  # packed, and run in torch
+                yield bsr(nearest(w * kept, bits, cols if cols > 1 else 0, asymmetric=asymmetric), rows, cols)
 
 
 def dtype(type_: str) -> torch.dtype:
@@ -117,7 +118,8 @@ def rounded(x: Tensor, p: Packed, activation: str) -> Tensor:
     group = p.group if p.group < p.shape[1] or p.format == "bsr" else min(256, p.shape[1])
     grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     top = grouped.abs().amax(-1, keepdim=True)
-    codes = (grouped * torch.where(top > 1e-30, 127 / top, 0)).round()
+    inverse = torch.full_like(top, 127).div(top)  # 127 / top would be 127 times a rounded reciprocal
+    codes = (grouped * torch.where(top > 1e-30, inverse, 0)).round()
     return (codes.double() * (top / 127).double()).flatten(1)[:, : x.shape[1]]
 
 
@@ -193,12 +195,22 @@ def test_packing_loses_nothing(type_):
                             if pack is dense or type_ != "i2":
                                 codes = nearest(t, BITS[type_], group, asymmetric=asymmetric)
                                 assert torch.equal(layouts.restored(pack(codes)), codes.weight())
+                for name, _, kept in thin(out, inputs, gen):
+                    rows, cols = map(int, name.split()[1:])
+                    codes = nearest(w * kept, BITS[type_], cols if cols > 1 else 0, asymmetric=asymmetric)
+                    p = bsr(codes, rows, cols)
+                    layouts.check(p)
+                    assert torch.equal(layouts.restored(p), codes.weight())
             continue
         w, few, pair, wide = (t.to(dtype(type_)) for t in (w, few, pair, wide))
         assert torch.equal(layouts.restored(dense(w)), w)
         assert torch.equal(layouts.restored(bitmask(few)), few) and torch.equal(layouts.restored(csr(few)), few)
         assert torch.equal(layouts.restored(nm(pair)), pair)
         assert torch.equal(layouts.restored(nm(wide, 1, 2)), wide)
+        for name, _, kept in thin(out, inputs, gen):
+            p = bsr(w * kept, *map(int, name.split()[1:]))
+            layouts.check(p)
+            assert torch.equal(layouts.restored(p), w * kept)
         for p in packs(out, inputs, type_):
             again = layouts.restored(p)
             assert again.shape == p.shape and again.dtype == dtype(type_) and again.is_contiguous()
@@ -251,6 +263,14 @@ def test_bytes_are_what_the_layout_says():
     assert csr(w).nbytes == (2 + 1) * 32 * 64 + 2 * 128
     w[0, 0] = 1
     assert bsr(w).nbytes == 2 * (2 * 32 * 32 + 4) + 8 * 3
+    columns = torch.zeros(64, 128)
+    columns[:32, :5] = 1  # of bfloat16 filled up to three pairs, of codes to two words of four
+    assert bsr(columns, 32, 1).nbytes == 4 * 32 * 5 + 4 * 5 + 8 * 3
+    assert bsr(columns.bfloat16(), 32, 1).nbytes == 2 * 32 * 6 + 4 * 6 + 8 * 3
+    assert bsr(nearest(columns, 8), 32, 1).nbytes == 32 * 8 + 4 * 64 + 4 * 8 + 8 * 3
+    runs = columns.T.contiguous()  # [128, 64]: five outputs keep the first 32 inputs
+    assert bsr(runs.bfloat16(), 1, 32).nbytes == 5 * (2 * 32 + 4) + 8 * 129
+    assert bsr(nearest(runs, 8, 32, asymmetric=True), 1, 32).nbytes == 5 * (32 + 2 + 1 + 4) + 8 * 129
     half = w.clone()
     half[:, ::2] = 0
     assert nm(half).nbytes == 64 * 64 * 2 + 64 * 64 // 4
@@ -261,7 +281,8 @@ def test_what_does_not_fit_is_refused():
     for refused in (lambda: bsr(w), lambda: bsr(w, 16, -1), lambda: nm(w), lambda: nm(w, 2, 5),
                     lambda: dense(w.half()), lambda: dense(w[0]), lambda: dense(w[:0]),
                     lambda: nm(nearest(w, 4), 2, 4), lambda: nm(nearest(w * 0, 4, 6), 2, 4),
-                    lambda: bsr(nearest(w, 4, 64), 16, 32), lambda: nearest(w / 0, 4),
+                    lambda: bsr(nearest(w, 4, 64), 16, 32), lambda: bsr(nearest(w, 8, 32), 16, 1), lambda: bsr(w, 32, 1),
+                    lambda: nearest(w / 0, 4),
                     lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), torch.ones(2, 1), 4, 32),
                     lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2), 4, 32),
                     lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), 4, 32, torch.zeros(2, 1))):
@@ -306,6 +327,18 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(dense(w), scales=torch.ones(64)),
         replace(bsr(nearest(torch.ones(64, 128), 4, 32)), group=64),
     ]
+    few = torch.zeros(64, 128)
+    few[:32, ::25] = few[32:, ::60] = 1  # 6 and 3 columns
+    for p in (bsr(few.bfloat16(), 32, 1), bsr(nearest(few, 8), 32, 1), bsr(few, 1, 32), bsr(nearest(few, 8, 32), 1, 32)):
+        columns, pointers, values = (p.buffers[k] for k in ("columns", "pointers", "values"))
+        bad += [
+            broken(p, columns=columns + 128), broken(p, columns=columns - 128), broken(p, columns=columns[1:]), replace(p, rows=64),
+            broken(p, pointers=pointers.flip(0)), broken(p, values=values.flatten()[2:]), replace(p, cols=2),
+        ]
+        bad += [replace(p, group=64)] if p.type == "i8" else []
+        bad += [broken(p, pointers=pointers + torch.tensor([0, 1, 0]))] if p.cols == 1 else []  # half a word
+    for p in (blocks, bsr(few[:, :4] + 1, 32, 1), bsr(nearest(few[:, :4] + 1, 8), 32, 1)):
+        bad.append(broken(p, pointers=torch.tensor([0, 8, 8])))  # no more than all places, but those of one block row
     for p in bad:
         with pytest.raises(BadInput):
             native.Linear(p)
@@ -327,7 +360,7 @@ def test_every_name_follows_the_grammar():
     for k in BUILT:
         name = names.parse(k["name"])
         assert str(name) == k["name"] and (name.op, name.activation, name.type, name.isa) == (k["op"], k["activation"], k["type"], k["isa"])
-        assert name.format.rstrip("0123456789") == k["format"]
+        assert name.format.rstrip("0123456789x") == k["format"]
     ours = Path(__file__).parents[2] / "src" / "trimtab" / "kernels"
     assert set(names.of_source(ours)) >= {k["name"] for k in BUILT}  # all of them, where the build is for x86-64
     for wrong in ("linear_f32_dense-f32", "linear_f32_bsr8-f32_avx2", "linear_f32_dense-f32_avx2_x"):

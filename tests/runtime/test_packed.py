@@ -145,12 +145,32 @@ def test_a_later_rtn_keeps_the_zeros_and_their_format(capsys, tiny_lm, tmp_path,
     assert notes["packed_bytes"]["1.mlp.up"] == p.nbytes  # what an ordinary run counts is what a packed one writes
 
 
+COLUMNS = "*.gate,*.up: block(rows=32,cols=1) | magnitude ; *.down: block(rows=1,cols=32) | magnitude"
+
+
+@pytest.mark.parametrize("codes, type_", [("", "bf16"), (" ; *.gate,*.up: rtn(bits=8,group=0) ; *.down: rtn(bits=8,group=32)", "i8")])
+def test_blocks_of_a_column_and_of_a_run_are_packed_as_they_were_pruned(capsys, tiny_lm, tmp_path, calib, codes, type_):
+    code, _, err = trim(capsys, tiny_lm, COLUMNS + codes, tmp_path / "o", calib, "--pack", "--keep", "30%")
+    assert code == 0, err
+    assert trim(capsys, tiny_lm, COLUMNS + codes, tmp_path / "plain", calib, "--keep", "30%")[0] == 0
+    plain, linears = weights(tmp_path / "plain"), packed.open(tmp_path / "o", verify=True).linears
+    for name, rows, cols in ((UP, 32, 1), ("model.layers.0.mlp.gate_proj", 32, 1), ("model.layers.2.mlp.down_proj", 1, 32)):
+        p, w = linears[name], plain[f"{name}.weight"]
+        assert (p.format, p.type, p.rows, p.cols, p.group) == ("bsr", type_, rows, cols, 0 if not codes else 32)
+        assert torch.equal(layouts.restored(p).bfloat16(), w)
+        blocks = w.view(w.shape[0] // rows, rows, -1, cols).ne(0).any(3).any(1)
+        assert int(blocks.sum()) == round(0.3 * blocks.numel())
+        assert all(f"_bsr{rows}x{cols}-{type_}_" in k for k in native.Linear(p).kernels)
+
+
 def test_every_format_is_read_back_through_memory_maps(every_format):
     model = packed.open(every_format, verify=True)
     kinds = {(p.format, p.type, p.dim, p.m) for p in model.linears.values()}
     assert kinds >= {("nm", "f32", "in", 4), ("nm", "f32", "out", 4), ("nm", "f32", "in", 8), ("bsr", "f32", "in", 1),
                      ("bitmask", "f32", "in", 1), ("nm", "i4", "in", 4), ("bsr", "i8", "in", 1), ("dense", "i2", "in", 1),
                      ("dense", "i8", "in", 1)}
+    assert {(p.rows, p.cols, p.type) for p in model.linears.values() if p.format == "bsr"} >= {
+        (16, 16, "f32"), (32, 1, "f32"), (32, 1, "i8"), (1, 32, "i8"), (32, 32, "i8")}
     c = Checkpoint.open(every_format)
     raw = load_file(every_format / "model.safetensors")  # the library the ecosystem reads with agrees on what is in the file
     assert safe_open(every_format / "model.safetensors", "pt").metadata()["format"] == "pt"
@@ -298,6 +318,7 @@ def test_commands_take_a_packed_directory(capsys, tiny_lm, tmp_path, calib):
     ("rtn", ("--pack", "bitmask"), "holds no codes"),
     ("block(b=32) | magnitude ; rtn(bits=4,group=16)", ("--pack",), "want groups of 32 inputs, not 16"),
     ("block(b=32) | magnitude ; rtn(bits=4,group=16)", (), "want groups of 32 inputs, not 16"),
+    ("mlp: block(rows=32,cols=1) | magnitude ; mlp: rtn(bits=8,group=16)", ("--pack",), "quantise with group=0"),
     ("rtn ; row | magnitude", (), "would leave its grid"),
     ("rtn(bits=3)", (), "8, 4 or 2 bits"),
     ("rtn", ("--keep", "0.5"), "fixes its own share"),
@@ -386,6 +407,7 @@ def test_parts_that_are_not_the_weight_are_a_failure(capsys, tiny_lm, tmp_path, 
 @pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
 @pytest.mark.parametrize("recipe, more, narrowest", [
     ("dense", ("--pack-dtype", "float32"), "f32"), ("dense", (), "bf16"), ("rtn(bits=4,group=32)", (), "i8"),
+    (COLUMNS, ("--keep", "40%"), "bf16"), (COLUMNS + " ; *.gate,*.up: rtn(bits=8,group=0) ; *.down: rtn(bits=8,group=32)", (), "i8"),
     ("mlp: magnitude(unit=2:4)", ("--head", "keep"), "bf16"),  # attention and a tied head are outside the recipe's scope
 ])
 def test_the_decoder_says_what_transformers_says(capsys, tiny_lm, tmp_path, calib, recipe, more, narrowest):

@@ -12,7 +12,8 @@ namespace trimtab::ISA {
 // Inputs that share a scale of x where the weights' groups do not say.
 constexpr int64_t GROUP = 256;
 
-// x in eight bits: codes [batch, stride] in tiles, zeros behind the last input; a scale and the sum of codes, [batch, groups] each.
+// x in eight bits: codes [batch, stride] in tiles, zeros behind the last input; a scale and the sum of codes, [batch, groups] each,
+// or where tiles are full [groups, rows] of each tile.
 struct Codes {
     int64_t stride, groups;
     int8_t* x;
@@ -40,12 +41,12 @@ inline void to_lanes(const float* x, int64_t in, int64_t batch, int64_t begin, i
     }
 }
 
-// The tile of a row: where it begins and how many rows it has; as `tiles` goes through them.
+// The tile of a row: where it begins and how many rows it has; as `tiles` goes through them, or full ones and single rows.
 struct TileAt { int64_t first; int rows; };
-inline TileAt tile_at(int64_t row, int64_t batch, int most) {
+inline TileAt tile_at(int64_t row, int64_t batch, int most, bool full = false) {
     int64_t first = 0;
     for (int rows : {most, 4, 2, 1}) {
-        if (rows > most) continue;
+        if (rows > most || (full && rows < most && rows > 1)) continue;
         const int64_t until = first + (batch - first) / rows * rows;
         if (row < until) return {first + (row - first) / rows * rows, rows};
         first = until;
@@ -78,7 +79,8 @@ inline void to_bf16(const float* x, int64_t in, uint16_t* to) {
 }
 
 // code = x / scale to the nearest, scale = max |x| / 127. A group that holds what is not finite gets a scale of NaN.
-inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, int64_t stride, float* scales, float* sums) {
+// Scales and sums of the row's groups lie `apart`.
+inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, int64_t stride, float* scales, float* sums, int64_t apart) {
     for (int64_t begin = 0; begin < in; begin += group) {
         const int64_t end = std::min(in, begin + group);
         uint32_t most = 0;  // as bits: what is not finite is above all that is
@@ -92,8 +94,10 @@ inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, i
             codes[i] = int8_t(code);
             sum += code;
         }
-        *scales++ = finite ? (inverse > 0 ? top / 127.0f : 0.0f) : std::nanf("");
-        *sums++ = float(sum);
+        *scales = finite ? (inverse > 0 ? top / 127.0f : 0.0f) : std::nanf("");
+        *sums = float(sum);
+        scales += apart;
+        sums += apart;
     }
     std::fill(codes + in, codes + stride, int8_t(0));
 }
@@ -107,7 +111,7 @@ inline void prepare(const Input& input, const float* x, int64_t in, int64_t batc
     thread_local std::vector<uint32_t> line;
     line.resize(size_t(units));
     for (int64_t r = begin; r < end; ++r) {
-        const TileAt tile = input.tile ? tile_at(r, batch, input.tile) : TileAt{r, 1};
+        const TileAt tile = input.tile ? tile_at(r, batch, input.tile, input.full) : TileAt{r, 1};
         std::byte* straight = tile.rows == 1 ? to + r * units * 4 : reinterpret_cast<std::byte*>(line.data());
         if (input.type == Type::f32) {
             std::memcpy(straight, x + r * in, size_t(in) * 4);
@@ -115,7 +119,8 @@ inline void prepare(const Input& input, const float* x, int64_t in, int64_t batc
             to_bf16(x + r * in, in, reinterpret_cast<uint16_t*>(straight));
         } else {
             const Codes c(to, input, in, batch);
-            to_codes(x + r * in, in, input.group, reinterpret_cast<int8_t*>(straight), c.stride, c.scales + r * c.groups, c.sums + r * c.groups);
+            const int64_t apart = input.full ? tile.rows : 1, side = input.full ? tile.first * c.groups + r - tile.first : r * c.groups;
+            to_codes(x + r * in, in, input.group, reinterpret_cast<int8_t*>(straight), c.stride, c.scales + side, c.sums + side, apart);
         }
         if (tile.rows > 1) place(straight, units, tile, r, units, to);
     }

@@ -14,6 +14,9 @@ struct Ints {
     static Ints zero() { return {_mm512_setzero_si512()}; }
     static Ints all(int x) { return {_mm512_set1_epi32(x)}; }
     static Ints load(const void* p) { return {_mm512_loadu_si512(p)}; }
+    // Eight words, or a vector of fewer; zeros in the other lanes.
+    static constexpr int EIGHT = 8;
+    static Ints eight(const void* p) { return {_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p))}; }
     static Ints bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
     Vec floats() const { return {_mm512_cvtepi32_ps(v)}; }
     Ints operator>>(int n) const { return {_mm512_srli_epi32(v, unsigned(n))}; }
@@ -48,6 +51,8 @@ struct Ints {
     static Ints zero() { return {_mm256_setzero_si256()}; }
     static Ints all(int x) { return {_mm256_set1_epi32(x)}; }
     static Ints load(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+    static constexpr int EIGHT = 8;
+    static Ints eight(const void* p) { return load(p); }
     static Ints bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
     Vec floats() const { return {_mm256_cvtepi32_ps(v)}; }
     Ints operator>>(int n) const { return {_mm256_srli_epi32(v, n)}; }
@@ -78,6 +83,8 @@ struct Ints {
     static Ints zero() { return all(0); }
     static Ints all(int x) { return each([&](int) { return x; }); }
     static Ints load(const void* p) { Ints r; std::memcpy(r.v, p, sizeof r.v); return r; }
+    static constexpr int EIGHT = N;
+    static Ints eight(const void* p) { return load(p); }
     static Ints bytes(const uint8_t* p) { return each([&](int i) { return p[i]; }); }
     Vec floats() const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = float(int32_t(v[i])); return r; }
     Ints operator>>(int n) const { return each([&](int i) { return v[i] >> n; }); }

@@ -37,6 +37,7 @@ struct Weights {
     const uint8_t* zeros;      // as scales; null: the middle code everywhere
     int64_t panels() const { return (out + rows - 1) / rows; }
     int64_t groups() const { return (in + group - 1) / group; }
+    int64_t first(int64_t panel) const { return pointers ? pointers[panel] : panel; }  // block; a dense panel is one
 };
 
 // What a kernel wants of x, made ready once for all panels; maps with equal inputs can share it. x is units of four bytes:
@@ -46,11 +47,12 @@ struct Input {
     int64_t group;             // i8: inputs that share a scale
     int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
     int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, a few vectors together
+    bool full = false;         // full tiles only: rows that fill none lie one after the other
     bool operator==(const Input&) const = default;
     int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + 63) / 64 * 16; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
         if (lanes) return (batch + lanes - 1) / lanes * lanes * in * 4;
-        if (type == Type::f32 && (!tile || batch == 1)) return 0;
+        if (type == Type::f32 && (!tile || batch == 1 || (full && batch < tile))) return 0;
         return batch * (units(in) * 4 + (type == Type::i8 ? (in + group - 1) / group * 8 : 0));
     }
 };

@@ -85,7 +85,8 @@ Linear::Linear(const Layout& l, const Buffers& b) {
     };
     int64_t scaled = w_.panels();  // things that have scales of their own: panels, or blocks
     if (codes) {
-        if (l.group < 1 || l.group > l.in || (l.group < l.in && l.group % 32)) bad(f + ": a group of codes is a multiple of 32 inputs, or all of them");
+        if (l.group < 1 || l.group > l.in || (f != "bsr" && l.group < l.in && l.group % 32))
+            bad(f + ": a group of codes is a multiple of 32 inputs, or all of them");
         w_.scale_type = type_of(l.scale_type);
         if (w_.scale_type != Type::f32 && w_.scale_type != Type::f16) bad(f + ": scales are f32 or f16");
     } else if (!b.scales.empty() || !b.zeros.empty()) {
@@ -101,13 +102,20 @@ Linear::Linear(const Layout& l, const Buffers& b) {
             if (pointers_[i] < pointers_[i - 1]) bad("bsr: pointers fall");
         const int64_t blocks = pointers_.back();
         if (l.in % l.cols || l.out % l.rows) bad("bsr: the blocks do not divide the matrix");
-        if (blocks > w_.panels() * (l.in / l.cols)) bad("bsr: more blocks than places");
+        // Blocks of one input are packed as the inputs of a panel are, to whole pairs or words.
+        const bool single = l.cols == 1;
+        const int64_t together = !single ? 1 : codes ? in_a_word(type) : type == Type::bf16 ? 2 : 1;
+        for (size_t i = 1; i < pointers_.size(); ++i) {
+            const int64_t count = pointers_[i] - pointers_[i - 1];
+            if (count % together) bad("bsr: a block row is not filled up to whole words");
+            if (count > up(l.in / l.cols, together) * together) bad("bsr: more blocks than places");
+        }
         copy(b.columns, columns_, blocks, "columns");
         for (int32_t c : columns_)
             if (c < 0 || c >= l.in / l.cols) bad("bsr: a block lies outside the matrix");
-        want(b.values, blocks * size(l.cols), "values");
-        if (codes && l.group != l.cols) bad("bsr: a block's codes share one scale an output");
-        scaled = blocks;
+        want(b.values, single ? size(blocks) : blocks * size(l.cols), "values");
+        if (codes && l.group != (single ? l.in : l.cols)) bad("bsr: a block's codes share one scale an output, blocks of one input all of an output's");
+        scaled = single ? w_.panels() : blocks;
         w_.columns = columns_.data();
     } else if (f == "bitmask") {
         if (codes) bad("bitmask: codes have no kernel");

@@ -2,7 +2,7 @@
 #pragma once
 #include "input.h"
 #include "ints.h"
-#include "tile.h"
+#include "linear_block.h"
 
 namespace trimtab::ISA {
 
@@ -15,6 +15,12 @@ template <int BITS>
 inline Vec zero_at(const Weights& w, int64_t i) {
     return w.zeros ? Ints::bytes(w.zeros + i).floats() : Vec::all(float(1 << (BITS - 1)));
 }
+
+// The same of a single block or output of eight bits.
+inline float one_scale(const Weights& w, int64_t i) {
+    return w.scale_type == Type::f32 ? peek<float>(w.scales + i * 4) : Vec::whole(peek<uint16_t>(w.scales + i * 2));
+}
+inline float one_zero(const Weights& w, int64_t i) { return w.zeros ? float(w.zeros[i]) : 128.0f; }
 
 // The groups of x a kernel of codes wants: the weights' own, or some that are short enough to be exact.
 inline int64_t group_of(const Weights& w) { return std::min(w.in, w.group < w.in ? w.group : GROUP); }
@@ -122,15 +128,17 @@ void linear_codes_bsr(const Weights& w, const void* ready, int64_t batch, float*
     constexpr int P = 32 / BITS;
     const Codes x(ready, by_block<HEIGHT>(w), w.in, batch);
     const int64_t words = w.cols / P;
-    for (int64_t p = begin; p < end; ++p) {
+    in_runs(w, KEEP / (words * HEIGHT * 4), begin, end, [&](int64_t from, int64_t to) {
         tiles<HEIGHT>(batch, [&]<int ROWS>(int64_t row) {
-            std::fill_n(total, ROWS * HEIGHT, 0.0f);
-            for (int64_t b = w.pointers[p]; b < w.pointers[p + 1]; ++b)
-                add_codes<BITS, HEIGHT, ROWS>(total, w, w.values + b * words * HEIGHT * 4, words, x, row, int64_t(w.columns[b]) * w.cols,
-                                              w.columns[b], b * HEIGHT);
-            close_total<HEIGHT, ROWS>(total, w, y + row * w.out, p * HEIGHT);
+            for (int64_t p = from; p < to; ++p) {
+                std::fill_n(total, ROWS * HEIGHT, 0.0f);
+                for (int64_t b = w.pointers[p]; b < w.pointers[p + 1]; ++b)
+                    add_codes<BITS, HEIGHT, ROWS>(total, w, w.values + b * words * HEIGHT * 4, words, x, row, int64_t(w.columns[b]) * w.cols,
+                                                  w.columns[b], b * HEIGHT);
+                close_total<HEIGHT, ROWS>(total, w, y + row * w.out, p * HEIGHT);
+            }
         });
-    }
+    });
 }
 
 // 2:4. A lane holds two codes of each of two groups of four, and two bits each say which of the eight x they meet.

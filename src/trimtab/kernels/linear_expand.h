@@ -74,27 +74,28 @@ void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y,
     }
 }
 
+// Inputs of blocks that become floats at once; for a few rows of x, as many as the first-level cache holds.
+template <int HEIGHT>
+inline int64_t expanded(int64_t batch) { return batch > tile_rows<HEIGHT>() ? kept<HEIGHT>(4) : EXPAND; }
+
+// Where the values of block i lie that became floats.
+template <int HEIGHT>
+struct Expanded {
+    float* values;
+    float* operator()(int64_t i, Part part) const { return values + (i - part.b) * part.n * HEIGHT; }
+};
+
+template <int HEIGHT>
+inline int64_t expand_bsr_scratch(const Weights&, int64_t batch) { return expanded<HEIGHT>(batch) * HEIGHT; }
+
 template <int BITS, int HEIGHT>
 void linear_expand_bsr(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
-    const float* x = static_cast<const float*>(ready);
+    const Expanded<HEIGHT> at{scratch};
     const int64_t size = w.cols * BITS / 8 * HEIGHT;
-    for (int64_t p = begin; p < end; ++p) {
-        bool fresh = true;
-        for (int64_t b = w.pointers[p]; b < w.pointers[p + 1] || fresh; ++b) {
-            const bool any = b < w.pointers[p + 1];
-            for (int64_t k = 0; k < w.cols; k += EXPAND) {
-                const int64_t some = any ? std::min(EXPAND, w.cols - k) : 0;
-                if (any) expand<BITS, HEIGHT>(w, w.values + b * size, k, some, b * HEIGHT, scratch);
-                tiles<HEIGHT>(batch, [&]<int ROWS>(int64_t row) {
-                    Tile<HEIGHT, ROWS> tile;
-                    tile.open(y + row * w.out, w.out, p * HEIGHT, fresh);
-                    if (any) tile.add(scratch, x + row * w.in + (w.columns[b] * w.cols + k) * ROWS, some);
-                    tile.close(y + row * w.out, w.out, p * HEIGHT);
-                });
-                fresh = false;
-            }
-        }
-    }
+    auto load = [&](int64_t, int64_t from, int64_t to, Part part) {
+        for (int64_t i = from; i < to; ++i) expand<BITS, HEIGHT>(w, w.values + i * size, part.k, part.n, i * HEIGHT, at(i, part));
+    };
+    in_parts<HEIGHT>(w, expanded<HEIGHT>(batch), batch, y, begin, end, load, add_blocks<HEIGHT>(w, static_cast<const float*>(ready), at));
 }
 
 template <int BITS>

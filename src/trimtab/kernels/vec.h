@@ -43,6 +43,15 @@ struct Vec {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
     }
     static Vec f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+    static float whole(uint16_t h) { return _cvtsh_ss(h); }
+    // The sum of the lanes of each of four.
+    static void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+        const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v)));
+        const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v)));
+        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
     // Of pairs that lie side by side: the first and the second of each.
     static Vec low(const uint16_t* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
     static Vec high(const uint16_t* p) {
@@ -75,6 +84,11 @@ struct Vec {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
     }
     static Vec f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+    static float whole(uint16_t h) { return _cvtsh_ss(h); }
+    static void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+        const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+        _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    }
     static Vec low(const uint16_t* p) {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
     }
@@ -117,6 +131,9 @@ struct Vec {
         return sign ? -tiny : tiny;
     }
     static Vec f16(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = whole(peek<uint16_t>(p + i)); return r; }
+    static void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+        for (const Vec& x : {a, b, c, d}) *to++ = (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]);
+    }
     static Vec low(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i)); return r; }
     static Vec high(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i + 1)); return r; }
     static Vec pick(const float* four, const std::byte* bits) {

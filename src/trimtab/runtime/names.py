@@ -8,14 +8,14 @@ from pathlib import Path
 OPS = ("linear",)
 ACTIVATIONS = ("f32", "bf16", "i8")
 TYPES = ("f32", "bf16", "i8", "i4", "i2")
-FORMATS = r"dense|bsr(?:16|32|64)|bitmask|csr|nm4"
+FORMATS = r"dense|bsr(?:16|32x1|32|64|1x32)|bitmask|csr|nm4"
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
 NAME = re.compile(rf"({'|'.join(OPS)})_({'|'.join(ACTIVATIONS)})_({FORMATS})-({'|'.join(TYPES)})_({'|'.join(ISAS)})")
 
 
 @dataclass(frozen=True)
 class Name:
-    """op; type of the activations; format with its block height or group; type of the weights; instruction set."""
+    """op; type of the activations; format with its block (a side, or outputs x inputs) or group; type of the weights; instruction set."""
 
     op: str
     activation: str

@@ -46,7 +46,7 @@ def _strange(p: Packed) -> bool:
     """A layout that saves bytes, not time: the kernels do not know it."""
     if p.format == "nm" and (p.m != 4 or p.dim == "out" or (p.type in BITS and p.n != 2)):
         return True
-    return p.rows > 1024 or (p.type in BITS and p.group < p.shape[1] and p.group % 32 != 0)
+    return p.rows > 1024 or (p.type in BITS and p.format != "bsr" and p.group < p.shape[1] and p.group % 32 != 0)
 
 
 class Linear:

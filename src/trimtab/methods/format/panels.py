@@ -165,11 +165,15 @@ def values_of(p: Packed, count: int, inputs: int) -> Tensor:
     return p.buffers["values"].reshape(count, inputs, p.rows, *tail)
 
 
+def sides_of(p: Packed, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Scales and zero points in this shape, float32."""
+    scales = p.buffers["scales"].reshape(shape).float()
+    return scales, p.buffers["zeros"].reshape(shape).float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
+
+
 def decoded(p: Packed, count: int, inputs: int, group: int) -> Tensor:
     """Codes as weights, as they are stored: `inputs` in groups of `group`, [count panels or blocks, inputs, rows] float32."""
-    of_each = (count, -(-inputs // group), p.rows)
-    scales = p.buffers["scales"].reshape(of_each).float()
-    zeros = p.buffers["zeros"].reshape(of_each).float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
+    scales, zeros = sides_of(p, (count, -(-inputs // group), p.rows))
     w = unworded(values_of(p, count, inputs), BITS[p.type], inputs).float()
     for g, part in enumerate(w.split(group, 1)):  # in place: a head is large
         part.sub_(zeros[:, g:g + 1]).mul_(scales[:, g:g + 1])

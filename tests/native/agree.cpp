@@ -1,0 +1,157 @@
+// Every kernel of every instruction set this processor has, against the portable one, on layouts filled at random.
+// Needs no Python: it also runs where a cross compiler and an emulator are all there is (make cross).
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "linear.h"
+
+using namespace trimtab;
+
+namespace {
+
+std::mt19937 gen(7);
+float normal() { return std::normal_distribution<float>()(gen); }
+uint32_t below(uint32_t n) { return std::uniform_int_distribution<uint32_t>(0, n - 1)(gen); }
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+using Memory = std::vector<std::byte>;
+struct Case { Layout layout; Memory values, bits, columns, pointers, scales, zeros; };
+
+template <class T>
+void put(Memory& m, T x) {
+    const auto* p = reinterpret_cast<const std::byte*>(&x);
+    m.insert(m.end(), p, p + sizeof x);
+}
+
+Memory numbers(const std::string& type, int64_t count) {
+    Memory m;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t bits = std::bit_cast<uint32_t>(normal());
+        if (type == "f32") put(m, bits);
+        else put(m, uint16_t(bits >> 16));
+    }
+    return m;
+}
+
+Memory noise(int64_t count) {
+    Memory m;
+    for (int64_t i = 0; i < count; ++i) put(m, uint8_t(below(256)));
+    return m;
+}
+
+// Bytes of so many inputs of `rows` outputs.
+int64_t size(const std::string& type, int64_t inputs, int64_t rows) {
+    const int bits = type == "i8" ? 8 : type == "i4" ? 4 : type == "i2" ? 2 : 0;
+    return bits ? up(inputs * bits, 32) * 4 * rows : type == "bf16" ? up(inputs, 2) * 4 * rows : inputs * 4 * rows;
+}
+bool codes(const std::string& type) { return type[0] == 'i'; }
+
+Memory filled(const std::string& type, int64_t inputs, int64_t rows) {
+    const int64_t bytes = size(type, inputs, rows);
+    return codes(type) ? noise(bytes) : numbers(type, bytes / (type == "f32" ? 4 : 2));
+}
+
+void sides(Case& c, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) put(c.scales, std::abs(normal()) / 100), put(c.zeros, uint8_t(below(4)));
+    c.layout.scale_type = "f32";
+}
+
+std::vector<Case> cases() {
+    std::vector<Case> all;
+    for (const auto& [out, in] : {std::pair<int64_t, int64_t>{64, 128}, {100, 192}, {33, 320}}) {
+        const int64_t panels = up(out, PANEL);
+        for (const std::string type : {"f32", "bf16", "i8", "i4", "i2"}) {
+            Case c{{"dense", type, out, in, PANEL, int(in), 1, 1, in, ""}, {}, {}, {}, {}, {}, {}};
+            for (int64_t p = 0; p < panels; ++p) {
+                const Memory panel = filled(type, in, PANEL);
+                c.values.insert(c.values.end(), panel.begin(), panel.end());
+            }
+            if (codes(type)) sides(c, panels * PANEL);
+            all.push_back(c);
+            for (int b : {16, 32, 64}) {
+                if (out % b || in % b || type == "i2") continue;
+                Case k{{"bsr", type, out, in, b, b, 1, 1, b, ""}, {}, {}, {}, {}, {}, {}};
+                int64_t blocks = 0;
+                put(k.pointers, blocks);
+                for (int64_t r = 0; r < out / b; ++r) {
+                    for (int64_t col = 0; col < in / b; ++col)
+                        if (below(2)) put(k.columns, int32_t(col)), ++blocks;
+                    put(k.pointers, blocks);
+                }
+                for (int64_t i = 0; i < blocks; ++i) {
+                    const Memory block = filled(type, b, b);
+                    k.values.insert(k.values.end(), block.begin(), block.end());
+                }
+                if (codes(type)) sides(k, blocks * b);
+                all.push_back(k);
+            }
+        }
+        for (const std::string type : {"f32", "bf16"}) {
+            Case mask{{"bitmask", type, out, in, PANEL, 1, 1, 1, 0, ""}, {}, noise(panels * in * 4), {}, {}, {}, {}};
+            int64_t kept = 0;
+            for (std::byte b : mask.bits) kept += std::popcount(uint8_t(b));
+            mask.values = numbers(type, kept);
+            mask.values.resize(mask.values.size() + SLACK);
+            all.push_back(mask);
+            Case rows{{"csr", type, out, in, CSR_ROWS, int(std::min<int64_t>(CSR_COLS, in)), 1, 1, 0, ""}, {}, {}, {}, {}, {}, {}};
+            int64_t entries = 0;
+            for (int64_t i = 0; i < up(out, CSR_ROWS) * up(in, CSR_COLS) * CSR_ROWS; ++i) {
+                const int64_t width = std::min<int64_t>(CSR_COLS, in - i / CSR_ROWS % up(in, CSR_COLS) * CSR_COLS);
+                const uint16_t count = uint16_t(CSR_FILL * below(5));
+                put(rows.pointers, count);
+                entries += count;
+                for (int k = 0; k < count; ++k) put(rows.columns, uint8_t(below(uint32_t(width))));
+            }
+            rows.values = numbers(type, entries);
+            all.push_back(rows);
+        }
+    }
+    return all;
+}
+
+std::vector<float> result(const Linear& l, const Kernel* k, const std::vector<float>& x, int64_t batch) {
+    std::vector<float> y(size_t(batch * l.weights().out), NAN);
+    const Job job{&l.weights(), k, y.data()};
+    run({&job, 1}, x.data(), batch, 2);
+    return y;
+}
+
+}  // namespace
+
+int main() {
+    int ran = 0, wrong = 0;
+    for (const Case& c : cases()) {
+        const Linear l(c.layout, {c.values, c.bits, c.columns, c.pointers, c.scales, c.zeros});
+        for (int64_t batch : {1, 3, 29}) {
+            std::vector<float> x(size_t(batch * l.weights().in));
+            std::generate(x.begin(), x.end(), normal);
+            std::vector<const Kernel*> these = l.kernels(Type::i8);
+            for (const Kernel* k : l.kernels(Type::bf16))
+                if (std::find(these.begin(), these.end(), k) == these.end()) these.push_back(k);
+            for (const Kernel* k : these) {
+                const Kernel* plain = nullptr;  // the portable one that rounds x as this one does; none rounds to bfloat16
+                for (const Kernel* o : these)
+                    if (o->isa == Isa::portable && o->activation == (k->activation == Type::i8 ? Type::i8 : Type::f32)) plain = o;
+                if (!plain) continue;
+                const std::vector<float> want = result(l, plain, x, batch), got = result(l, k, x, batch);
+                float top = 0, off = 0;
+                for (size_t i = 0; i < want.size(); ++i) {
+                    top = std::max(top, std::abs(want[i]));
+                    off = std::isfinite(got[i]) ? std::max(off, std::abs(want[i] - got[i])) : INFINITY;
+                }
+                ++ran;
+                if (off > top * (k->activation == Type::bf16 ? 1e-2f : 2e-5f)) {
+                    ++wrong;
+                    std::printf("%s: [%ld, %ld], %ld rows: off by %g of %g\n", k->name, long(c.layout.out), long(c.layout.in), long(batch), double(off), double(top));
+                }
+            }
+        }
+    }
+    std::printf("%d runs of kernels, %d wrong\n", ran, wrong);
+    return wrong || !ran;
+}
