@@ -1,11 +1,13 @@
-"""Whole models, tokens per second: our decoder on packed directories beside llama.cpp, all in one run, taking turns.
+"""Whole models, tokens per second: our decoder on packed directories beside other runtimes, all in one run, taking turns.
 
     python benchmarks/random_llama.py build/llama-110m --size 110m
     python benchmarks/decode.py build/llama-110m results/decode.jsonl [--llama PYTHON] [--rounds 5] [--only NAME ...]
+                                [--genai PYTHON --openvino DIR ... --onnxruntime DIR ...]
 
 Packs the model with every recipe below into DIR-packed/ (once), then starts one process a candidate; each waits until it is
 its turn. Prompt 64 and 64 new tokens, and a prompt of 512; 2 threads; medians over the rounds, the spread is the quartiles.
-`--llama`: an interpreter with llama-cpp-python, gguf and numpy.
+`--llama`: an interpreter with llama-cpp-python, gguf and numpy. `--genai`: one with openvino-genai and onnxruntime-genai, and the
+same model as those want it (genai_worker.py says how to make it): directories named after what the weights are, int8 and so on.
 """
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ PACKED = {
     "mlp blocks 20% kept, bf16": ["mlp: blocks", "--keep", "0.2"],
     "mlp blocks 5% kept, bf16": ["mlp: blocks", "--keep", "0.05"],
 }
+REST = 0.05  # seconds in which the threads of the one before go to sleep
 SETTINGS = {"decode_tok_s": (64, 64), "prefill_tok_s": (512, 1)}
 
 
@@ -63,10 +66,15 @@ def main() -> int:
     ask.add_argument("model", type=Path)
     ask.add_argument("out", type=Path)
     ask.add_argument("--llama", type=Path)
+    ask.add_argument("--genai", type=Path)
+    ask.add_argument("--openvino", type=Path, nargs="+", default=[], metavar="DIR")
+    ask.add_argument("--onnxruntime", type=Path, nargs="+", default=[], metavar="DIR")
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--threads", type=int, default=2)
     ask.add_argument("--only", nargs="+", choices=PACKED, default=list(PACKED))
     a = ask.parse_args()
+    if (a.openvino or a.onnxruntime) and not a.genai:
+        ask.error("--openvino and --onnxruntime want --genai, an interpreter that has them")
     folder = a.model.with_name(a.model.name + "-packed")
     folder.mkdir(exist_ok=True)
     commands: dict[str, list[str]] = {}
@@ -82,6 +90,10 @@ def main() -> int:
             subprocess.run([a.llama, script, "make", a.model / "config.json", theirs], check=True, stderr=subprocess.DEVNULL)
         for kind in ("bf16", "q8_0", "q4_0"):
             commands[f"llama.cpp {kind}"] = [str(a.llama), str(script), "serve", str(theirs.with_suffix(f".{kind}.gguf")), str(a.threads)]
+    for runtime, places in (("openvino", a.openvino), ("onnxruntime", a.onnxruntime)):
+        for at in places:
+            commands[f"{runtime} genai {at.name}"] = [str(a.genai), str(Path(__file__).with_name("genai_worker.py")), runtime, str(at),
+                                                      str(a.threads)]
     workers = {n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()}
     figures: dict[str, dict[str, list[float]]] = {n: {k: [] for k in SETTINGS} for n in workers}
     extra: dict[str, dict[str, Any]] = {}
@@ -90,6 +102,7 @@ def main() -> int:
     def turn(name: str, prompt: int, new: int) -> dict[str, Any]:
         to, back = workers[name].stdin, workers[name].stdout
         assert to and back
+        time.sleep(REST)
         to.write(f"{prompt} {new}\n")
         to.flush()
         return json.loads(back.readline())

@@ -17,8 +17,8 @@ from trimtab.core.types import BadInput
 from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import Network
-from trimtab.runtime import native, torch_decoder
-from trimtab.runtime.decoder import DTYPES, Decoder, check_sampling, open_decoder
+from trimtab.runtime import torch_decoder
+from trimtab.runtime.decoder import DTYPES, Decoder, NoKernel, check_sampling, open_decoder, supported
 from trimtab.runtime.text import Pieces, open_tokenizer, stop_ids
 
 
@@ -37,9 +37,8 @@ class Handle:
 
     def __init__(self, path: Path, dtype: str | None = None, trust_remote_code: bool = False):
         self.path, self.dtype, self._trust = path, dtype, trust_remote_code
-        checkpoint = Checkpoint.open(path)  # a damaged directory is refused now
-        self._config, self._packed = checkpoint.config, bool(checkpoint.packed)
-        self._family = graph.family_of(self._config, path / "config.json")
+        self._checkpoint = Checkpoint.open(path)  # a damaged directory is refused now
+        graph.family_of(self._checkpoint.config, path / "config.json")  # and a family that is not known
         self._modules: dict[str, Any] = {}
         self._decoders: dict[str | None, Decoder | None] = {}
         notes = path / "trimtab.json"
@@ -54,7 +53,12 @@ class Handle:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path) if (self.path / "tokenizer_config.json").exists() else None
+        if not (self.path / "tokenizer_config.json").exists():
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError):
+            raise BadInput(f"{self.path} has a tokenizer_config.json and no tokenizer that opens; fetch or save it again") from None
 
     def _module(self, dtype: str) -> Any:
         from trimtab.network.stream import load_module
@@ -64,22 +68,15 @@ class Handle:
         return self._modules[dtype]
 
     def _decoder(self, dtype: str | None) -> Decoder | None:
-        """The native decoder, where it was built and runs this model."""
+        """The native decoder, where it was built and runs this model; what it does not run, transformers may."""
         if dtype not in self._decoders:
-            self._decoders[dtype] = open_decoder(self.path, dtype) if self._runs_natively() else None
+            names = self._checkpoint.config.get("architectures") or [""]
+            can = str(names[0]).endswith("ForCausalLM") and (self.path / "tokenizer.json").exists() and supported(self._checkpoint)
+            try:
+                self._decoders[dtype] = open_decoder(self.path, dtype) if can else None
+            except NoKernel:  # torch runs it, and says so
+                self._decoders[dtype] = None
         return self._decoders[dtype]
-
-    def _runs_natively(self) -> bool:
-        names = self._config.get("architectures") or [""]
-        if native.core() is None or not str(names[0]).endswith("ForCausalLM") or not (self.path / "tokenizer.json").exists():
-            return False
-        if self._packed:
-            return (self.path / "decoder.json").exists()
-        try:
-            graph.describe(self._family, self._config)
-        except BadInput:  # transformers may know what to do with it
-            return False
-        return True
 
     def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, return_ids: bool = False, *,
                  top_k: int = 0, top_p: float = 1.0, dtype: str | None = None) -> Iterator[Any]:

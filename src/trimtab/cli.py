@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -195,8 +196,8 @@ def parser() -> Parser:
     p = command("bench", "prefill and decode speed and memory")
     p.add_argument("model")
     p.add_argument("--against")
-    p.add_argument("--prompt", type=count, default=64)
-    p.add_argument("--new", type=count, default=64)
+    p.add_argument("--prompt", type=count, help="tokens of the prompt, default 64 or what the model has room for")
+    p.add_argument("--new", type=count, help="tokens that follow, the same")
     p.add_argument("--batch", type=count, default=1)
     model_options(p)
 
@@ -387,6 +388,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
+    warnings.formatwarning = lambda message, *_, **__: f"trimtab: warning: {message}\n"  # without the line of the source
     sys.exit(main())
 
 

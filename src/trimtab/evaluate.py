@@ -10,6 +10,7 @@ import torch
 from trimtab.core import data, line, memory
 from trimtab.core.calibrate import Collector
 from trimtab.core.line import Options, Report
+from trimtab.core.types import BadInput
 from trimtab.network.stream import Network
 
 
@@ -46,7 +47,14 @@ def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
     """decode_tok_s, prefill_tok_s, first_token_s and rss_bytes; with `against`, both in one run, alternating."""
     from trimtab.prove.speed import measure
 
-    return measure(against or model, model if against else None, prompt=a.prompt, new=a.new, batch=a.batch, threads=torch.get_num_threads(),
+    nets = [Network.open(x, dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code) for x in (against, model) if x]
+    prompt, new = a.prompt or 64, a.new or 64
+    for net in nets:
+        places = getattr(net.config.get_text_config(), "max_position_embeddings", None)
+        asked = prompt + (new if net.kind == "lm" else 0)
+        if (a.prompt or a.new) and places and asked > places:
+            raise BadInput(f"--prompt {prompt} and --new {new} take {asked} positions, {net.checkpoint.path} has {places}; give fewer")
+    return measure(nets[0], nets[1] if against else None, prompt=prompt, new=new, batch=a.batch, threads=torch.get_num_threads(),
                    dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code)
 
 

@@ -536,6 +536,24 @@ def test_scores_that_are_not_finite_end_it(tmp_path):
         open_plain(tmp_path)
 
 
+def test_nan_is_named_in_torch_too(tmp_path, tiny_lm):
+    import shutil
+
+    import trimtab as tt
+
+    model = tiny.build("gpt2", vocab_size=4096)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_lm / name, tmp_path / name)
+    with pytest.raises(BadInput, match=r"transformer.h.1.mlp.c_fc.weight holds NaN or inf; only finite weights can be run"):
+        list(tt.load(tmp_path).generate("def f("))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match="no tokenizer that opens; fetch or save it again"):
+        tt.load(tmp_path).generate("def f(")
+
+
 def test_what_it_does_not_run_is_said(tmp_path):
     for name in ("gemma2", "gpt2", "mixtral", "bert"):
         with pytest.raises(BadInput, match=f"runs llama, mistral, qwen2, qwen3, not {name}"):

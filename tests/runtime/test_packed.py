@@ -27,7 +27,7 @@ from trimtab.network.checkpoint import Checkpoint, SafeFile, write_sharded
 from trimtab.network.stream import load_module
 from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, native, packed
-from trimtab.runtime.decoder import open_decoder
+from trimtab.runtime.decoder import NoKernel, open_decoder
 from trimtab.runtime.modules import PackedLinear
 
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
@@ -378,6 +378,78 @@ def test_what_is_newer_not_packed_or_not_what_was_written_is_refused(every_forma
         packed.open(tmp_path / "flipped", verify=True)
 
 
+@pytest.mark.parametrize("command", [("generate", "x"), ("bench",), ("eval",), ("inspect",), ("trim", "magnitude", "-o", "OUT")])
+def test_a_newer_directory_is_one_line_everywhere(capsys, every_format, tmp_path, command):
+    new = changed(every_format, tmp_path / "new", version=2)
+    name, *more = command
+    code, out, err = run(capsys, name, new, *(tmp_path / "o" if m == "OUT" else m for m in more))
+    assert (code, out, err.count("\n")) == (2, "", 1) and "newer trimtab (layout 2; this one reads 1); update trimtab" in err
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
+    with pytest.raises(BadInput, match="update trimtab"):
+        api.load(new)
+
+
+@pytest.mark.parametrize(("recipe", "tensor"), [("dense", f"{UP}.packed_values"), ("rtn(bits=4,group=32)", f"{UP}.packed_scales"),
+                                                ("dense", "model.norm.weight")])
+def test_nan_in_a_packed_directory_is_named(capsys, tiny_lm, tmp_path, calib, recipe, tensor, monkeypatch):
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack")[0] == 0
+    file = tmp_path / "o" / "model.safetensors"
+    raw, at = bytearray(file.read_bytes()), SafeFile(file).entries[tensor].begin
+    raw[at:at + 4] = b"\xff\x7f\xff\x7f"  # in float16 and bfloat16
+    file.write_bytes(raw)
+    for command, *more in (("generate", "x"), ("bench", "--new", 2, "--prompt", 4), ("eval", "--text", calib)):
+        code, out, err = run(capsys, command, tmp_path / "o", *more)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "NaN or inf; only finite weights can be" in err, (command, err)
+        assert tensor.removesuffix(".weight").replace("packed_", "") in err.replace("packed_", "")
+    monkeypatch.setattr(native, "core", lambda: None)
+    with pytest.warns(native.RunsInTorch, match="not built") as said:
+        code, _, err = run(capsys, "generate", tmp_path / "o", "x")
+    assert code == 2 and "only finite weights can be run" in err and len({str(w.message) for w in said}) == 1
+
+
+def test_what_no_kernel_takes_runs_in_torch_with_one_warning(capsys, tiny_lm, tmp_path, calib):
+    with pytest.warns(native.RunsInTorch):
+        code, out, err = trim(capsys, tiny_lm, "nm(n=4,m=8) | magnitude", tmp_path / "o", calib, "--pack", "--json")
+    told = "no kernel here takes nm bf16 (4:8 along the input): it saves bytes, not time, and runs in torch"
+    if native.core() is None:
+        told = native.NONE
+    assert code == 0 and told in json.loads(out)["warnings"], err  # in the proof, which others read too
+    line = [sys.executable, "-m", "trimtab.cli", "generate", str(tmp_path / "o"), "def f(", "--max-new-tokens", "3"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == f"trimtab: warning: {told}\n" and done.stdout
+    with pytest.warns(native.RunsInTorch, match="not time|not built"):
+        module = load_module(tmp_path / "o")
+    with pytest.warns(native.RunsInTorch, match="not time|not built"):
+        handle = api.load(tmp_path / "o")
+        ids = list(handle.generate("def f(", 3, return_ids=True))
+    prompt = handle.tokenizer("def f(", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        want = module(torch.cat([prompt, torch.tensor([ids])], 1)).logits[0].argmax(-1)
+    assert want[prompt.shape[1] - 1:-1].tolist() == ids
+
+
+@pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
+def test_the_decoder_itself_refuses_what_no_kernel_takes(capsys, tiny_lm, tmp_path, calib):
+    with pytest.warns(native.RunsInTorch):
+        assert trim(capsys, tiny_lm, "nm(n=4,m=8) | magnitude", tmp_path / "o", calib, "--pack")[0] == 0
+    with pytest.raises(NoKernel, match=r"q_proj: no kernel here takes nm bf16 \(4:8 along the input\), .* with transformers"):
+        open_decoder(tmp_path / "o")
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    (("generate", ""), "the prompt is empty"), (("generate", "x " * 200), "tokens, the model takes at most 128; give a shorter one"),
+    (("bench", "--batch", 0), "argument --batch: '0' is not a whole number above 0"),
+    (("bench", "--prompt", 120, "--new", 20), "--prompt 120 and --new 20 take 140 positions, .* has 128; give fewer"),
+])
+def test_bad_input_of_a_packed_directory_is_one_line(capsys, tiny_lm, tmp_path, calib, line, told):
+    assert trim(capsys, tiny_lm, "rtn", tmp_path / "o", calib, "--pack")[0] == 0
+    try:
+        code, out, err = run(capsys, line[0], tmp_path / "o", *line[1:])
+    except SystemExit as e:
+        code, (out, err) = e.code, capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1) and re.search(told, err), err
+
+
 def test_transformers_is_told_too(every_format, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -446,6 +518,7 @@ def test_a_damaged_description_is_one_line(capsys, tiny_lm, tmp_path, calib):
         (out / "decoder.json").write_text(broken)
         code, _, err = run(capsys, "generate", out, "def f(x):")
         assert code == 2 and len(err.strip().splitlines()) == 1, (broken[:40], err)
+        assert run(capsys, "bench", out, "--prompt", 4, "--new", 2)[::2] == (code, err)
     (out / "decoder.json").unlink()
     with pytest.raises(BadInput, match=r"decoder\.json"):
         open_decoder(out)

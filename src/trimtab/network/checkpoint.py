@@ -228,7 +228,7 @@ class Checkpoint:
 
 
 def not_finite(name: str, where: Path) -> BadInput:
-    return BadInput(f"tensor {name} of {where} holds NaN or inf; only finite weights can be trimmed")
+    return BadInput(f"tensor {name} of {where} holds NaN or inf; only finite weights can be trimmed or run")
 
 
 def finite(t: Tensor) -> bool:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -97,6 +98,7 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
     from trimtab.prove.quality import compare
     from trimtab.prove.size import sizes
     from trimtab.prove.speed import measure
+    from trimtab.runtime.native import RunsInTorch
 
     start = perf_counter()
     if threads:
@@ -108,17 +110,21 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
         except BadInput as e:  # it is our output, not the user's input
             raise Failed(f"what was written cannot be used: {e}") from None
     size = [sizes(n.checkpoint) for n in nets]
-    with tempfile.TemporaryDirectory(dir=scratch) as spill:
-        found = compare(nets[0], nets[1] if after else None, batches, bytes_of_text, Path(spill), max_memory, progress)
     none = {"decode_tok_s": None, "prefill_tok_s": None}
     timed = None
-    if speed:
-        timed = measure(nets[0], nets[-1] if after else None, threads=threads, max_memory=max_memory, seconds=seconds,
-                        trust_remote_code=trust_remote_code, progress=progress, **timing)
+    with tempfile.TemporaryDirectory(dir=scratch) as spill, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RunsInTorch)
+        found = compare(nets[0], nets[1] if after else None, batches, bytes_of_text, Path(spill), max_memory, progress)
+        if speed:
+            timed = measure(nets[0], nets[-1] if after else None, threads=threads, max_memory=max_memory, seconds=seconds,
+                            trust_remote_code=trust_remote_code, progress=progress, **timing)
+    for w in said:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     result = {**found, "speed": timed["speed"] if timed else None, "timing": timed}
     for k, side in enumerate(("before", "after")[:len(nets)]):
         result[side] = {**found[side], **size[k], **({x: timed[side][x] for x in none} if timed else none)}
-    result |= {"smaller": None, "faster": None, "warnings": []}
+    slow = sorted({str(w.message) for w in said if issubclass(w.category, RunsInTorch)})
+    result |= {"smaller": None, "faster": None, "warnings": slow}
     if after is not None:
         result["packed"] = None
         if packed_bytes is not None:
@@ -126,8 +132,8 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
         result["smaller"] = smaller_line(result["before"], result["after"], result["packed"])
         masked = size[1]["nonzero"] < size[0]["nonzero"] and size[1]["params"] == size[0]["params"] and not nets[1].checkpoint.packed
         result["faster"] = faster_line(timed, masked)
-        met, warnings = verdict(result, min_recovery)
-        result |= {"warnings": warnings, "proof": "passed" if met else "failed"}
+        met, lines = verdict(result, min_recovery)
+        result |= {"warnings": [*lines, *slow], "proof": "passed" if met else "failed"}
     return _plain(result | {"seconds": perf_counter() - start, "peak_rss_bytes": peak_rss()})
 
 

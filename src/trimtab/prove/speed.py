@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from trimtab.core.memory import rss
-from trimtab.core.types import BadInput, Progress
+from trimtab.core.types import Progress
 from trimtab.network.stream import Network
 from trimtab.prove.size import parameters
-from trimtab.runtime import native
-from trimtab.runtime.decoder import Decoder, open_decoder
+from trimtab.runtime.decoder import Decoder, NoKernel, open_decoder, supported
 
 KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
 SLACK = 128 << 20  # activations, caches, the allocator
@@ -61,11 +60,11 @@ def _load(net: Network, dtype: torch.dtype, trust: bool) -> torch.nn.Module:
 
 def _native(net: Network, how: torch.dtype) -> Decoder | None:
     """The checkpoint in our own decoder, where it runs it; None elsewhere."""
-    if native.core() is None or net.kind != "lm" or how not in (torch.float32, torch.bfloat16):
+    if net.kind != "lm" or how not in (torch.float32, torch.bfloat16) or not supported(net.checkpoint):
         return None
     try:
         return open_decoder(net.checkpoint.path, None if net.checkpoint.packed else str(how).removeprefix("torch."))
-    except BadInput:  # not a family of its
+    except NoKernel:
         return None
 
 
@@ -190,7 +189,8 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
     nets = [x if isinstance(x, Network) else Network.open(x, dtype=dtype, trust_remote_code=trust_remote_code)
             for x in (before, after) if x is not None]
     kind, config = nets[0].kind, nets[0].config.get_text_config()
-    if places := getattr(config, "max_position_embeddings", None):
+    places = getattr(config, "max_position_embeddings", None)
+    if places and prompt + (new if kind == "lm" else 0) > places:
         prompt = min(prompt, places if kind != "lm" else max(1, places // 2))
         new = min(new, max(1, places - prompt))
     room = (_free() + rss() if max_memory is None else max_memory) - SLACK

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ CHUNK = 256  # tokens of prompts that pass through the layers together
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 
 
+class NoKernel(BadInput):
+    """A map that no kernel here takes: a decoder runs on kernels alone."""
+
+
 def _mapped(name: str, w: Packed | native.Linear) -> Any:
-    """The map as the kernels have it. BadInput where none takes it: a decoder does not run in torch."""
+    """The map as the kernels have it. NoKernel where none takes it: a decoder does not run in torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what follows says the same, and more
         linear = w if isinstance(w, native.Linear) else native.Linear(w)
     if not linear.kernels:
-        raise BadInput(f"{name}: no kernel here takes {linear.packed.format} {linear.packed.type} of this shape, and a decoder runs on "
-                       "kernels alone; open the model with transformers, which runs it in torch")
+        raise NoKernel(f"{name}: no kernel here takes {native.kind(linear.packed)}, and a decoder runs on kernels alone; open the model "
+                       "with transformers, which runs it in torch")
     return linear._native
 
 
@@ -50,9 +54,11 @@ class Decoder:
             raise BadInput("the native decoder was not built (there was no C++ compiler); install trimtab again where there is one")
         try:
             maps = {name: _mapped(name, w) for name, w in linears.items()}
-            self._core = core.Decoder(dict(description), maps, {name: _plain(t) for name, t in tensors.items()})
+            plain = {name: _plain(t) for name, t in tensors.items()}
+            self._core = core.Decoder(dict(description), maps, plain)
         except ValueError as e:
             raise BadInput(str(e)) from None
+        self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in _packed(w).buffers.items()}
         self._session, self.narrowest = core.Session, narrowest
         self.context: int = description["context"]
         self.vocabulary: int = description["vocabulary"]
@@ -83,13 +89,31 @@ class Decoder:
         session = self._begin(len(given), narrowest, temperature, top_k, top_p, seed, [int(s) for s in stop])
         # The last new token is not fed back, so it needs no position.
         steps = min(max_new_tokens, self.context - max(map(len, given)) + 1)
-        return _steps(session, given, steps, chunk)
+        return self._steps(session, given, steps, chunk)
 
     def _begin(self, batch: int, narrowest: str, *options: Any) -> Any:
         try:
             return self._session(self._core, batch, narrowest or self.narrowest, torch.get_num_threads(), *options)
         except ValueError as e:
             raise BadInput(str(e)) from None
+
+    def _steps(self, session: Any, prompts: list[Tensor], steps: int, chunk: int) -> Iterator[list[int | None]]:
+        waiting = prompts
+        while any(map(len, waiting)):
+            room, parts = chunk, []
+            for p in waiting:
+                parts.append(p[:room])
+                room -= len(parts[-1])
+            session.feed(parts)
+            waiting = [p[len(part):] for p, part in zip(waiting, parts, strict=True)]
+        for _ in range(steps):
+            try:
+                ids = session.step()
+            except RuntimeError:  # mapped weights are not all read before they are needed
+                raise not_finite(self._floats.items()) from None
+            if all(i < 0 for i in ids):
+                return
+            yield [None if i < 0 else i for i in ids]
 
     def _prompts(self, prompts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
         """As int64 arrays, checked."""
@@ -110,23 +134,16 @@ class Decoder:
         return found
 
 
-def _steps(session: Any, prompts: list[Tensor], steps: int, chunk: int) -> Iterator[list[int | None]]:
-    waiting = prompts
-    while any(map(len, waiting)):
-        room, parts = chunk, []
-        for p in waiting:
-            parts.append(p[:room])
-            room -= len(parts[-1])
-        session.feed(parts)
-        waiting = [p[len(part):] for p, part in zip(waiting, parts, strict=True)]
-    for _ in range(steps):
-        try:
-            ids = session.step()
-        except RuntimeError as e:
-            raise Failed(str(e)) from None
-        if all(i < 0 for i in ids):
-            return
-        yield [None if i < 0 else i for i in ids]
+def _packed(w: Packed | native.Linear) -> Packed:
+    return w.packed if isinstance(w, native.Linear) else w
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Exception:
+    """What to raise where scores are not finite: BadInput names the tensor that is not either, Failed where they all are."""
+    for name, t in tensors:
+        if t.is_floating_point() and not finite(t):
+            return BadInput(f"{name} holds NaN or inf; only finite weights can be run")
+    return Failed("the model's scores are not finite numbers; its weights overflow, or are damaged")
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
@@ -183,6 +200,19 @@ def wanted(description: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             look(sublayer)
     take(description["head"])
     return list(linears), list(tensors)
+
+
+def supported(c: Checkpoint) -> bool:
+    """Whether the native decoder was built and runs this family."""
+    if native.core() is None:
+        return False
+    if c.packed:
+        return (c.path / "decoder.json").exists()
+    try:
+        graph.describe(graph.family_of(c.config, c.path / "config.json"), c.config)
+    except BadInput:
+        return False
+    return True
 
 
 def open_decoder(path: Path, dtype: str | None = None) -> Decoder:

@@ -73,7 +73,7 @@ def described(name: str, about: Any, buffers: Mapping[str, Tensor]) -> Packed:
         p = Packed(**{**about, "shape": tuple(about["shape"]), "buffers": {k: t.reshape(-1) for k, t in buffers.items()}})
         check(p)
     except BadInput as e:
-        raise BadInput(f"packed layer {name} is corrupt: {e}") from None
+        raise BadInput(f"packed layer {name} is corrupt: {e}; fetch or pack it again") from None
     return p
 
 

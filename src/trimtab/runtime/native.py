@@ -17,6 +17,10 @@ from trimtab.runtime import layouts
 NONE = "the native kernels were not built (no C++ compiler when trimtab was installed); packed weights run in torch, slowly"
 
 
+class RunsInTorch(UserWarning):
+    """A packed weight saves bytes here, and no time."""
+
+
 @cache
 def core() -> Any | None:
     """The extension module, or None; one of another version is as good as none."""
@@ -40,6 +44,13 @@ def kernels() -> list[dict[str, Any]]:
 def level() -> str:
     """In a word, for `--version`."""
     return isas()[-1] if core() else "torch (native kernels not built)"
+
+
+def kind(p: Packed) -> str:
+    """In words: what decides whether a kernel takes it."""
+    what = {"nm": [f"{p.n}:{p.m} along the {p.dim}put"], "bsr": [f"blocks of {p.rows} x {p.cols}"]}.get(p.format, [])
+    what += [f"groups of {p.group}"] if p.type in BITS else []
+    return f"{p.format} {p.type}" + (f" ({', '.join(what)})" if what else "")
 
 
 def _strange(p: Packed) -> bool:
@@ -74,9 +85,8 @@ class Linear:
             self.kernels = list(dict.fromkeys(k for t in ("f32", "bf16", "i8") for k in self._native.kernels(t)))
         if not self.kernels:
             p = packed
-            what = {"nm": f"{p.n}:{p.m} along the {p.dim}put, ", "bsr": f"blocks of {p.rows} x {p.cols}, "}.get(p.format, "")
-            warnings.warn(NONE if core() is None else f"no kernel here takes {p.format} {p.type} ({what}groups of {p.group}): "
-                          "it saves bytes, not time, and runs in torch", stacklevel=2)
+            warnings.warn(NONE if core() is None else f"no kernel here takes {kind(p)}: it saves bytes, not time, and runs in torch",
+                          RunsInTorch, stacklevel=2)
             self._weight = layouts.restored(packed).float()
 
     def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.runtime.decoder import not_finite
+from trimtab.runtime.modules import PackedLinear
+
 
 @torch.no_grad()
 def generate(model: Any, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
@@ -17,6 +20,8 @@ def generate(model: Any, ids: Sequence[int], max_new_tokens: int, *, temperature
     for _ in range(max_new_tokens):
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache, logits = out.past_key_values, out.logits[0, -1].float()
+        if not torch.isfinite(logits.max()):
+            raise not_finite(_tensors(model))
         if temperature > 0:
             token = int(torch.multinomial(shares(logits / temperature, top_k, top_p), 1, generator=gen))
         else:
@@ -25,6 +30,13 @@ def generate(model: Any, ids: Sequence[int], max_new_tokens: int, *, temperature
         if token in stop:
             return
         step = torch.tensor([[token]])
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    yield from model.state_dict().items()
+    for name, m in model.named_modules():
+        if isinstance(m, PackedLinear):
+            yield from ((f"{name}.{k}", t) for k, t in m.linear.packed.buffers.items())
 
 
 def shares(logits: Tensor, top_k: int, top_p: float) -> Tensor:
