@@ -3,6 +3,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace trimtab {
@@ -47,6 +49,15 @@ bool has(Isa isa) {
         case Isa::avx512bf16: return f.avx512bf16;
         default: return false;
     }
+}
+#elif defined(__aarch64__)
+bool has(Isa isa) {
+#if defined(__linux__)
+    const bool dot = getauxval(AT_HWCAP) >> 20 & 1;  // products of four bytes, which came with ARMv8.2
+#else
+    const bool dot = true;
+#endif
+    return isa == Isa::portable || (isa == Isa::neon && dot);
 }
 #else
 bool has(Isa isa) { return isa == Isa::portable; }

@@ -84,6 +84,7 @@ Table portable_kernels();
 Table avx2_kernels();
 Table avx512_kernels();
 Table avx512bf16_kernels();
+Table neon_kernels();
 
 bool has(Isa isa);             // whether this processor (and the operating system) can run it
 const char* isa_name(Isa isa);

@@ -16,6 +16,8 @@ const std::vector<Table>& tables() {
     static const std::vector<Table> all{portable_kernels(),
 #if defined(__x86_64__)
                                         avx2_kernels(), avx512_kernels(), avx512bf16_kernels(),
+#elif defined(__aarch64__)
+                                        neon_kernels(),
 #endif
     };
     return all;

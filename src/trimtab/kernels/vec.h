@@ -6,8 +6,9 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__ARM_NEON) && !defined(TRIMTAB_PLAIN)
 #include <arm_neon.h>
+#define TRIMTAB_NEON
 #endif
 
 
@@ -100,6 +101,29 @@ struct Vec {
         __m256i which = _mm256_srlv_epi32(_mm256_set1_epi32(peek<uint16_t>(bits)), at);
         return {_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)four), which)};
     }
+};
+#elif defined(TRIMTAB_NEON)
+struct Vec {
+    static constexpr int N = 4;
+    float32x4_t v;
+    static Vec of(uint32x4_t bits) { return {vreinterpretq_f32_u32(bits)}; }
+    static Vec zero() { return all(0); }
+    static Vec all(float x) { return {vdupq_n_f32(x)}; }
+    static Vec load(const float* p) { return {vld1q_f32(p)}; }
+    void store(float* p) const { vst1q_f32(p, v); }
+    Vec fma(Vec a, Vec b) const { return {vfmaq_f32(v, a.v, b.v)}; }
+    Vec operator+(Vec b) const { return {vaddq_f32(v, b.v)}; }
+    Vec operator-(Vec b) const { return {vsubq_f32(v, b.v)}; }
+    Vec operator*(Vec b) const { return {vmulq_f32(v, b.v)}; }
+    Vec operator/(Vec b) const { return {vdivq_f32(v, b.v)}; }
+    Vec max(Vec b) const { return {vbslq_f32(vcgtq_f32(b.v, v), b.v, v)}; }
+    Vec min(Vec b) const { return {vbslq_f32(vcltq_f32(b.v, v), b.v, v)}; }
+    Vec power() const { return of(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), 23), vdupq_n_u32(0x3f800000))); }
+    static Vec bf16(const uint16_t* p) { return of(vshll_n_u16(vld1_u16(p), 16)); }
+    static Vec f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
+    static uint32x4_t bits(const void* p) { return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+    static Vec low(const uint16_t* p) { return of(vshlq_n_u32(bits(p), 16)); }
+    static Vec high(const uint16_t* p) { return of(vandq_u32(bits(p), vdupq_n_u32(0xffff0000))); }
 };
 #else
 struct Vec {
