@@ -29,7 +29,7 @@ struct Weights {
     Type type;                 // of the values
     Type scale_type;           // f32 or f16
     const std::byte* values;
-    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has; csr: entries of an output in a tile, 16 bits each
+    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has (`Places`); csr: entries of an output in a tile, 16 bits each
     const int32_t* columns;    // blocks: block column of each
     const uint8_t* offsets;    // csr: the input of each entry, from the first of its tile on
     const int64_t* pointers;   // where a panel's blocks (or values) begin, [panels + 1]
@@ -48,6 +48,7 @@ struct Input {
     int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
     int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, a few vectors together
     bool full = false;         // full tiles only: rows that fill none lie one after the other
+    int side = 1;              // units of a row that stay together in a tile
     bool operator==(const Input&) const = default;
     int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + 63) / 64 * 16; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
@@ -59,7 +60,8 @@ struct Input {
 
 // Rows begin .. end of x [batch, in] are made ready.
 using Prepare = void (*)(const Input&, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to);
-// Panels begin .. end of y [batch, out]. `scratch` holds `Kernel::scratch` floats and is this thread's own.
+// Panels begin .. end of y [batch, out]. `scratch` holds `Kernel::scratch` floats from a cache line on and is
+// this thread's own.
 using Run = void (*)(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch);
 
 struct Kernel {
