@@ -163,11 +163,25 @@ def test_blocks_of_a_column_and_of_a_run_are_packed_as_they_were_pruned(capsys, 
         assert all(f"_bsr{rows}x{cols}-{type_}_" in k for k in native.Linear(p).kernels)
 
 
+@pytest.mark.parametrize("recipe, kind", [
+    ("row | magnitude ; rtn(bits=8,group=32)", ("bitmask", "i8")), ("row | magnitude ; rtn(bits=4,group=32)", ("dense", "i4")),
+    ("rtn(group=20,ternary=true)", ("dense", "t")), ("row | magnitude ; ternary", ("dense", "t"))])
+def test_a_grid_goes_into_the_pattern_s_format_where_that_stores_it(capsys, tiny_lm, tmp_path, calib, recipe, kind):
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "packed", calib, "--pack")[0] == 0
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "plain", calib)[0] == 0
+    p, plain = packed.open(tmp_path / "packed", verify=True).linears[UP], weights(tmp_path / "plain")
+    assert (p.format, p.type) == kind
+    assert torch.equal(layouts.restored(p).bfloat16(), plain[f"{UP}.weight"])
+    notes = json.loads((tmp_path / "plain" / "trimtab.json").read_text())
+    assert notes["formats"]["1.mlp.up"] == " ".join(kind) and notes["packed_bytes"]["1.mlp.up"] == p.nbytes
+
+
 def test_every_format_is_read_back_through_memory_maps(every_format):
     model = packed.open(every_format, verify=True)
     kinds = {(p.format, p.type, p.dim, p.m) for p in model.linears.values()}
     assert kinds >= {("nm", "f32", "in", 4), ("nm", "f32", "out", 4), ("nm", "f32", "in", 8), ("bsr", "f32", "in", 1),
                      ("bitmask", "f32", "in", 1), ("nm", "i4", "in", 4), ("bsr", "i8", "in", 1), ("dense", "i2", "in", 1),
+                     ("bitmask", "i8", "in", 1), ("dense", "t", "in", 1),
                      ("dense", "i8", "in", 1)}
     assert {(p.rows, p.cols, p.type) for p in model.linears.values() if p.format == "bsr"} >= {
         (16, 16, "f32"), (32, 1, "f32"), (32, 1, "i8"), (1, 32, "i8"), (32, 32, "i8")}
@@ -321,6 +335,9 @@ def test_commands_take_a_packed_directory(capsys, tiny_lm, tmp_path, calib):
     ("mlp: block(rows=32,cols=1) | magnitude ; mlp: rtn(bits=8,group=16)", ("--pack",), "quantise with group=0"),
     ("rtn ; row | magnitude", (), "would leave its grid"),
     ("rtn(bits=3)", (), "8, 4 or 2 bits"),
+    ("rtn(group=32,ternary=true)", (), "in groups of whole words, not of 32 inputs"),
+    ("rtn(ternary=true,asymmetric=true)", (), "cannot be asymmetric"),
+    ("ternary", ("--pack", "bsr"), "holds no codes of type t"),
     ("rtn", ("--keep", "0.5"), "fixes its own share"),
 ])
 def test_bad_input_is_one_line_and_nothing_written(capsys, tiny_lm, tmp_path, calib, recipe, more, told):
@@ -480,6 +497,9 @@ def test_parts_that_are_not_the_weight_are_a_failure(capsys, tiny_lm, tmp_path, 
 @pytest.mark.parametrize("recipe, more, narrowest", [
     ("dense", ("--pack-dtype", "float32"), "f32"), ("dense", (), "bf16"), ("rtn(bits=4,group=32)", (), "i8"),
     (COLUMNS, ("--keep", "40%"), "bf16"), (COLUMNS + " ; *.gate,*.up: rtn(bits=8,group=0) ; *.down: rtn(bits=8,group=32)", (), "i8"),
+
+
+    ("ternary", (), "i8"), ("magnitude ; rtn(bits=8,group=32)", ("--pack", "bitmask"), "i8"),
     ("mlp: magnitude(unit=2:4)", ("--head", "keep"), "bf16"),  # attention and a tied head are outside the recipe's scope
 ])
 def test_the_decoder_says_what_transformers_says(capsys, tiny_lm, tmp_path, calib, recipe, more, narrowest):

@@ -6,6 +6,9 @@
 
 #include "kernel.h"
 #include "vec.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace trimtab::ISA {
 
@@ -26,21 +29,6 @@ struct Codes {
     }
 };
 
-// Rows of x that a kernel of lanes takes together: 256 inputs of them are what the first-level cache holds.
-constexpr int64_t LANES = std::min(4 * Vec::N, 32);
-
-// Rows begin .. end into blocks of LANES rows, [in, rows] each; the last block has as many vectors as it takes.
-inline void to_lanes(const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, float* to) {
-    for (int64_t r = begin; r < end;) {
-        const int64_t first = r / LANES * LANES, some = std::min({end, first + LANES, r + Vec::N}) - r;
-        const int64_t width = (std::min(LANES, batch - first) + Vec::N - 1) / Vec::N * Vec::N;
-        float* at = to + first * in + (r - first);
-        for (int64_t i = 0; i < in; ++i)
-            for (int64_t k = 0; k < some; ++k) at[i * width + k] = x[(r + k) * in + i];
-        r += some;
-    }
-}
-
 // The tile of a row: where it begins and how many rows it has; as `tiles` goes through them, or full ones and single rows.
 struct TileAt { int64_t first; int rows; };
 inline TileAt tile_at(int64_t row, int64_t batch, int most, bool full = false) {
@@ -59,6 +47,61 @@ inline void place(const void* row, int64_t units, TileAt tile, int64_t r, int64_
     std::byte* at = static_cast<std::byte*>(to) + (tile.first * width + r - tile.first) * 4;
     const std::byte* from = static_cast<const std::byte*>(row);
     for (int64_t u = 0; u < units; ++u) std::memcpy(at + u * tile.rows * 4, from + u * 4, 4);
+}
+
+// Rows of x that a kernel of lanes takes together: 256 inputs of them are what the first-level cache holds. The last of them fill
+// as many vectors as it takes.
+constexpr int64_t LANES = std::min(4 * Vec::N, 32);
+inline TileAt lanes_at(int64_t row, int64_t batch) {
+    const int64_t first = row / LANES * LANES;
+    return {first, int(std::min(LANES, (batch - first + Vec::N - 1) / Vec::N * Vec::N))};
+}
+
+// Rows become columns: unit u of row r goes to to[u * width + r]. Four units of ROWS rows, at most four.
+template <int ROWS>
+inline void turn(const uint32_t* from, int64_t stride, uint32_t* to, int64_t width) {
+#if defined(__SSE2__)
+    __m128i row[4];
+    for (int r = 0; r < 4; ++r) row[r] = _mm_loadu_si128((const __m128i*)(from + std::min(r, ROWS - 1) * stride));
+    const __m128i low[2] = {_mm_unpacklo_epi32(row[0], row[1]), _mm_unpacklo_epi32(row[2], row[3])};
+    const __m128i high[2] = {_mm_unpackhi_epi32(row[0], row[1]), _mm_unpackhi_epi32(row[2], row[3])};
+    const __m128i unit[4] = {_mm_unpacklo_epi64(low[0], low[1]), _mm_unpackhi_epi64(low[0], low[1]),
+                             _mm_unpacklo_epi64(high[0], high[1]), _mm_unpackhi_epi64(high[0], high[1])};
+    for (int u = 0; u < 4; ++u) {
+        // In a tile of three, what is one too many lies where the next unit goes.
+        if (ROWS == 4 || (ROWS == 3 && width == 3 && u < 3)) _mm_storeu_si128((__m128i*)(to + u * width), unit[u]);
+        else std::memcpy(to + u * width, &unit[u], ROWS * 4);
+    }
+#else
+    for (int u = 0; u < 4; ++u)
+        for (int r = 0; r < ROWS; ++r) std::memcpy(to + u * width + r, from + r * stride + u, 4);
+#endif
+}
+
+constexpr int64_t READ = 256;  // units of a row that are read in one go
+
+// All of `units` units of four bytes of `rows` rows, which become columns among `width`.
+inline void turn_rows(const uint32_t* from, int64_t stride, int64_t rows, int64_t units, uint32_t* to, int64_t width) {
+    if (width == 1) {
+        std::memcpy(to, from, size_t(units) * 4);
+        return;
+    }
+    for (int64_t begin = 0; begin < units; begin += READ) {
+        const int64_t end = std::min(units, begin + READ), whole = begin + (end - begin) / 4 * 4;
+        for (int64_t r = 0; r < rows; r += 4) {
+            const auto run = [&]<int ROWS>() {
+                for (int64_t u = begin; u < whole; u += 4) turn<ROWS>(from + r * stride + u, stride, to + u * width + r, width);
+            };
+            switch (rows - r) {
+                case 1: run.template operator()<1>(); break;
+                case 2: run.template operator()<2>(); break;
+                case 3: run.template operator()<3>(); break;
+                default: run.template operator()<4>();
+            }
+        }
+        for (int64_t u = whole; u < end; ++u)
+            for (int64_t r = 0; r < rows; ++r) std::memcpy(to + u * width + r, from + r * stride + u, 4);
+    }
 }
 
 inline void to_bf16(const float* x, int64_t in, uint16_t* to) {
@@ -103,26 +146,31 @@ inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, i
 }
 
 inline void prepare(const Input& input, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to) {
-    if (input.lanes) {
-        to_lanes(x, in, batch, begin, end, reinterpret_cast<float*>(to));
-        return;
-    }
-    const int64_t units = input.units(in);
-    thread_local std::vector<uint32_t> line;
-    line.resize(size_t(units));
-    for (int64_t r = begin; r < end; ++r) {
-        const TileAt tile = input.tile ? tile_at(r, batch, input.tile, input.full) : TileAt{r, 1};
-        std::byte* straight = tile.rows == 1 ? to + r * units * 4 : reinterpret_cast<std::byte*>(line.data());
-        if (input.type == Type::f32) {
-            std::memcpy(straight, x + r * in, size_t(in) * 4);
-        } else if (input.type == Type::bf16) {
-            to_bf16(x + r * in, in, reinterpret_cast<uint16_t*>(straight));
-        } else {
-            const Codes c(to, input, in, batch);
-            const int64_t apart = input.full ? tile.rows : 1, side = input.full ? tile.first * c.groups + r - tile.first : r * c.groups;
-            to_codes(x + r * in, in, input.group, reinterpret_cast<int8_t*>(straight), c.stride, c.scales + side, c.sums + side, apart);
+    const int64_t units = input.units(in), stride = units + 16;  // of lines: whole pages apart, rows would share cache sets
+    thread_local std::vector<uint32_t> lines;
+    for (int64_t r = begin; r < end;) {
+        TileAt tile{r, 1};
+        if (input.tile) tile = tile_at(r, batch, input.tile, input.full);
+        if (input.lanes) tile = lanes_at(r, batch);
+        const int64_t some = std::min<int64_t>(end, tile.first + tile.rows) - r;
+        uint32_t* at = reinterpret_cast<uint32_t*>(to) + tile.first * units + (r - tile.first);
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(x + r * in);
+        if (input.type != Type::f32) {
+            lines.resize(size_t(some * stride));
+            from = lines.data();
         }
-        if (tile.rows > 1) place(straight, units, tile, r, units, to);
+        for (int64_t k = 0; k < some; ++k) {
+            void* line = tile.rows == 1 ? at : lines.data() + k * stride;
+            if (input.type == Type::bf16) {
+                to_bf16(x + (r + k) * in, in, static_cast<uint16_t*>(line));
+            } else if (input.type == Type::i8) {
+                const Codes c(to, input, in, batch);
+                const int64_t apart = input.full ? tile.rows : 1, side = input.full ? tile.first * c.groups + r + k - tile.first : (r + k) * c.groups;
+                to_codes(x + (r + k) * in, in, input.group, static_cast<int8_t*>(line), c.stride, c.scales + side, c.sums + side, apart);
+            }
+        }
+        if (input.type == Type::f32 || tile.rows > 1) turn_rows(from, input.type == Type::f32 ? in : stride, some, units, at, tile.rows);
+        r += some;
     }
 }
 

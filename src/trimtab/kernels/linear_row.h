@@ -2,18 +2,18 @@
 // after the other; rows that are left over meet vectors of weights.
 #pragma once
 #include "linear_codes.h"
-#include "linear_csr.h"
-#include "linear_nm.h"
 
 namespace trimtab::ISA {
 
 constexpr int64_t RUN = 32;  // blocks are so many inputs long, or some times that
 
+constexpr int64_t STORED = 16;  // outputs that are stored together
+
 inline Input in_full(const Weights&) { return {Type::f32, 0, Vec::N, 0, true}; }
 inline Input in_full_bf16(const Weights&) { return {Type::bf16, 0, Vec::N, 0, true}; }
 inline Input in_full_codes(const Weights& w) { return {Type::i8, w.cols, Vec::N, 0, true}; }
 
-inline int64_t row_scratch(const Weights&, int64_t) { return CSR_ROWS * Vec::N; }
+inline int64_t row_scratch(const Weights&, int64_t) { return STORED * Vec::N; }
 
 // Calls lanes(first row, output) -> sums, for a vector of rows, and rest<ROWS>(first row, output) for those that are left over.
 template <class L, class R>
@@ -21,8 +21,8 @@ inline void each_row(const Weights& w, int64_t size, int64_t batch, float* y, in
     in_runs(w, KEEP / (w.cols * size), begin, end, [&](int64_t from, int64_t to) {
         int64_t row = 0;
         for (; row + Vec::N <= batch; row += Vec::N) {
-            for (int64_t p = from; p < to; p += CSR_ROWS) {
-                const int64_t some = std::min<int64_t>(CSR_ROWS, to - p);
+            for (int64_t p = from; p < to; p += STORED) {
+                const int64_t some = std::min<int64_t>(STORED, to - p);
                 for (int64_t i = 0; i < some; ++i) lanes(row, p + i).store(scratch + i * Vec::N);
                 for (int64_t r = 0; r < Vec::N; ++r)
                     for (int64_t i = 0; i < some; ++i) y[(row + r) * w.out + p + i] = scratch[i * Vec::N + r];
@@ -34,6 +34,9 @@ inline void each_row(const Weights& w, int64_t size, int64_t batch, float* y, in
             for (int64_t p = from; p < to; ++p) rest.template operator()<1>(row, p);
     });
 }
+
+inline Vec widen(const float* p) { return Vec::load(p); }
+inline Vec widen(const uint16_t* p) { return Vec::bf16(p); }
 
 // A block's weights: T float, uint16_t for bfloat16, or uint8_t for codes.
 template <class T>

@@ -63,7 +63,7 @@ def csr(new: Change) -> Packed:
     """
     w = matrix(new)
     if isinstance(w, Codes):
-        raise BadInput(f"csr: holds no codes ({w.type}); use dense, or nm or bsr where the pattern is theirs")
+        raise BadInput(f"csr: holds no codes of type {w.type}; use dense, or nm or bsr where the pattern is theirs")
     shape = (w.shape[0], w.shape[1])
     down, across = tiles(shape)
 
