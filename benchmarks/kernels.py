@@ -125,6 +125,9 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate
         add("int4 g32, x int8", dense(nearest(w, 4, 32).change()), "i8", "i4")
         add("int4 g128, x f32", dense(nearest(w, 4, 128).change()), "f32", "i4")
         add("int2 g64, x int8", dense(nearest(w, 2, 64).change()), "i8", "i4")
+        add("ternary by row, x int8", dense(nearest(w, 2, ternary=True).change()), "i8", "i4")
+        for kept in (0.5, 0.3, 0.1):
+            add(f"bitmask int8 {kept:.0%} kept, x int8", bitmask(nearest(thinned(w, "", kept), 8).change()), "i8", "i8")
         half = thinned(w, "nm", 0.5)
         add("2:4 int8, x int8", nm(nearest(half, 8).change()), "i8", "i8")
         add("2:4 int4 g128, x int8", nm(nearest(half, 4, 128).change()), "i8", "i4")

@@ -21,7 +21,7 @@ from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.methods import select
-from trimtab.methods.codes import Codes, nearest
+from trimtab.methods.codes import LEVELS, Codes, nearest
 from trimtab.methods.format.panels import Packed
 from trimtab.runtime.layouts import check
 
@@ -852,13 +852,16 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
 
 
 def coded(m: Method, knobs: dict[str, Any]) -> Iterator[Change]:
-    """The same as codes of every width, symmetric and not, where the format stores codes."""
-    if not m.facts["codes"] or knobs.get("dim") == "out":
+    """The same as codes of every type the format stores, symmetric and not."""
+    if knobs.get("dim") == "out":
         return
     for new in held(m, knobs, torch.float32):
         groups = (knobs["cols"] or knobs["b"],) if m.facts["holds"] == "block" else (0, 8)
-        for bits, asymmetric, group in ((8, False, groups[0]), (4, True, groups[-1]), (2, False, groups[-1])):
-            yield nearest(new.w, bits, group, asymmetric=asymmetric).change(new.mask)
+        for bits, asymmetric, group in ((8, False, groups[0]), (8, True, groups[-1]), (4, True, groups[-1]), (2, False, groups[-1])):
+            if f"i{bits}" in m.facts["codes"]:
+                yield nearest(new.w, bits, group, asymmetric=asymmetric).change(new.mask)
+        for group in (0, 20) if "t" in m.facts["codes"] else ():
+            yield nearest(new.w, 2, group, ternary=True).change(new.mask)
 
 
 def awkward(dtype: torch.dtype) -> Iterator[Change]:
@@ -870,6 +873,7 @@ def awkward(dtype: torch.dtype) -> Iterator[Change]:
         yield from (Change(w), Change(w * loose), Change(w * loose, mask=loose), Change(w, mask=loose))
         yield nearest(w, 4, 4).change()
         yield nearest(w * loose, 8).change(loose)
+        yield nearest(w, 2, 4, ternary=True).change()
 
 
 def restores(m: Method, new: Change, packed: Packed) -> None:
@@ -952,9 +956,9 @@ def law_format_refuses_what_it_would_lose(m: Method) -> None:
     for shape in ((24,), (0, 24)):
         with pytest.raises(BadInput, match="out, in"):
             call(m, {"new": Change(torch.zeros(shape))})
-    if not m.facts["codes"]:
+    for kind in LEVELS.keys() - set(m.facts["codes"]):
         with pytest.raises(BadInput, match="codes"):
-            call(m, {"new": Codes(torch.ones(24, 24, dtype=torch.uint8), torch.ones(24, 1), 8, 24).change()})
+            call(m, {"new": Codes(torch.ones(24, 24, dtype=torch.uint8), torch.ones(24, 1), LEVELS[kind], 24).change()})
 
 
 def law_format_stands_alone(m: Method) -> None:

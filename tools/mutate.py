@@ -57,6 +57,7 @@ BUDGETS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "budget")
 UNITS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "unit or select")
 STATS = ("tests/test_laws.py", "-k", "stat")
 SPEC = ("tests/line/test_spec.py",)
+CODES = ("tests/runtime/test_kernels.py", "-k", "ternary or codes")
 QUALITY = ("tests/line/test_proof.py", "-k", "quality or masked or cosine")
 WORDS = ("tests/line/test_proof.py", "-k", "verdict or words or sizes")
 FAMILIES = ("tests/line/test_families.py", "-k",
@@ -144,10 +145,13 @@ BUGS = [
     Bug("methods/solvers.py", "rhs = w.double() @ h", "rhs = w.double() @ gram.double()", "damping biases the refit", SOLVERS),
     Bug("methods/solvers.py", "u = x.sub_(z)", "u = x.sub_(z).mul_(0.5)", "dual step halved", SOLVERS),
     # --- formats
-    Bug("methods/format/bitmask.py", "panels(w)[kept]", "panels(w).flip(1)[kept]", "values in another order than their bits"),
+    Bug("methods/format/bitmask.py", "in_order(stuff)[kept]", "in_order(stuff).flip(1)[kept]", "values in another order than their bits"),
     Bug("methods/format/panels.py", "return new.w != 0", "return new.w > 0", "negative weights lost without a mask"),
     Bug("methods/format/bitmask.py", "-(-stored // LINE) * LINE", "stored", "values not filled up as the formula says"),
     Bug("methods/format/panels.py", "codes[..., f, :, :] << bits * f", "codes[..., f, :, :] << bits", "fields of a word overlap"),
+    Bug("methods/format/bitmask.py", ".masked_fill_(hole, 0)", "", "a hole stands for code 0, not for the zero point"),
+    Bug("methods/format/panels.py", "whole.mul_(256).add_(3 ** TRITS - 1)", "whole.mul_(256)", "digits rounded down to the one below"),
+    Bug("methods/codes.py", "padded.abs().sum(-1) /", "padded.abs().amax(-1) /", "ternary scale of the largest, not of the mean", CODES),
     Bug("methods/format/nm.py", "return (m - 1).bit_length()", "return m.bit_length()", "one index bit too many"),
     Bug("methods/format/nm.py", "if most > n:", "if most > m:", "a group that keeps too many loses the rest"),
     Bug("methods/format/nm.py", "if m == 4 else pack_bits(at, width(m))", "if m else 0", "places of 8 cut to two bits"),

@@ -12,7 +12,7 @@ PAIRS = Change(W, mask=W != 0)
 # A group with one entry only: filled up with a zero at its first free place.
 THIN = Change(torch.tensor([[0.0, 0.0, 4.0, 0.0], [6.0, 0.0, 0.0, 1.0]]))
 # Four bits: inputs 0 to 3 are the low halves of the bytes of a word, inputs 4 to 7 the high halves.
-FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), torch.tensor([[0.5]]), 4, 8).change()
+FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), torch.tensor([[0.5]]), 16, 8).change()
 
 
 def panel(*inputs: list[float]) -> torch.Tensor:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, Codes, nearest
+from trimtab.methods.codes import BITS, LEVELS, Codes, nearest
 from trimtab.methods.format import bitmask as bitmask_file
 from trimtab.methods.format import bsr as bsr_file
 from trimtab.methods.format import csr as csr_file
 from trimtab.methods.format import dense as dense_file
 from trimtab.methods.format import nm as nm_file
+from trimtab.methods.format import panels
 from trimtab.methods.format.panels import TYPES, Packed
 from trimtab.runtime import layouts, names, native
 
@@ -37,8 +38,12 @@ def csr(w: Tensor) -> Packed:
     return csr_file.csr(change(w))
 
 
-def bitmask(w: Tensor) -> Packed:
+def bitmask(w: Tensor | Codes) -> Packed:
     return bitmask_file.bitmask(change(w))
+
+
+def ternary(w: Tensor, group: int = 0) -> Codes:
+    return nearest(w, 2, group, ternary=True)
 
 
 def bsr(w: Tensor | Codes, rows: int = 32, cols: int = 32) -> Packed:
@@ -69,8 +74,9 @@ def thin(out: int, inputs: int, gen: torch.Generator) -> Iterator[tuple[str, flo
 def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     gen = torch.Generator().manual_seed(out * inputs)
     w = torch.randn(out, inputs, generator=gen)
-    if type_ in BITS:
-        yield from packs_of_codes(w, BITS[type_], gen)
+    if type_ in LEVELS:
+        yield from packs_of_codes(w, BITS[type_], gen) if type_ in BITS else packs_of_trits(w)
+        yield from packs_of_masked_codes(w, gen) if type_ == "i8" else ()
         return
     w = w.to(dtype(type_))
     yield dense(w)
@@ -104,6 +110,25 @@ def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packe
                     yield bsr(nearest(w * kept, bits, cols, asymmetric=asymmetric), rows, cols)
 
 
+def packs_of_masked_codes(w: Tensor, gen: torch.Generator) -> Iterator[Packed]:
+    for share in (0.0, 0.07, 0.5, 1.0):
+        mask = torch.rand(w.shape, generator=gen) < share
+        for group, asymmetric in ((0, False), (32, True), (96, False)):
+            if group < w.shape[1]:
+                codes = nearest(w * mask, 8, group, asymmetric=asymmetric)
+                yield bitmask(codes)
+        yield bitmask_file.bitmask(codes.change(mask | (torch.rand(w.shape, generator=gen) < 0.1)))  # zeros are kept too
+        yield bitmask(nearest((w * mask)[:, :max(1, w.shape[1] - 1)], 8, asymmetric=True))
+
+
+def packs_of_trits(w: Tensor) -> Iterator[Packed]:
+    for group in (0, 20, 60, 160, 320):
+        if group < w.shape[1]:
+            yield dense(ternary(w, group))
+    yield dense(ternary(w[:, :max(1, w.shape[1] - 1)]))
+    yield dense(ternary(w * 0))
+
+
 def dtype(type_: str) -> torch.dtype:
     return next(d for d, name in TYPES.items() if name == type_)
 
@@ -114,7 +139,7 @@ def rounded(x: Tensor, p: Packed, activation: str) -> Tensor:
         return x.bfloat16().double()
     if activation == "f32":
         return x.double()
-    group = p.group if p.group < p.shape[1] or p.format == "bsr" else min(256, p.shape[1])
+    group = p.group if p.group < p.shape[1] or p.format == "bsr" else min(240 if p.type == "t" else 256, p.shape[1])
     grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     top = grouped.abs().amax(-1, keepdim=True)
     codes = (grouped * torch.where(top > 1e-30, 127 / top, 0)).round()
@@ -163,6 +188,21 @@ def test_every_kernel_agrees_with_the_weight_it_was_packed_from(type_):
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+def test_rows_of_x_made_ready_by_several_threads_are_the_same_rows():
+    """So many that threads share them out, not by whole tiles: a row gives what it gives alone."""
+    w = torch.randn(64, 2112, generator=torch.Generator().manual_seed(0))
+    few, x = w * (w > 1), torch.randn(67, 2112, generator=torch.Generator().manual_seed(1))
+    packs = [dense(w), dense(w.bfloat16()), csr(few), dense(nearest(w, 8)), dense(nearest(w, 4, 32)), dense(ternary(w)),
+             bitmask(nearest(few, 8)), *(bsr(w.to(t), rows, 16) for rows in (16, 32, 64) for t in TYPES)]
+    for linear in map(native.Linear, packs):
+        for kernel in linear.kernels:
+            y = linear(x, kernel, threads=3)
+            assert torch.equal(y, linear(x, kernel, threads=1)), kernel
+            for r in (0, 22, 23, 45, 66):
+                torch.testing.assert_close(y[r], linear(x[r:r + 1], kernel, threads=1)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row_and_is_not_lost(value):
     for type_ in names.TYPES:
@@ -185,12 +225,18 @@ def test_packing_loses_nothing(type_):
         few = w * (torch.rand(w.shape, generator=gen) < 0.3)
         pair = w * (torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2).reshape(w.shape)
         wide = w * (torch.rand(out, inputs // 2, 2, generator=gen).argsort(-1) < 1).reshape(w.shape)
+        if type_ == "t":
+            for group in (0, 20, 40):
+                if group < inputs:
+                    codes = ternary(few, group)
+                    assert torch.equal(layouts.restored(dense(codes)), codes.weight())
+            continue
         if type_ in BITS:
             for asymmetric in (False, True):
                 for group in (0, 32, 64):
                     if group < inputs:
-                        for pack, t in ((dense, w), (dense, few), (nm, pair)):
-                            if pack is dense or type_ != "i2":
+                        for pack, t in ((dense, w), (dense, few), (nm, pair), (bitmask, few)):
+                            if pack is dense or (pack is nm and type_ != "i2") or type_ == "i8":
                                 codes = nearest(t, BITS[type_], group, asymmetric=asymmetric)
                                 assert torch.equal(layouts.restored(pack(codes)), codes.weight())
             continue
@@ -228,12 +274,51 @@ def test_codes_stand_for_the_nearest_weight_they_can(bits, asymmetric):
         assert bits < 8 or float((again - w).norm() / w.norm()) < 0.01
 
 
+def test_ternary_codes_stand_for_the_mean_and_nothing():
+    w = torch.randn(24, 200, generator=torch.Generator().manual_seed(1))
+    for group in (0, 40, 60):
+        codes = ternary(w, group)
+        assert codes.type == "t" and codes.zeros is None and int(codes.codes.max()) == 2
+        parts = w.split(group or 200, 1)  # the last of 60 is shorter
+        mean = torch.stack([p.abs().mean(1) for p in parts], 1)
+        torch.testing.assert_close(codes.scales.float(), mean, rtol=1e-3 if group else 1e-6, atol=0)
+        steps = w / codes.each(codes.scales.float())
+        assert torch.equal(codes.codes.float() - 1, steps.round().clamp(-1, 1))
+    assert not ternary(w * 0).weight().any()
+
+
+def test_five_ternary_codes_are_one_byte():
+    """The digits come out by tripling, of all 243 numbers; the kernels agree on the 13 bytes that no number is stored as."""
+    five = torch.cartesian_prod(*[torch.arange(3, dtype=torch.uint8)] * 5)  # most significant first
+    codes = five[:, :, None].repeat(1, 1, 4).flatten(1).T.contiguous()  # [20 inputs, 243 outputs], the same five in every byte
+    stored = panels.ternary_words(codes)
+    assert stored.shape == (1, 243, 4) and torch.equal(stored, stored[..., :1].expand(-1, -1, 4)) and len(stored.unique()) == 243
+    q = stored[0, :, 0].int()
+    assert torch.equal(torch.stack([(q * 3**k % 256) * 3 >> 8 for k in range(5)], 1), five.int())
+    assert torch.equal(panels.ternary_unworded(stored, 20), codes)
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 256, 1).expand(1, 256, 4)
+    p = replace(dense(ternary(torch.randn(256, 20))), buffers={
+        "values": every.reshape(8, 32, 4).contiguous(), "scales": torch.ones(8, 1, 32)})
+    w = layouts.restored(p)
+    assert torch.equal(w, panels.ternary_unworded(every, 20).T.float() - 1)
+    linear = native.Linear(p)
+    for kernel in linear.kernels:
+        for x in (torch.eye(20), torch.eye(20)[:1]):
+            assert torch.allclose(linear(x, kernel), (w @ x.T).T, rtol=1e-6, atol=1e-6), kernel
+
+
 def test_bytes_of_codes_are_what_they_say():
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     assert dense(nearest(w, 8)).nbytes == 64 * 256 + 64 * 4
     assert dense(nearest(w, 4, 128)).nbytes == 64 * 256 // 2 + 64 * 2 * 2
     assert dense(nearest(w, 4, 128, asymmetric=True)).nbytes == 64 * 256 // 2 + 64 * 2 * 3
     assert dense(nearest(w, 2, 64)).nbytes == 64 * 256 // 4 + 64 * 4 * 2
+    assert dense(ternary(w)).nbytes == 64 * 13 * 4 + 64 * 4
+    assert dense(ternary(w, 80)).nbytes == 64 * 13 * 4 + 64 * 4 * 2
+    few = w * (w.abs() > 1)
+    kept = -(-int((nearest(few, 8, 64).codes != 128).sum()) // 64) * 64 + 64
+    assert bitmask(nearest(few, 8, 64)).nbytes == kept + 64 * 256 // 8 + 64 * 4 * 2
+    assert bitmask(nearest(few[:, :255], 8, asymmetric=True)).nbytes <= kept + 64 * 256 // 8 + 64 * 5
     pair = w * (torch.rand(64, 64, 4, generator=torch.Generator().manual_seed(1)).argsort(-1) < 2).reshape(w.shape)
     assert nm(nearest(pair, 4, 128)).nbytes == 64 * 128 // 2 + 64 * 128 // 4 + 64 * 2 * 2
     block = torch.zeros(64, 256)
@@ -258,10 +343,16 @@ def test_what_does_not_fit_is_refused():
     for refused in (lambda: bsr(w), lambda: bsr(w, 16, -1), lambda: nm(w), lambda: nm(w, 2, 5),
                     lambda: dense(w.half()), lambda: dense(w[0]), lambda: dense(w[:0]),
                     lambda: nm(nearest(w, 4), 2, 4), lambda: nm(nearest(w * 0, 4, 6), 2, 4),
+                    lambda: bitmask(nearest(w, 4)), lambda: bitmask(ternary(w)), lambda: nm(ternary(w * 0)),
+                    lambda: bsr(ternary(w, 32), 16, 32), lambda: dense(ternary(w, 32)),
+                    lambda: nearest(w, 2, asymmetric=True, ternary=True),
+                    lambda: Codes(torch.zeros(2, 20, dtype=torch.uint8), torch.ones(2, 1), 3, 20, torch.ones(2, 1, dtype=torch.uint8)),
+                    lambda: Codes(torch.full((2, 20), 3, dtype=torch.uint8), torch.ones(2, 1), 3, 20),
+                    lambda: Codes(torch.zeros(2, 20, dtype=torch.uint8), torch.ones(2, 1), 5, 20),
                     lambda: bsr(nearest(w, 4, 64), 16, 32), lambda: nearest(w / 0, 4),
-                    lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), torch.ones(2, 1), 4, 32),
-                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2), 4, 32),
-                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), 4, 32, torch.zeros(2, 1))):
+                    lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), torch.ones(2, 1), 16, 32),
+                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2), 16, 32),
+                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), 16, 32, torch.zeros(2, 1))):
         with pytest.raises(BadInput):
             refused()
     with pytest.raises(BadInput, match="features"):
@@ -293,6 +384,7 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
     ]
     four = dense(nearest(w, 4, 32, asymmetric=True))
+    trits, eight = dense(ternary(w, 40)), bitmask(nearest(w, 8, 32, asymmetric=True))
     two = nm(nearest(w * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 32))
     bad += [
         broken(four, values=four.buffers["values"][1:]), broken(four, scales=four.buffers["scales"][1:]),
@@ -301,6 +393,14 @@ def test_buffers_that_contradict_each_other_are_refused():
         replace(four, type="i8"), replace(four, type="i3"), replace(four, type="f16"), replace(four, format="bitmask"),
         broken(two, bits=two.buffers["bits"][1:]), replace(two, n=1), replace(two, type="i2"),
         broken(dense(w), scales=torch.ones(64)),
+        broken(trits, values=trits.buffers["values"][1:]), broken(trits, zeros=torch.ones(2, 4, 32, dtype=torch.uint8)),
+        replace(trits, group=32), replace(trits, group=20), replace(trits, type="i2"), replace(trits, format="bitmask"),
+        replace(trits, format="nm", n=2, m=4), replace(trits, shape=(64, 160)),
+        broken(eight, values=eight.buffers["values"][:-64]), broken(eight, bits=eight.buffers["bits"][1:]),
+        broken(eight, bits=torch.full_like(eight.buffers["bits"], 255)), broken(eight, scales=eight.buffers["scales"][1:]),
+        broken(eight, zeros=eight.buffers["zeros"][1:]), broken(eight, scales=eight.buffers["scales"].double()),
+        replace(eight, type="i4"), replace(eight, type="t"), replace(eight, group=16), replace(eight, rows=16),
+        replace(eight, shape=(64, 132)), broken(kept, scales=torch.ones(2, 1, 32)),
         replace(bsr(nearest(torch.ones(64, 128), 4, 32)), group=64),
     ]
     for p in bad:

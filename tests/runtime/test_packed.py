@@ -145,11 +145,25 @@ def test_a_later_rtn_keeps_the_zeros_and_their_format(capsys, tiny_lm, tmp_path,
     assert notes["packed_bytes"]["1.mlp.up"] == p.nbytes  # what an ordinary run counts is what a packed one writes
 
 
+@pytest.mark.parametrize("recipe, kind", [
+    ("row | magnitude ; rtn(bits=8,group=32)", ("bitmask", "i8")), ("row | magnitude ; rtn(bits=4,group=32)", ("dense", "i4")),
+    ("rtn(group=20,ternary=true)", ("dense", "t")), ("row | magnitude ; ternary", ("dense", "t"))])
+def test_a_grid_goes_into_the_pattern_s_format_where_that_stores_it(capsys, tiny_lm, tmp_path, calib, recipe, kind):
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "packed", calib, "--pack")[0] == 0
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "plain", calib)[0] == 0
+    p, plain = packed.open(tmp_path / "packed", verify=True).linears[UP], weights(tmp_path / "plain")
+    assert (p.format, p.type) == kind
+    assert torch.equal(layouts.restored(p).bfloat16(), plain[f"{UP}.weight"])
+    notes = json.loads((tmp_path / "plain" / "trimtab.json").read_text())
+    assert notes["formats"]["1.mlp.up"] == " ".join(kind) and notes["packed_bytes"]["1.mlp.up"] == p.nbytes
+
+
 def test_every_format_is_read_back_through_memory_maps(every_format):
     model = packed.open(every_format, verify=True)
     kinds = {(p.format, p.type, p.dim, p.m) for p in model.linears.values()}
     assert kinds >= {("nm", "f32", "in", 4), ("nm", "f32", "out", 4), ("nm", "f32", "in", 8), ("bsr", "f32", "in", 1),
                      ("bitmask", "f32", "in", 1), ("nm", "i4", "in", 4), ("bsr", "i8", "in", 1), ("dense", "i2", "in", 1),
+                     ("bitmask", "i8", "in", 1), ("dense", "t", "in", 1),
                      ("dense", "i8", "in", 1)}
     c = Checkpoint.open(every_format)
     raw = load_file(every_format / "model.safetensors")  # the library the ecosystem reads with agrees on what is in the file
@@ -300,6 +314,9 @@ def test_commands_take_a_packed_directory(capsys, tiny_lm, tmp_path, calib):
     ("block(b=32) | magnitude ; rtn(bits=4,group=16)", (), "want groups of 32 inputs, not 16"),
     ("rtn ; row | magnitude", (), "would leave its grid"),
     ("rtn(bits=3)", (), "8, 4 or 2 bits"),
+    ("rtn(group=32,ternary=true)", (), "in groups of whole words, not of 32 inputs"),
+    ("rtn(ternary=true,asymmetric=true)", (), "cannot be asymmetric"),
+    ("ternary", ("--pack", "bsr"), "holds no codes of type t"),
     ("rtn", ("--keep", "0.5"), "fixes its own share"),
 ])
 def test_bad_input_is_one_line_and_nothing_written(capsys, tiny_lm, tmp_path, calib, recipe, more, told):
@@ -386,6 +403,7 @@ def test_parts_that_are_not_the_weight_are_a_failure(capsys, tiny_lm, tmp_path, 
 @pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
 @pytest.mark.parametrize("recipe, more, narrowest", [
     ("dense", ("--pack-dtype", "float32"), "f32"), ("dense", (), "bf16"), ("rtn(bits=4,group=32)", (), "i8"),
+    ("ternary", (), "i8"), ("magnitude ; rtn(bits=8,group=32)", ("--pack", "bitmask"), "i8"),
     ("mlp: magnitude(unit=2:4)", ("--head", "keep"), "bf16"),  # attention and a tied head are outside the recipe's scope
 ])
 def test_the_decoder_says_what_transformers_says(capsys, tiny_lm, tmp_path, calib, recipe, more, narrowest):

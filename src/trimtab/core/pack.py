@@ -34,12 +34,20 @@ def of_unit(p: Pass, step: Step) -> Step:
     return Step(step.key, tuple(sorted({**shared, **dict(step.knobs)}.items())))
 
 
+def codes_of(p: Pass) -> str:
+    """The type of the codes that a pass leaves; of none nothing."""
+    knobs = p.steps["edit"].bound
+    if not p.steps["edit"].method.facts["codes"]:
+        return ""
+    return "t" if knobs.get("ternary") else f"i{knobs['bits']}"
+
+
 def format_of(passes: Iterable[Pass], asked: str = "") -> Step:
     """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for the last
-    pattern, or dense where that stores no codes and the site has some."""
-    found, named, codes = Step("format/dense"), False, False
+    pattern, or dense where that does not store the codes that the site has."""
+    found, named, codes = Step("format/dense"), False, ""
     for p in passes:
-        codes |= p.steps["edit"].method.facts["codes"]
+        codes = codes_of(p) or codes
         if asked and "unit" in p.steps:
             found, named = of_unit(p, Step(f"format/{asked}")), True
         elif asked:
@@ -48,7 +56,7 @@ def format_of(passes: Iterable[Pass], asked: str = "") -> Step:
             found, named = of_unit(p, p.steps["format"]), True
         elif "unit" in p.steps and not named:
             found = of_unit(p, Step(f"format/{p.steps['unit'].method.facts['format']}"))
-    return found if named or not codes or found.method.facts["codes"] else Step("format/dense")
+    return found if named or not codes or codes in found.method.facts["codes"] else Step("format/dense")
 
 
 def value_dtype(stored: torch.dtype, asked: str | None = None) -> torch.dtype:
@@ -72,7 +80,8 @@ def try_format(step: Step, passes: list[Pass], shape: tuple[int, int], keep: flo
             change = Change((w * mask).bfloat16(), mask=mask)
         if p.steps["edit"].method.facts["codes"]:
             knobs = p.steps["edit"].bound
-            change = nearest(w * mask, knobs["bits"], knobs["group"]).change(change.mask)
+            how = {k: knobs[k] for k in ("asymmetric", "ternary") if k in knobs}
+            change = nearest(w * mask, knobs["bits"], knobs["group"], **how).change(change.mask)
     step.method({"new": change}, **step.bound)
 
 
@@ -95,8 +104,8 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
     codes, scales = merged("codes"), merged("scales")
     grids = {(*parts[f"{s.name}:grid"].tolist(), f"{s.name}:zeros" in parts) for s in layer.sites} if codes is not None else set()
     if len(grids) == 1 and codes is not None and scales is not None:
-        bits, group, _ = grids.pop()
-        return Codes(codes, scales, bits, group, merged("zeros")).change()
+        levels, group, _ = grids.pop()
+        return Codes(codes, scales, levels, group, merged("zeros")).change()
     return Change(w.to(dtype))
 
 
@@ -120,7 +129,7 @@ def to_pack(net: Network, recipe: Recipe, head: str | None) -> list[Layer]:
 def in_int8(w: Tensor) -> Codes:
     """A large matrix in int8 per row, some rows at a time: as float32 it would be the largest thing in memory."""
     some = [nearest(rows.float(), 8) for rows in w.split(ROWS)]
-    return Codes(torch.cat([c.codes for c in some]), torch.cat([c.scales for c in some]), 8, w.shape[1])
+    return Codes(torch.cat([c.codes for c in some]), torch.cat([c.scales for c in some]), 256, w.shape[1])
 
 
 # ---- the directory ----------------------------------------------------------------------------

@@ -40,6 +40,7 @@ KNOBS = {
     "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
     "bits": "bits of a code", "group": "inputs that share a scale, 0 for the whole row",
     "asymmetric": "whether a grid has a zero point of its own",
+    "ternary": "whether a grid is -1, 0 and 1, whatever the bits",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
 SECTIONS = ("Formula", "Source", "Deviations")
@@ -109,10 +110,10 @@ FACTS: dict[str, dict[str, Any]] = {
     # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep.
     "edit": {"drops": True, "codes": False},
     "repair": {},
-    # holds: what it can store: "any", "mask", "nm", "block"; codes: whether it stores them; bytes: the size of every buffer as
+    # holds: what it can store: "any", "mask", "nm", "block"; codes: the types of codes it stores; bytes: the size of every buffer as
     # (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that number,
     # from the buffers of a packed weight, every index of which it checks.
-    "format": {"holds": "any", "codes": False, "bytes": None, "stored": None},
+    "format": {"holds": "any", "codes": (), "bytes": None, "stored": None},
 }
 
 

@@ -1,10 +1,18 @@
-// As many 32-bit integers as a Vec has floats; codes of 8, 4 or 2 bits lie in them four inputs side by side.
+// As many 32-bit integers as a Vec has floats; codes lie in them four inputs side by side.
 #pragma once
 #include "vec.h"
 
 namespace trimtab::ISA {
 
-// A word holds 32 / BITS inputs of one output: byte b of field f is input 4 f + b.
+// In place of a width of 8, 4 or 2 bits: five ternary codes a byte.
+constexpr int TRITS = 0;
+
+// Inputs of one output that a word holds, in fields of four: byte b of field f is input 4 f + b.
+template <int BITS>
+constexpr int in_word() {
+    if constexpr (BITS == TRITS) return 20;
+    else return 32 / BITS;
+}
 template <int BITS>
 constexpr int shift_of(int input) { return 8 * (input % 4) + BITS * (input / 4); }
 
@@ -19,6 +27,12 @@ struct Ints {
     Ints operator>>(int n) const { return {_mm512_srli_epi32(v, unsigned(n))}; }
     Ints operator&(int m) const { return {_mm512_and_si512(v, _mm512_set1_epi32(m))}; }
     Ints operator|(int m) const { return {_mm512_or_si512(v, _mm512_set1_epi32(m))}; }
+    // Of every byte b: 3 b / 256, and what is left of 3 b.
+    Ints trits() const {  // 3 / 4 of b, rounded so that the upper two bits are the answer for every b
+        const __m512i most = _mm512_subs_epu8(_mm512_avg_epu8(v, _mm512_setzero_si512()), _mm512_set1_epi8(2));
+        return Ints{_mm512_avg_epu8(v, most)} >> 6 & 0x03030303;
+    }
+    Ints thrice() const { return {_mm512_add_epi8(_mm512_add_epi8(v, v), v)}; }
     // Eight bytes everywhere, and of them those that the bytes of `which` (below 8) say.
     static Ints pick(const int8_t* eight, Ints which) { return {_mm512_shuffle_epi8(_mm512_set1_epi64(peek<long long>(eight)), which.v)}; }
     // x in the lanes that equal n, zero in the others.
@@ -53,6 +67,11 @@ struct Ints {
     Ints operator>>(int n) const { return {_mm256_srli_epi32(v, n)}; }
     Ints operator&(int m) const { return {_mm256_and_si256(v, _mm256_set1_epi32(m))}; }
     Ints operator|(int m) const { return {_mm256_or_si256(v, _mm256_set1_epi32(m))}; }
+    Ints trits() const {
+        const __m256i most = _mm256_subs_epu8(_mm256_avg_epu8(v, _mm256_setzero_si256()), _mm256_set1_epi8(2));
+        return Ints{_mm256_avg_epu8(v, most)} >> 6 & 0x03030303;
+    }
+    Ints thrice() const { return {_mm256_add_epi8(_mm256_add_epi8(v, v), v)}; }
     static Ints pick(const int8_t* eight, Ints which) { return {_mm256_shuffle_epi8(_mm256_set1_epi64x(peek<long long>(eight)), which.v)}; }
     Vec where(int n, Vec x) const {
         return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(v, _mm256_set1_epi32(n))), x.v)};
@@ -83,6 +102,13 @@ struct Ints {
     Ints operator>>(int n) const { return each([&](int i) { return v[i] >> n; }); }
     Ints operator&(int m) const { return each([&](int i) { return v[i] & uint32_t(m); }); }
     Ints operator|(int m) const { return each([&](int i) { return v[i] | uint32_t(m); }); }
+    static constexpr uint32_t EVEN = 0x00ff00ff;
+    Ints trits() const {
+        return each([&](int i) { return ((v[i] & EVEN) * 3 >> 8 & 0x00030003) | ((v[i] >> 8 & EVEN) * 3 & 0x03000300); });
+    }
+    Ints thrice() const {
+        return each([&](int i) { return ((v[i] & EVEN) * 3 & EVEN) | ((v[i] >> 8 & EVEN) * 3 & EVEN) << 8; });
+    }
     static Ints pick(const int8_t* eight, Ints which) {
         return each([&](int i) {
             uint32_t r = 0;
@@ -121,6 +147,56 @@ inline Ints field(Ints word, int f) {
     constexpr int ones = int(0x01010101u * ((1u << BITS) - 1));
     if constexpr (BITS == 8) return word;
     else return (word >> BITS * f) & ones;
+}
+
+// The next field of a word, which goes on to the one after it. Five ternary codes are the digits of a byte / 256 in base 3.
+template <int BITS>
+inline Ints next_field(Ints& word) {
+    if constexpr (BITS == TRITS) {
+        const Ints four = word.trits();
+        word = word.thrice();
+        return four;
+    } else {
+        const Ints four = field<BITS>(word, 0);
+        word = word >> BITS % 8;
+        return four;
+    }
+}
+
+// The fields of words times four x each, summed up.
+template <int BITS>
+struct FieldSum {
+    Ints sum = Ints::zero();
+    void add(Ints& word, Ints x) { sum = sum.dot<BITS>(next_field<BITS>(word), x); }
+    Vec floats() const { return sum.floats(); }
+};
+#if defined(__AVX512VNNI__)
+// A digit is (3 b - what is left of 3 b) / 256, and so is a sum of digits times x: the bytes are multiplied as they are.
+template <>
+struct FieldSum<TRITS> {
+    Ints sum = Ints::zero(), left = Ints::zero();
+    void add(Ints& word, Ints x) {
+        sum = sum.dot<8>(word, x);
+        word = word.thrice();
+        left = left.dot<8>(word, x);
+    }
+    Vec floats() const {
+        return Ints{_mm512_srai_epi32(_mm512_sub_epi32(_mm512_mullo_epi32(sum.v, _mm512_set1_epi32(3)), left.v), 8)}.floats();
+    }
+};
+#endif
+
+// f(input, code as a float) for every input of a word.
+template <int BITS, class F>
+inline void each_code(Ints word, const F& f) {
+    if constexpr (BITS == TRITS) {
+        for (int k = 0; k < 20; k += 4) {
+            const Ints four = next_field<TRITS>(word);
+            for (int b = 0; b < 4; ++b) f(k + b, code_of<4>(four, b));  // a byte holds one below 2^4, as the first field of four bits does
+        }
+    } else {
+        for (int k = 0; k < in_word<BITS>(); ++k) f(k, code_of<BITS>(word, k));
+    }
 }
 
 }  // namespace trimtab::ISA

@@ -12,10 +12,12 @@ constexpr int SLACK = 64;
 
 enum class Isa { portable, avx2, avx512, avx512bf16, neon };
 // i8, i4, i2: codes, one group of inputs and one output sharing a scale and a zero point: weight = scale * (code - zero).
-enum class Type { f32, bf16, f16, i8, i4, i2 };
+// t: ternary codes 0, 1 and 2 with the zero point 1, five a byte.
+enum class Type { f32, bf16, f16, i8, i4, i2, t };
 
 constexpr int code_bits(Type t) { return t == Type::i8 ? 8 : t == Type::i4 ? 4 : t == Type::i2 ? 2 : 0; }
-constexpr int in_a_word(Type t) { return 32 / code_bits(t); }  // inputs a 32-bit word of codes holds
+// Inputs a 32-bit word of codes holds; 0 where there are no codes.
+constexpr int in_a_word(Type t) { return t == Type::t ? 20 : code_bits(t) ? 32 / code_bits(t) : 0; }
 
 // One linear map [out, in] as its format lays it out; see methods/format/panels.py for the layouts. Pointers need no alignment.
 struct Weights {
@@ -42,8 +44,9 @@ struct Input {
     int64_t group;             // i8: inputs that share a scale
     int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
     int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, up to four vectors together
+    int fill = 64;             // i8: zeros behind the last input, up to a multiple of so many
     bool operator==(const Input&) const = default;
-    int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + 63) / 64 * 16; }
+    int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + fill - 1) / fill * fill / 4; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
         if (lanes) return (batch + lanes - 1) / lanes * lanes * in * 4;
         if (type == Type::f32 && (!tile || batch == 1)) return 0;

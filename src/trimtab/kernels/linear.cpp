@@ -22,12 +22,12 @@ const std::vector<Table>& tables() {
 }
 
 Type type_of(const std::string& name) {
-    for (Type t : {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i2})
+    for (Type t : {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i2, Type::t})
         if (name == type_name(t)) return t;
-    bad("unknown type " + name + "; there are f32, bf16, i8, i4 and i2");
+    bad("unknown type " + name + "; there are f32, bf16, i8, i4, i2 and t");
 }
 
-int64_t size_of(Type t) { return t == Type::f32 ? 4 : 2; }
+int64_t size_of(Type t) { return t == Type::f32 ? 4 : t == Type::i8 ? 1 : 2; }
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
@@ -47,7 +47,8 @@ const char* type_name(Type type) {
         case Type::f16: return "f16";
         case Type::i8: return "i8";
         case Type::i4: return "i4";
-        default: return "i2";
+        case Type::i2: return "i2";
+        default: return "t";
     }
 }
 
@@ -69,10 +70,10 @@ const Table& table(const std::string& isa) {
 Linear::Linear(const Layout& l, const Buffers& b) {
     if (l.out < 1 || l.in < 1 || l.out > INT32_MAX || l.in > INT32_MAX) bad("a linear map needs 1 to 2^31 - 1 outputs and inputs");
     const Type type = type_of(l.type);
-    if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16, i8, i4 and i2");
+    if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16, i8, i4, i2 and t");
     w_ = {l.out, l.in, l.rows, l.cols, l.n, l.m, l.group, type, Type::f32, b.values.data(), b.bits.data(), nullptr, nullptr, nullptr, nullptr};
     if (l.rows < 1 || l.rows > 1024 || l.cols < 1 || l.cols > l.in) bad("a panel is 1 to 1024 outputs high and at most as wide as the matrix");
-    const bool codes = code_bits(type) > 0;
+    const bool codes = in_a_word(type) > 0;
     const std::string& f = l.format;
     auto want = [&](std::span<const std::byte> have, int64_t bytes, const char* what) {
         if (int64_t(have.size()) != bytes) bad(f + ": " + std::to_string(bytes) + " bytes of " + what + " expected, " + std::to_string(have.size()) + " given");
@@ -84,7 +85,10 @@ Linear::Linear(const Layout& l, const Buffers& b) {
     };
     int64_t scaled = w_.panels();  // things that have scales of their own: panels, or blocks
     if (codes) {
-        if (l.group < 1 || l.group > l.in || (l.group < l.in && l.group % 32)) bad(f + ": a group of codes is a multiple of 32 inputs, or all of them");
+        const int64_t whole = type == Type::t ? in_a_word(type) : 32;
+        if (l.group < 1 || l.group > l.in || (l.group < l.in && l.group % whole))
+            bad(f + ": a group of " + l.type + " codes is a multiple of " + std::to_string(whole) + " inputs, or all of them");
+        if (type == Type::t && (f != "dense" || !b.zeros.empty())) bad(f + ": ternary codes are dense, and have no zero points");
         w_.scale_type = type_of(l.scale_type);
         if (w_.scale_type != Type::f32 && w_.scale_type != Type::f16) bad(f + ": scales are f32 or f16");
     } else if (!b.scales.empty() || !b.zeros.empty()) {
@@ -109,9 +113,9 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         scaled = blocks;
         w_.columns = columns_.data();
     } else if (f == "bitmask") {
-        if (codes) bad("bitmask: codes have no kernel");
+        if (codes && type != Type::i8) bad("bitmask: codes of " + l.type + " have no kernel");
         if (l.rows != PANEL) bad("bitmask: panels are 32 outputs high");
-        const int64_t masks = type == Type::bf16 ? up(l.in, 2) * 2 : l.in;  // of 32 places, a panel
+        const int64_t side = type == Type::bf16 ? 2 : codes ? 4 : 1, masks = up(l.in, side) * side;  // of 32 places, a panel
         if (int64_t(b.bits.size()) != w_.panels() * masks * 4) bad("bitmask: the bits do not cover the matrix");
         pointers_.assign(1, 0);
         for (int64_t p = 0; p < w_.panels(); ++p) {

@@ -10,7 +10,7 @@ namespace trimtab {
 
 struct Layout {
     std::string format;        // dense, bsr, bitmask, csr, nm
-    std::string type;          // f32, bf16, i8, i4, i2
+    std::string type;          // f32, bf16, i8, i4, i2, t
     int64_t out, in;
     int rows, cols, n, m;
     int64_t group;

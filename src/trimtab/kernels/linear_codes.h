@@ -1,4 +1,4 @@
-// Codes of 8, 4 or 2 bits times x in eight bits: integer sums inside a group, then one scale of each.
+// Codes of 8, 4 or 2 bits, or ternary, times x in eight bits: integer sums inside a group, then one scale of each.
 #pragma once
 #include "input.h"
 #include "ints.h"
@@ -13,13 +13,16 @@ inline Vec scale_at(const Weights& w, int64_t i) {
 
 template <int BITS>
 inline Vec zero_at(const Weights& w, int64_t i) {
-    return w.zeros ? Ints::bytes(w.zeros + i).floats() : Vec::all(float(1 << (BITS - 1)));
+    if constexpr (BITS == TRITS) return Vec::all(1);
+    else return w.zeros ? Ints::bytes(w.zeros + i).floats() : Vec::all(float(1 << (BITS - 1)));
 }
 
-// The groups of x a kernel of codes wants: the weights' own, or some that are short enough to be exact.
-inline int64_t group_of(const Weights& w) { return std::min(w.in, w.group < w.in ? w.group : GROUP); }
-inline Input in_tiles(const Weights& w) { return {Type::i8, group_of(w), tile_rows<PANEL>()}; }
+// The groups of x a kernel of codes wants: the weights' own, or some of whole words that are short enough to be exact.
+inline int64_t group_of(const Weights& w) { return std::min(w.in, w.group < w.in ? w.group : GROUP / in_a_word(w.type) * in_a_word(w.type)); }
+inline Input in_tiles(const Weights& w) { return {Type::i8, group_of(w), tile_rows<PANEL>(), 0, w.type == Type::t ? 20 : 64}; }
 inline Input in_rows(const Weights& w) { return {Type::i8, group_of(w), 0}; }
+// Whether a group's sum of bytes times x, three times, stays inside 32 bits.
+inline bool in_short_groups(const Weights& w) { return w.rows == PANEL && group_of(w) <= 1 << 14; }
 template <int HEIGHT>
 inline Input by_block(const Weights& w) { return {Type::i8, w.cols, tile_rows<HEIGHT>()}; }
 
@@ -28,15 +31,17 @@ inline Input by_block(const Weights& w) { return {Type::i8, w.cols, tile_rows<HE
 template <int BITS, int HEIGHT, int ROWS>
 inline void add_codes(float* total, const Weights& w, const std::byte* words, int64_t count, const Codes& x, int64_t row,
                       int64_t input, int64_t g, int64_t first) {
-    constexpr int V = HEIGHT / Vec::N, FIELDS = 8 / BITS;
+    constexpr int V = HEIGHT / Vec::N, FIELDS = in_word<BITS>() / 4;
     Ints sum[ROWS][V];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < V; ++v) sum[r][v] = Ints::zero();
     const int8_t* at = x.x + row * x.stride + input * ROWS;
     for (int64_t i = 0; i < count; ++i, words += HEIGHT * 4, at += 4 * FIELDS * ROWS) {
+        Ints word[V];
+        for (int v = 0; v < V; ++v) word[v] = Ints::load(words + v * Vec::N * 4);
         for (int f = 0; f < FIELDS; ++f) {
             Ints codes[V];
-            for (int v = 0; v < V; ++v) codes[v] = field<BITS>(Ints::load(words + v * Vec::N * 4), f);
+            for (int v = 0; v < V; ++v) codes[v] = next_field<BITS>(word[v]);
             for (int r = 0; r < ROWS; ++r) {
                 const Ints its = Ints::all(peek<int>(at + 4 * (f * ROWS + r)));
                 for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].template dot<BITS>(codes[v], its);
@@ -64,22 +69,20 @@ inline void close_total(const float* total, const Weights& w, float* y, int64_t 
 // One row of x.
 template <int BITS>
 inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float* y, int64_t p) {
-    constexpr int P = 32 / BITS, FIELDS = 8 / BITS, V = PANEL / Vec::N;
+    constexpr int P = in_word<BITS>(), FIELDS = P / 4, V = PANEL / Vec::N;
     const int64_t words = (w.in + P - 1) / P, groups = w.groups();
     const std::byte* at = w.values + p * words * PANEL * 4;
     Tile<PANEL, 1> total;
     total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < x.groups; ++g) {
-        Ints sum[V];
-        for (int v = 0; v < V; ++v) sum[v] = Ints::zero();
+        FieldSum<BITS> sum[V];
         const int64_t from = g * group / P, until = (std::min(w.in, (g + 1) * group) + P - 1) / P;
         for (int64_t i = from; i < until; ++i) {
             const std::byte* here = at + i * PANEL * 4;
             for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
             for (int v = 0; v < V; ++v) {
-                const Ints word = Ints::load(here + v * Vec::N * 4);
-                for (int f = 0; f < FIELDS; ++f)
-                    sum[v] = sum[v].template dot<BITS>(field<BITS>(word, f), Ints::all(peek<int>(x.x + i * P + 4 * f)));
+                Ints word = Ints::load(here + v * Vec::N * 4);
+                for (int f = 0; f < FIELDS; ++f) sum[v].add(word, Ints::all(peek<int>(x.x + i * P + 4 * f)));
             }
         }
         for (int v = 0; v < V; ++v) {
@@ -94,7 +97,7 @@ inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float
 // Dense: a panel is all inputs of 32 outputs.
 template <int BITS>
 void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* total) {
-    constexpr int P = 32 / BITS;
+    constexpr int P = in_word<BITS>();
     const Input input = in_tiles(w);
     const Codes x(ready, input, w.in, batch);
     if (batch == 1) {

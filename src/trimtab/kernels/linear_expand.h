@@ -6,25 +6,26 @@ namespace trimtab::ISA {
 
 constexpr int64_t EXPAND = 128;  // inputs at once: 16 KB of a panel of 32
 
-// Inputs `k` .. `k + count` of a column of words with one scale an output, as floats [count, HEIGHT].
+// Inputs `k` .. `k + count` of a column of words with one scale an output, as floats [count, HEIGHT], the last word to its end.
 template <int BITS, int HEIGHT>
 inline void expand(const Weights& w, const std::byte* words, int64_t k, int64_t count, int64_t first, float* to) {
-    constexpr int P = 32 / BITS;
+    constexpr int P = in_word<BITS>();
     for (int v = 0; v < HEIGHT / Vec::N; ++v) {
         const Vec scale = scale_at(w, first + v * Vec::N), zero = zero_at<BITS>(w, first + v * Vec::N);
-        for (int64_t i = k; i < k + count;) {
-            const Ints word = Ints::load(words + (i / P * HEIGHT + v * Vec::N) * 4);
-            for (const int64_t until = std::min(k + count, (i / P + 1) * P); i < until; ++i)
-                ((code_of<BITS>(word, int(i % P)) - zero) * scale).store(to + (i - k) * HEIGHT + v * Vec::N);
-        }
+        for (int64_t i = 0; i < count; i += P)
+            each_code<BITS>(Ints::load(words + ((k + i) / P * HEIGHT + v * Vec::N) * 4), [&](int j, Vec code) {
+                ((code - zero) * scale).store(to + (i + j) * HEIGHT + v * Vec::N);
+            });
     }
 }
 
 // One row of x: the sum of codes times x in a group, less the zero point times the sum of x.
 template <int BITS>
 inline void one_row_expand(const Weights& w, const float* x, float* y, int64_t p) {
-    constexpr int P = 32 / BITS, V = PANEL / Vec::N;
+    constexpr int P = in_word<BITS>(), V = PANEL / Vec::N;
     const int64_t words = (w.in + P - 1) / P, groups = w.groups();
+    float end[P] = {};  // what the last word meets, and zeros behind it
+    std::copy(x + (words - 1) * P, x + w.in, end);
     Tile<PANEL, 1> total;
     total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < groups; ++g) {
@@ -33,17 +34,14 @@ inline void one_row_expand(const Weights& w, const float* x, float* y, int64_t p
         part.open(y, w.out, 0, true);
         float met = 0;
         for (int64_t i = from; i < until; i += P) {
-            const int some = int(std::min<int64_t>(P, until - i));
-            for (int k = 0; k < some; ++k) met += x[i + k];
+            const float* at = i + P <= w.in ? x + i : end;
+            for (int k = 0; k < P; ++k) met += at[k];
             const std::byte* here = w.values + (p * words + i / P) * PANEL * 4;
             for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
-            for (int v = 0; v < V; ++v) {
-                const Ints word = Ints::load(here + v * Vec::N * 4);
-                if (some == P)
-                    for (int k = 0; k < P; ++k) part.sum[0][v] = part.sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
-                else
-                    for (int k = 0; k < some; ++k) part.sum[0][v] = part.sum[0][v].fma(code_of<BITS>(word, k), Vec::all(x[i + k]));
-            }
+            for (int v = 0; v < V; ++v)
+                each_code<BITS>(Ints::load(here + v * Vec::N * 4), [&](int k, Vec code) {
+                    part.sum[0][v] = part.sum[0][v].fma(code, Vec::all(at[k]));
+                });
         }
         for (int v = 0; v < V; ++v) {
             const int64_t side = (p * groups + g) * PANEL + v * Vec::N;
@@ -63,10 +61,12 @@ void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y,
         for (int64_t p = begin; p < end; ++p) one_row_expand<BITS>(w, x, y, p);
         return;
     }
-    const int64_t words = (w.in * BITS + 31) / 32, groups = w.groups();
+    constexpr int P = in_word<BITS>();
+    constexpr int64_t most = EXPAND / P * P;
+    const int64_t words = (w.in + P - 1) / P, groups = w.groups();
     for (int64_t p = begin; p < end; ++p) {
         for (int64_t k = 0; k < w.in;) {
-            const int64_t g = k / w.group, some = std::min({EXPAND, w.in - k, (g + 1) * w.group - k});
+            const int64_t g = k / w.group, some = std::min({most, w.in - k, (g + 1) * w.group - k});
             expand<BITS, PANEL>(w, w.values + p * words * PANEL * 4, k, some, (p * groups + g) * PANEL, scratch);
             add_panel(w, scratch, x, w.in, k, some, batch, y, p);
             k += some;

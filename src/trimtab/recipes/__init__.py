@@ -51,3 +51,5 @@ recipe("blocks", "block(b=32) | magnitude | uniform | mask", source="arXiv:2507.
        note="The paper trains through the sparsification; one shot at 95 % is an honest zero point, not its result.")
 recipe("rtn", "rtn(bits=4,group=128)", source="common practice; the baseline of arXiv:2210.17323 (GPTQ)",
        note="Round to nearest. After a pruning pass it keeps the zeros: `nm(n=2,m=4) | wanda ; rtn(bits=4)`.")
+recipe("ternary", "rtn(group=0,ternary=true)", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",
+       note="Below two bits a weight, for a model that was trained to be ternary; of any other it is an honest zero point.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change, Failed
-from trimtab.methods.codes import BITS
+from trimtab.methods.codes import LEVELS
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.panels import Packed
 from trimtab.network import graph
@@ -207,7 +207,7 @@ def open_packed(path: Path, dtype: str | None = None) -> Decoder:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{file} is no description of a decoder; fetch it again") from None
     types = {p.type for p in model.linears.values()}
-    narrowest = DTYPES[dtype] if dtype else "i8" if types & set(BITS) else "bf16" if "bf16" in types else "f32"
+    narrowest = DTYPES[dtype] if dtype else "i8" if types & set(LEVELS) else "bf16" if "bf16" in types else "f32"
 
     def tensor(name: str) -> Tensor:
         if name not in model.tensors:

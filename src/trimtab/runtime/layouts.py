@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.core.registry import load_all
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS
+from trimtab.methods.codes import LEVELS
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.bsr import bsr
 from trimtab.methods.format.dense import dense
@@ -36,12 +36,12 @@ def check(p: Packed) -> None:
     """BadInput unless the numbers make a layout, every buffer is there in its type and length, and every index lies inside."""
     m = load_all().get(f"format/{p.format}")
     numbers = [getattr(p, k) for k in NUMBERS]
-    values = {name: dtype for dtype, name in TYPES.items()} | dict.fromkeys(BITS, torch.uint8)
+    values = {name: dtype for dtype, name in TYPES.items()} | dict.fromkeys(LEVELS, torch.uint8)
     if m is None or p.type not in values or p.dim not in ("in", "out"):
         raise BadInput(f"no layout is called {p.format} {p.type} along {p.dim}")
     if any(type(i) is not int or not 0 <= i <= LARGEST for i in (*p.shape, *numbers)) or len(p.shape) != 2 or 0 in p.shape:
         raise BadInput(f"{p.format}: {list(p.shape)} and {dict(zip(NUMBERS, numbers, strict=True))} are no numbers of a layout")
-    if p.type in BITS and (not m.facts["codes"] or not 1 <= p.group <= p.shape[1] or "scales" not in p.buffers):
+    if p.type in LEVELS and (p.type not in m.facts["codes"] or not 1 <= p.group <= p.shape[1] or "scales" not in p.buffers):
         raise BadInput(f"{p.format} {p.type}: no layout of codes in groups of {p.group} of {p.shape[1]} inputs")
     for name, t in p.buffers.items():
         if t.dtype not in ((values[p.type],) if name == "values" else DTYPES.get(name, ())):

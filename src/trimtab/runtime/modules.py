@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.types import BadInput
-from trimtab.methods.codes import BITS
+from trimtab.methods.codes import LEVELS
 from trimtab.methods.format.panels import Packed
 from trimtab.runtime import layouts, native
 
@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.linear = native.Linear(packed)
-        self.narrowest = "i8" if packed.type in BITS else ""
+        self.narrowest = "i8" if packed.type in LEVELS else ""
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def restore(p: Packed) -> Tensor:
     return grid.transpose(1, 2).reshape(out, inputs).contiguous()
 
 
-@method("format", inverse=restore, holds="block", codes=True, bytes=size, stored=stored)
+@method("format", inverse=restore, holds="block", codes=tuple(BITS), bytes=size, stored=stored)
 def bsr(new: Change, *, b: int = 32, rows: int = 0, cols: int = 0) -> Packed:
     """Block sparse rows: the blocks that keep anything, dense, in order of block rows.
 
@@ -57,6 +57,8 @@ def bsr(new: Change, *, b: int = 32, rows: int = 0, cols: int = 0) -> Packed:
     rows, cols = rows or b, cols or b
     w = matrix(new)
     codes = isinstance(w, Codes)
+    if isinstance(w, Codes) and w.type not in BITS:
+        raise BadInput(f"bsr: holds no codes of type {w.type}; name the format dense")
     stuff = w.codes if isinstance(w, Codes) else w
     out, inputs = stuff.shape
     if min(rows, cols) < 1 or out % rows or inputs % cols:

@@ -49,7 +49,7 @@ def csr(new: Change) -> Packed:
     """
     w = matrix(new)
     if isinstance(w, Codes):
-        raise BadInput(f"csr: holds no codes ({w.type}); use dense, or nm or bsr where the pattern is theirs")
+        raise BadInput(f"csr: holds no codes of type {w.type}; use dense, or nm or bsr where the pattern is theirs")
     out, inputs = w.shape
     if inputs > WIDEST:
         raise BadInput(f"csr: {inputs} inputs, and 16 bits tell only {WIDEST} apart; use bitmask")

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, Codes
+from trimtab.methods.codes import LEVELS, Codes
 from trimtab.methods.format.panels import (
     PANEL,
     TYPES,
+    WORD,
     Packed,
     Values,
     decoded,
@@ -20,6 +21,7 @@ from trimtab.methods.format.panels import (
     panels,
     sides,
     straight,
+    ternary_words,
     unpanelled,
     values_of,
     words,
@@ -38,35 +40,42 @@ def stored(p: Packed) -> int:
     """All of them. BadInput unless a panel is as high and wide as it must be."""
     if p.rows != PANEL or p.cols != p.shape[1]:
         raise BadInput(f"dense: a panel is {PANEL} outputs high and {p.shape[1]} inputs wide, not {p.rows} x {p.cols}")
+    if p.type == "t" and ("zeros" in p.buffers or (p.group < p.shape[1] and p.group % WORD[p.type])):
+        raise BadInput(f"dense: ternary codes have no zero points, and groups of a multiple of {WORD[p.type]} inputs, not {p.group}")
     return p.shape[0] * p.shape[1]
 
 
 def restore(p: Packed) -> Tensor:
     """Some panels at a time, for a head is large."""
     count, inputs, values = -(-p.shape[0] // PANEL), p.shape[1], p.buffers["values"]
-    whole = torch.empty(p.shape, dtype=torch.float32 if p.type in BITS else values.dtype, device=values.device)
+    whole = torch.empty(p.shape, dtype=torch.float32 if p.type in LEVELS else values.dtype, device=values.device)
     for a in range(0, count, SOME):
         rows = whole[a * PANEL:(a + SOME) * PANEL]
         some, n = replace(p, buffers={k: t.reshape(count, -1)[a:a + SOME] for k, t in p.buffers.items()}), -(-len(rows) // PANEL)
-        inside = decoded(some, n, inputs, p.group) if p.type in BITS else straight(values_of(some, n, inputs), inputs)
+        inside = decoded(some, n, inputs, p.group) if p.type in LEVELS else straight(values_of(some, n, inputs), inputs)
         rows.copy_(unpanelled(inside, len(rows)))
     return whole
 
 
-@method("format", inverse=restore, holds="any", codes=True, bytes=size, stored=stored)
+@method("format", inverse=restore, holds="any", codes=tuple(LEVELS), bytes=size, stored=stored)
 def dense(new: Change) -> Packed:
     """Every entry, zeros included, 32 outputs side by side.
 
     `values` [panels, in, 32] of float32, [panels, in / 2, 32, 2] of bfloat16, or words of codes [panels, in * bits / 32, 32, 4]
-    with `scales` and, where the grid is asymmetric, `zeros` [panels, groups, 32].
+    with `scales` and, where the grid is asymmetric, `zeros` [panels, groups, 32]; words of ternary codes are [panels, in / 20, 32, 4].
+    BadInput for ternary codes whose groups are not multiples of 20 inputs: a word has one scale.
 
     Formula: bytes = itemsize * 32 * ceil(out / 32) * in, of bfloat16 with `in` filled up to pairs; codes: 4 * ceil(in * bits / 32)
-        an output, with 2 (one scale a row: 4) bytes a scale and 1 a zero point
+        an output, ternary 4 * ceil(in / 20), with 2 (one scale a row: 4) bytes a scale and 1 a zero point
     Source: common practice
     Deviations: outputs are filled up to panels of 32
     """
     w = matrix(new)
     if isinstance(w, Codes):
         out, inputs = w.codes.shape
-        return Packed("dense", (out, inputs), w.type, {"values": words(panels(w.codes), w.bits), **sides(w)}, cols=inputs, group=w.group)
+        if w.type == "t" and w.group < inputs and w.group % WORD[w.type]:
+            raise BadInput(f"dense: ternary codes lie {WORD[w.type]} inputs a word, in groups of whole words, not of {w.group} inputs; "
+                           "quantise with group=0 (the row), 40, 80, 160 or the like")
+        codes = ternary_words(panels(w.codes)) if w.type == "t" else words(panels(w.codes), w.bits)
+        return Packed("dense", (out, inputs), w.type, {"values": codes, **sides(w)}, cols=inputs, group=w.group)
     return Packed("dense", (w.shape[0], w.shape[1]), TYPES[w.dtype], {"values": interleaved(panels(w))}, cols=w.shape[1])

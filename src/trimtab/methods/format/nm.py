@@ -73,7 +73,7 @@ def restore(p: Packed) -> Tensor:
     return w if p.dim == "in" else w.T.contiguous()
 
 
-@method("format", inverse=restore, holds="nm", codes=True, bytes=size, stored=stored)
+@method("format", inverse=restore, holds="nm", codes=tuple(BITS), bytes=size, stored=stored)
 def nm(new: Change, *, n: int = 2, m: int = 4, dim: str = "in") -> Packed:
     """At most n entries of every m consecutive ones, with their places.
 
@@ -93,6 +93,8 @@ def nm(new: Change, *, n: int = 2, m: int = 4, dim: str = "in") -> Packed:
     if dim not in ("in", "out") or not 0 < n <= m or not 2 <= m <= 256:
         raise BadInput(f"{what}: want 0 < n <= m, m of 2 to 256, and dim in or out")
     w, kept = matrix(new), pattern(new)
+    if isinstance(w, Codes) and w.type not in BITS:
+        raise BadInput(f"{what}: holds no codes of type {w.type}; name the format dense")
     stuff = w.codes if isinstance(w, Codes) else w
     shape = (stuff.shape[0], stuff.shape[1])
     if isinstance(w, Codes) and (dim == "out" or (w.group < shape[1] and w.group % m)):

@@ -4,8 +4,9 @@ A panel is 32 outputs (or a block's height) side by side. One instruction meets 
 to be summed across lanes, and one stream is read from begin to end. The last panel is filled up with zeros. bfloat16
 weights of two neighbouring inputs lie side by side, so that one 32-bit lane holds both. Codes of 8, 4 and 2 bits lie in
 32-bit words of one output, 4, 8 or 16 inputs each: byte b of the word holds inputs b, b + 4, b + 8 ..., lowest bits first,
-so that a shift and a mask leave four inputs a byte each. The layouts do not depend on the processor: what is written on
-one is mapped on another.
+so that a shift and a mask leave four inputs a byte each. Ternary codes lie five a byte, 20 inputs a word: the byte / 256 is a
+fraction whose first five digits in base 3 are those of inputs b, b + 4 ..., so that the next four come out by tripling the
+bytes. The layouts do not depend on the processor: what is written on one is mapped on another.
 """
 from __future__ import annotations
 
@@ -16,15 +17,17 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, Codes
+from trimtab.methods.codes import BITS, LEVELS, Codes
 
 PANEL = 32   # outputs of a panel
+TRITS = 5    # ternary codes of a byte
+WORD = {**{name: 32 // bits for name, bits in BITS.items()}, "t": 4 * TRITS}  # inputs a word of codes holds
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Values:
-    """What the entries of a layout are: `type` f32, bf16, or codes i8, i4, i2; of codes also the inputs in a `group` that
+    """What the entries of a layout are: `type` f32, bf16, or codes i8, i4, i2, t; of codes also the inputs in a `group` that
     share a scale, the bytes of a `scale`, and whether there are zero points."""
 
     type: str
@@ -34,13 +37,13 @@ class Values:
 
     def bytes(self, inputs: int, outputs: int = PANEL) -> int:
         """Of so many inputs of outputs that lie side by side."""
-        if bits := BITS.get(self.type):
-            return -(-inputs * bits // 32) * 4 * outputs
+        if self.type in LEVELS:
+            return -(-inputs // WORD[self.type]) * 4 * outputs
         return (-(-inputs // 2) * 4 if self.type == "bf16" else inputs * 4) * outputs
 
     def side(self, count: int) -> dict[str, int]:
         """Bytes of the scales and zero points of so many groups."""
-        if self.type not in BITS:
+        if self.type not in LEVELS:
             return {}
         return {"scales": count * self.scale} | ({"zeros": count} if self.zeros else {})
 
@@ -49,7 +52,7 @@ class Values:
 class Packed:
     """One linear map [out, in] as a kernel reads it.
 
-    `format`: dense, bsr, bitmask, csr or nm; `type` of the values: f32, bf16, or codes: i8, i4, i2; `rows`, `cols` of a block;
+    `format`: dense, bsr, bitmask, csr or nm; `type` of the values: f32, bf16, or codes: i8, i4, i2, t; `rows`, `cols` of a block;
     `n`, `m` of n:m along `dim` (in, or out: the transpose is what is packed); `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint16 of
     entries), pointers (int64), scales (float32 or float16), zeros (uint8), those it has.
@@ -73,11 +76,11 @@ class Packed:
     @property
     def label(self) -> str:
         """In a word: the format, and what its codes are."""
-        return f"{self.format} {self.type}" if self.type in BITS else self.format
+        return f"{self.format} {self.type}" if self.type in LEVELS else self.format
 
     @property
     def entries(self) -> Values:
-        if self.type not in BITS:
+        if self.type not in LEVELS:
             return Values(self.type)
         return Values(self.type, self.group, self.buffers["scales"].dtype.itemsize, "zeros" in self.buffers)
 
@@ -152,6 +155,28 @@ def unworded(stored: Tensor, bits: int, inputs: int) -> Tensor:
     return torch.stack(fields, -3).flatten(-4, -2)[..., :inputs, :]
 
 
+def ternary_words(codes: Tensor) -> Tensor:
+    """uint8 [..., inputs, outputs], below 3 -> words, uint8 [..., inputs / 20, outputs, 4].
+
+    The least byte q with q / 256 >= v / 3^5, v the number that five codes are in base 3: less than 1 / 256 too much, and what is
+    too much stays below the next digit as long as it is below 1 / 3^5.
+    """
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[-2] % (4 * TRITS))).unflatten(-2, (-1, TRITS, 4)).int()
+    whole = codes[..., 0, :, :].clone()
+    for k in range(1, TRITS):
+        whole.mul_(3).add_(codes[..., k, :, :])
+    return whole.mul_(256).add_(3 ** TRITS - 1).floor_divide_(3 ** TRITS).to(torch.uint8).transpose(-1, -2).contiguous()
+
+
+def ternary_unworded(stored: Tensor, inputs: int) -> Tensor:
+    """The inverse of `ternary_words`: uint8 [..., inputs, outputs]."""
+    left, digits = stored.transpose(-1, -2).to(torch.int16), []
+    for _ in range(TRITS):
+        left = (left & 255) * 3
+        digits.append((left >> 8).to(torch.uint8))
+    return torch.stack(digits, -3).flatten(-4, -2)[..., :inputs, :]
+
+
 def sides(w: Codes) -> dict[str, Tensor]:
     """Scales and zero points by panels: [panels, groups, PANEL]."""
     both = {"scales": panels(w.scales).contiguous()}
@@ -161,7 +186,7 @@ def sides(w: Codes) -> dict[str, Tensor]:
 def values_of(p: Packed, count: int, inputs: int) -> Tensor:
     """The values of so many panels or blocks in their shape, which the bytes do not tell: [count, inputs, rows], of bfloat16
     [count, inputs / 2, rows, 2], of codes [count, words, rows, 4]."""
-    inputs, tail = {"f32": (inputs, ()), "bf16": (-(-inputs // 2), (2,))}.get(p.type) or (-(-inputs * BITS[p.type] // 32), (4,))
+    inputs, tail = {"f32": (inputs, ()), "bf16": (-(-inputs // 2), (2,))}.get(p.type) or (-(-inputs // WORD[p.type]), (4,))
     return p.buffers["values"].reshape(count, inputs, p.rows, *tail)
 
 
@@ -169,8 +194,9 @@ def decoded(p: Packed, count: int, inputs: int, group: int) -> Tensor:
     """Codes as weights, as they are stored: `inputs` in groups of `group`, [count panels or blocks, inputs, rows] float32."""
     of_each = (count, -(-inputs // group), p.rows)
     scales = p.buffers["scales"].reshape(of_each).float()
-    zeros = p.buffers["zeros"].reshape(of_each).float() if "zeros" in p.buffers else torch.full_like(scales, 1 << BITS[p.type] - 1)
-    w = unworded(values_of(p, count, inputs), BITS[p.type], inputs).float()
+    zeros = p.buffers["zeros"].reshape(of_each).float() if "zeros" in p.buffers else torch.full_like(scales, LEVELS[p.type] // 2)
+    stored = values_of(p, count, inputs)
+    w = (ternary_unworded(stored, inputs) if p.type == "t" else unworded(stored, BITS[p.type], inputs)).float()
     for g, part in enumerate(w.split(group, 1)):  # in place: a head is large
         part.sub_(zeros[:, g:g + 1]).mul_(scales[:, g:g + 1])
     return w
