@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check docs mutate fuzz sanitize clean
+.PHONY: setup demo test check docs mutate fuzz sanitize cross clean
 setup: $(STAMP)
 
 KERNELS := CMakeLists.txt $(wildcard src/trimtab/kernels/*.* src/trimtab/kernels/isa/*)
@@ -52,6 +52,17 @@ sanitize: setup
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=build/sanitize $(BIN)/python -m pytest tests/runtime -k "not forked"
+
+# The kernels for 64-bit ARM, built by a cross compiler and run under an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
+CROSS ?= aarch64-linux-gnu-g++
+NEON := -march=armv8.2-a+dotprod+fp16
+K := src/trimtab/kernels
+cross:
+	mkdir -p build/cross
+	for f in linear pool cpu isa/portable isa/neon; do $(CROSS) -std=c++20 -O2 -ffp-contract=off -Wall -Wextra \
+	  $$(test $$f = isa/neon && echo $(NEON)) -c $(K)/$$f.cpp -o build/cross/$$(basename $$f).o || exit 1; done
+	$(CROSS) -static -std=c++20 -O2 -Wall -Wextra -I$(K) tests/native/agree.cpp build/cross/*.o -o build/cross/agree -lpthread
+	qemu-aarch64 -cpu max build/cross/agree
 
 clean:
 	rm -rf $(VENV) trimtab-demo build

@@ -46,18 +46,27 @@ Memory noise(int64_t count) {
 
 // Bytes of so many inputs of `rows` outputs.
 int64_t size(const std::string& type, int64_t inputs, int64_t rows) {
+    if (type == "t") return up(inputs, 20) * 4 * rows;
     const int bits = type == "i8" ? 8 : type == "i4" ? 4 : type == "i2" ? 2 : 0;
     return bits ? up(inputs * bits, 32) * 4 * rows : type == "bf16" ? up(inputs, 2) * 4 * rows : inputs * 4 * rows;
 }
-bool codes(const std::string& type) { return type[0] == 'i'; }
+bool codes(const std::string& type) { return type[0] == 'i' || type == "t"; }
 
 Memory filled(const std::string& type, int64_t inputs, int64_t rows) {
     const int64_t bytes = size(type, inputs, rows);
+    if (type == "t") {  // a byte stands for five digits of base 3
+        Memory m;
+        for (int64_t i = 0; i < bytes; ++i) put(m, uint8_t((below(243) * 256 + 242) / 243));
+        return m;
+    }
     return codes(type) ? noise(bytes) : numbers(type, bytes / (type == "f32" ? 4 : 2));
 }
 
 void sides(Case& c, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) put(c.scales, std::abs(normal()) / 100), put(c.zeros, uint8_t(below(4)));
+    for (int64_t i = 0; i < count; ++i) {
+        put(c.scales, std::abs(normal()) / 100);
+        if (c.layout.type != "t") put(c.zeros, uint8_t(below(4)));
+    }
     c.layout.scale_type = "f32";
 }
 
@@ -65,7 +74,7 @@ std::vector<Case> cases() {
     std::vector<Case> all;
     for (const auto& [out, in] : {std::pair<int64_t, int64_t>{64, 128}, {100, 192}, {33, 320}}) {
         const int64_t panels = up(out, PANEL);
-        for (const std::string type : {"f32", "bf16", "i8", "i4", "i2"}) {
+        for (const std::string type : {"f32", "bf16", "i8", "i4", "i2", "t"}) {
             Case c{{"dense", type, out, in, PANEL, int(in), 1, 1, in, ""}, {}, {}, {}, {}, {}, {}};
             for (int64_t p = 0; p < panels; ++p) {
                 const Memory panel = filled(type, in, PANEL);
@@ -73,8 +82,19 @@ std::vector<Case> cases() {
             }
             if (codes(type)) sides(c, panels * PANEL);
             all.push_back(c);
+            if (type == "i2" || type == "t") continue;
+            for (int m : {4, 8}) {
+                const int64_t held = in / 2, words = up(held, 16) + (m == 8 ? up(held, 32) : 0);
+                Case k{{"nm", type, out, in, PANEL, 1, m / 2, m, in, ""}, {}, noise(panels * words * 4 * PANEL), {}, {}, {}, {}};
+                for (int64_t p = 0; p < panels; ++p) {
+                    const Memory panel = filled(type, held, PANEL);
+                    k.values.insert(k.values.end(), panel.begin(), panel.end());
+                }
+                if (codes(type)) sides(k, panels * PANEL);
+                all.push_back(k);
+            }
             for (int b : {16, 32, 64}) {
-                if (out % b || in % b || type == "i2") continue;
+                if (out % b || in % b) continue;
                 Case k{{"bsr", type, out, in, b, b, 1, 1, b, ""}, {}, {}, {}, {}, {}, {}};
                 int64_t blocks = 0;
                 put(k.pointers, blocks);
@@ -91,13 +111,15 @@ std::vector<Case> cases() {
                 all.push_back(k);
             }
         }
-        for (const std::string type : {"f32", "bf16"}) {
-            Case mask{{"bitmask", type, out, in, PANEL, 1, 1, 1, 0, ""}, {}, noise(panels * in * 4), {}, {}, {}, {}};
+        for (const std::string type : {"f32", "bf16", "i8"}) {
+            Case mask{{"bitmask", type, out, in, PANEL, 1, 1, 1, in, ""}, {}, noise(panels * in * 4), {}, {}, {}, {}};
             int64_t kept = 0;
             for (std::byte b : mask.bits) kept += std::popcount(uint8_t(b));
-            mask.values = numbers(type, kept);
+            mask.values = codes(type) ? noise(kept) : numbers(type, kept);
             mask.values.resize(mask.values.size() + SLACK);
+            if (codes(type)) sides(mask, panels * PANEL);
             all.push_back(mask);
+            if (codes(type)) continue;
             Case rows{{"csr", type, out, in, CSR_ROWS, int(std::min<int64_t>(CSR_COLS, in)), 1, 1, 0, ""}, {}, {}, {}, {}, {}, {}};
             int64_t entries = 0;
             for (int64_t i = 0; i < up(out, CSR_ROWS) * up(in, CSR_COLS) * CSR_ROWS; ++i) {

@@ -107,6 +107,51 @@ struct Ints {
         }
     }
 };
+#elif defined(TRIMTAB_NEON)
+struct Ints {
+    uint32x4_t v;
+    static uint8x16_t bytes_of(uint32x4_t v) { return vreinterpretq_u8_u32(v); }
+    static Ints of_bytes(uint8x16_t b) { return {vreinterpretq_u32_u8(b)}; }
+    static int8x16_t signed_of(uint8x16_t b) { return vreinterpretq_s8_u8(b); }
+    static Ints zero() { return all(0); }
+    static Ints all(int x) { return {vdupq_n_u32(uint32_t(x))}; }
+    static Ints load(const void* p) { return {Vec::bits(p)}; }
+    static constexpr int EIGHT = 4;
+    static Ints eight(const void* p) { return load(p); }
+    static Ints bytes(const uint8_t* p) { return {vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(peek<uint32_t>(p)))))}; }
+    Vec floats() const { return {vcvtq_f32_s32(vreinterpretq_s32_u32(v))}; }
+    Ints operator>>(int n) const { return {vshlq_u32(v, vdupq_n_s32(-n))}; }
+    Ints operator<<(int n) const { return {vshlq_u32(v, vdupq_n_s32(n))}; }
+    Ints operator&(int m) const { return {vandq_u32(v, vdupq_n_u32(uint32_t(m)))}; }
+    Ints operator|(int m) const { return {vorrq_u32(v, vdupq_n_u32(uint32_t(m)))}; }
+    Ints operator|(Ints o) const { return {vorrq_u32(v, o.v)}; }
+    Ints less(int m) const { return of_bytes(vsubq_u8(bytes_of(v), vdupq_n_u8(uint8_t(m)))); }
+    Ints trits() const {  // 3 b / 256 is one more from 86 on, and from 171 on
+        const uint8x16_t b = bytes_of(v), none = vdupq_n_u8(0);
+        return of_bytes(vsubq_u8(vsubq_u8(none, vcgeq_u8(b, vdupq_n_u8(86))), vcgeq_u8(b, vdupq_n_u8(171))));
+    }
+    Ints thrice() const { return of_bytes(vmulq_u8(bytes_of(v), vdupq_n_u8(3))); }
+    static Ints pick(const int8_t* eight, Ints which) {
+        const uint8x8_t all = vcreate_u8(peek<uint64_t>(eight));
+        return of_bytes(vqtbl1q_u8(vcombine_u8(all, all), bytes_of(which.v)));
+    }
+    template <int M>
+    Vec of(const float* group) const {
+        const uint8x16_t at = vreinterpretq_u8_u32(vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(v, vdupq_n_u32(M - 1)), 0x04040404));
+        const uint8x16_t low = bytes_of(Vec::bits(group));
+        if constexpr (M == 4) return Vec::of(vreinterpretq_u32_u8(vqtbl1q_u8(low, at)));
+        else return Vec::of(vreinterpretq_u32_u8(vqtbl2q_u8({{low, bytes_of(Vec::bits(group + 4))}}, at)));
+    }
+    template <int BITS>
+    Ints dot(Ints codes, Ints x) const {
+        // A byte is twice its half, rounded down, and what is left: neither needs the sign.
+        const uint8x16_t c = bytes_of(codes.v);
+        const int8x16_t a = signed_of(bytes_of(x.v));
+        const int32x4_t half = vdotq_s32(vdupq_n_s32(0), signed_of(vshrq_n_u8(c, 1)), a);
+        const int32x4_t sum = vaddq_s32(vreinterpretq_s32_u32(v), vshlq_n_s32(half, 1));
+        return {vreinterpretq_u32_s32(vdotq_s32(sum, signed_of(vandq_u8(c, vdupq_n_u8(1))), a))};
+    }
+};
 #else
 struct Ints {
     static constexpr int N = Vec::N;
@@ -128,7 +173,7 @@ struct Ints {
     Ints less(int m) const {
         return each([&](int i) {
             uint32_t r = 0;
-            for (int b = 0; b < 32; b += 8) r |= ((v[i] >> b) - uint32_t(m) & 255) << b;
+            for (int b = 0; b < 32; b += 8) r |= (((v[i] >> b) - uint32_t(m)) & 255) << b;
             return r;
         });
     }

@@ -110,7 +110,9 @@ struct Vec {
     Vec power() const { return of(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), 23), vdupq_n_u32(0x3f800000))); }
     static Vec bf16(const uint16_t* p) { return of(vshll_n_u16(vld1_u16(p), 16)); }
     static Vec f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
+    static float whole(uint16_t h) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0); }
     static uint32x4_t bits(const void* p) { return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+    static void sums(Vec a, Vec b, Vec c, Vec d, float* to) { vst1q_f32(to, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v))); }
     static Vec low(const uint16_t* p) { return of(vshlq_n_u32(bits(p), 16)); }
     static Vec high(const uint16_t* p) { return of(vandq_u32(bits(p), vdupq_n_u32(0xffff0000))); }
 };
