@@ -32,8 +32,8 @@ struct Ints {
     Ints operator<<(int n) const { return {_mm512_slli_epi32(v, unsigned(n))}; }
     Ints operator|(int m) const { return {_mm512_or_si512(v, _mm512_set1_epi32(m))}; }
     Ints operator|(Ints o) const { return {_mm512_or_si512(v, o.v)}; }
-    // Every byte less m.
-    Ints less(int m) const { return {_mm512_sub_epi8(v, _mm512_set1_epi8(char(m)))}; }
+    Ints less(Ints o) const { return {_mm512_sub_epi8(v, o.v)}; }  // byte by byte
+    Ints four() const { return {_mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101))}; }  // the lowest byte in all four, if there is no other
     // Of every byte b: 3 b / 256, and what is left of 3 b.
     Ints trits() const {  // 3 / 4 of b, rounded so that the upper two bits are the answer for every b
         const __m512i most = _mm512_subs_epu8(_mm512_avg_epu8(v, _mm512_setzero_si512()), _mm512_set1_epi8(2));
@@ -83,7 +83,8 @@ struct Ints {
     Ints operator<<(int n) const { return {_mm256_slli_epi32(v, n)}; }
     Ints operator|(int m) const { return {_mm256_or_si256(v, _mm256_set1_epi32(m))}; }
     Ints operator|(Ints o) const { return {_mm256_or_si256(v, o.v)}; }
-    Ints less(int m) const { return {_mm256_sub_epi8(v, _mm256_set1_epi8(char(m)))}; }
+    Ints less(Ints o) const { return {_mm256_sub_epi8(v, o.v)}; }
+    Ints four() const { return {_mm256_mullo_epi32(v, _mm256_set1_epi32(0x01010101))}; }
     Ints trits() const {
         const __m256i most = _mm256_subs_epu8(_mm256_avg_epu8(v, _mm256_setzero_si256()), _mm256_set1_epi8(2));
         return Ints{_mm256_avg_epu8(v, most)} >> 6 & 0x03030303;
@@ -125,7 +126,8 @@ struct Ints {
     Ints operator&(int m) const { return {vandq_u32(v, vdupq_n_u32(uint32_t(m)))}; }
     Ints operator|(int m) const { return {vorrq_u32(v, vdupq_n_u32(uint32_t(m)))}; }
     Ints operator|(Ints o) const { return {vorrq_u32(v, o.v)}; }
-    Ints less(int m) const { return of_bytes(vsubq_u8(bytes_of(v), vdupq_n_u8(uint8_t(m)))); }
+    Ints less(Ints o) const { return of_bytes(vsubq_u8(bytes_of(v), bytes_of(o.v))); }
+    Ints four() const { return {vmulq_n_u32(v, 0x01010101)}; }
     Ints trits() const {  // 3 b / 256 is one more from 86 on, and from 171 on
         const uint8x16_t b = bytes_of(v), none = vdupq_n_u8(0);
         return of_bytes(vsubq_u8(vsubq_u8(none, vcgeq_u8(b, vdupq_n_u8(86))), vcgeq_u8(b, vdupq_n_u8(171))));
@@ -170,13 +172,14 @@ struct Ints {
     Ints operator<<(int n) const { return each([&](int i) { return v[i] << n; }); }
     Ints operator|(int m) const { return each([&](int i) { return v[i] | uint32_t(m); }); }
     Ints operator|(Ints o) const { return each([&](int i) { return v[i] | o.v[i]; }); }
-    Ints less(int m) const {
+    Ints less(Ints o) const {
         return each([&](int i) {
             uint32_t r = 0;
-            for (int b = 0; b < 32; b += 8) r |= (((v[i] >> b) - uint32_t(m)) & 255) << b;
+            for (int b = 0; b < 32; b += 8) r |= (((v[i] >> b) - (o.v[i] >> b)) & 255) << b;
             return r;
         });
     }
+    Ints four() const { return each([&](int i) { return v[i] * 0x01010101; }); }
     static constexpr uint32_t EVEN = 0x00ff00ff;
     Ints trits() const {
         return each([&](int i) { return ((v[i] & EVEN) * 3 >> 8 & 0x00030003) | ((v[i] >> 8 & EVEN) * 3 & 0x03000300); });

@@ -23,28 +23,42 @@ struct Places {
     }
 };
 
-// x in tiles whose units are what `input.side` says: all of a group, or the eight codes of a step. Codes are raised by 128, so
+// Rows of units, `stride` apart, side by side among `rows`, SIDE units of each in turn.
+template <int SIDE>
+inline void interleave(const uint32_t* from, int64_t stride, int64_t count, int64_t units, uint32_t* to, int64_t rows) {
+    for (int64_t u = 0; u < units; u += SIDE)
+        for (int64_t r = 0; r < count; ++r) std::memcpy(to + u * rows + r * SIDE, from + r * stride + u, SIDE * 4);
+}
+
+// x in tiles in which `input.side` units of a row stay together: a group, or the eight codes of a step. Codes are raised by 128, so
 // that they have no sign; the kernel takes that off again.
 inline void prepare_groups(const Input& input, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to) {
-    const int64_t units = input.units(in);
-    thread_local std::vector<uint32_t> line;
-    line.resize(size_t(units));
-    for (int64_t r = begin; r < end; ++r) {
+    const int64_t units = input.units(in), stride = units + 16;  // of lines: a whole number of pages apart they would share cache sets
+    thread_local std::vector<uint32_t> lines;
+    for (int64_t r = begin; r < end;) {
         const TileAt tile = tile_at(r, batch, input.tile);
-        uint32_t* at = reinterpret_cast<uint32_t*>(to) + tile.first * units + (r - tile.first) * input.side;
-        uint32_t* straight = tile.rows == 1 ? at : line.data();
-        if (input.type == Type::f32) {
-            std::memcpy(straight, x + r * in, size_t(in) * 4);
-        } else if (input.type == Type::bf16) {
-            to_bf16(x + r * in, in, reinterpret_cast<uint16_t*>(straight));
-        } else {
-            const Codes c(to, input, in, batch);
-            to_codes(x + r * in, in, input.group, reinterpret_cast<int8_t*>(straight), c.stride, c.scales + r * c.groups, c.sums + r * c.groups, 1);
-            for (int64_t u = 0; u < units; ++u) straight[u] ^= 0x80808080;
+        const int64_t some = std::min(end, tile.first + tile.rows) - r;
+        lines.resize(size_t(some * stride));
+        for (int64_t i = 0; i < some; ++i) {
+            uint32_t* line = lines.data() + i * stride;
+            const float* row = x + (r + i) * in;
+            if (input.type == Type::f32) {
+                std::memcpy(line, row, size_t(in) * 4);
+            } else if (input.type == Type::bf16) {
+                to_bf16(row, in, reinterpret_cast<uint16_t*>(line));
+            } else {
+                const Codes c(to, input, in, batch);
+                to_codes(row, in, input.group, reinterpret_cast<int8_t*>(line), c.stride, c.scales + (r + i) * c.groups, c.sums + (r + i) * c.groups, 1);
+                for (int64_t u = 0; u < units; ++u) line[u] ^= 0x80808080;
+            }
         }
-        if (tile.rows == 1) continue;
-        for (int64_t u = 0; u < units; u += input.side, at += input.side * tile.rows)
-            for (int i = 0; i < input.side; ++i) at[i] = straight[u + i];
+        uint32_t* at = reinterpret_cast<uint32_t*>(to) + tile.first * units + (r - tile.first) * input.side;
+        switch (input.side) {
+            case 2: interleave<2>(lines.data(), stride, some, units, at, tile.rows); break;
+            case 4: interleave<4>(lines.data(), stride, some, units, at, tile.rows); break;
+            default: interleave<8>(lines.data(), stride, some, units, at, tile.rows);
+        }
+        r += some;
     }
 }
 
@@ -146,16 +160,18 @@ inline __m512i group_at(const uint16_t* x) {
     else return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)x));
 }
 
-// Pair q of a panel, for the group of which begin ROWS groups in x. The controls of its outputs lie side by side.
-template <int M, int ROWS>
-inline void add_pair(Tile<PANEL, ROWS>& tile, const uint16_t* values, int64_t q, const Ints* control, const uint16_t* x) {
+// COUNT pairs of one group, from pair q of a panel on, for whose group ROWS groups lie together in x. The controls of a pair's outputs
+// lie side by side.
+template <int M, int ROWS, int COUNT>
+inline void add_pairs(Tile<PANEL, ROWS>& tile, const uint16_t* values, int64_t q, const Ints* controls, const uint16_t* x) {
+    constexpr int V = PANEL / Vec::N;
     x += q * 4 / M * M * ROWS;
     values += q * PANEL * 2;
     for (int r = 0; r < ROWS; ++r) {
         const __m512i group = group_at<M>(x + r * M);
-        for (int v = 0; v < PANEL / Vec::N; ++v) {
-            const Vec met{_mm512_castsi512_ps(_mm512_shuffle_epi8(group, control[v].v))};
-            tile.sum[r][v] = tile.sum[r][v].dot(Vec::load(reinterpret_cast<const float*>(values + v * Vec::N * 2)), met);
+        for (int i = 0; i < COUNT * V; ++i) {
+            const Vec met{_mm512_castsi512_ps(_mm512_shuffle_epi8(group, controls[i].v))};
+            tile.sum[r][i % V] = tile.sum[r][i % V].dot(Vec::load(reinterpret_cast<const float*>(values + i * Vec::N * 2)), met);
         }
     }
 }
@@ -194,7 +210,7 @@ inline void each_pair(const std::byte* low, const std::byte* third, int64_t pair
 
 // Rows of x from which on it pays to turn the places of a panel into controls once, and not in every tile.
 constexpr int64_t MANY = 13;
-constexpr int64_t PAIRS = 64;  // whose values and controls stay in the second-level cache
+constexpr int64_t PAIRS = 128;  // whose values and controls stay in the second-level cache
 
 inline int64_t pairs_scratch(const Weights& w, int64_t batch) { return batch < MANY ? 0 : std::min(PAIRS, w.in / w.m * w.n / 2) * PANEL; }
 
@@ -205,20 +221,22 @@ inline void few_rows_pairs(const Weights& w, const uint16_t* values, const Place
         tile.open(y, w.out, 0, true);
         each_pair<M>(places.low, places.third, places.held / 2, [&, x = x + row * w.in](int64_t q, const Ints* control) {
             for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(reinterpret_cast<const std::byte*>(values + q * PANEL * 2) + AHEAD + k);
-            add_pair<M, ROWS>(tile, values, q, control, x);
+            add_pairs<M, ROWS, 1>(tile, values, q, control, x);
         });
         tile.close(y + row * w.out, w.out, first);
     });
 }
 
 template <int M, int ROWS>
-inline void add_pairs(Tile<PANEL, ROWS>& tile, const uint16_t* values, const float* controls, int64_t pairs, const uint16_t* x) {
-    constexpr int V = PANEL / Vec::N;
-    for (int64_t q = 0; q < pairs; ++q) {
-        Ints control[V];
-        for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(reinterpret_cast<const std::byte*>(values + (q + PAIRS) * PANEL * 2) + k);
-        for (int v = 0; v < V; ++v) control[v] = Ints::load(controls + q * PANEL + v * Vec::N);
-        add_pair<M, ROWS>(tile, values, q, control, x);
+inline void add_controlled(Tile<PANEL, ROWS>& tile, const uint16_t* values, const float* controls, int64_t pairs, const uint16_t* x) {
+    constexpr int COUNT = M / 4, VECTORS = COUNT * PANEL / Vec::N;
+    for (int64_t q = 0; q < pairs; q += COUNT) {
+        Ints control[VECTORS];
+        for (int i = 0; i < VECTORS; ++i) {
+            __builtin_prefetch(reinterpret_cast<const std::byte*>(values + ((q + PAIRS) * PANEL + i * Vec::N) * 2));
+            control[i] = Ints::load(controls + q * PANEL + i * Vec::N);
+        }
+        add_pairs<M, ROWS, COUNT>(tile, values, q, control, x);
     }
 }
 
@@ -232,7 +250,7 @@ inline void many_rows_pairs(const Weights& w, const uint16_t* values, const Plac
         tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
             Tile<PANEL, ROWS> tile;
             tile.open(y + row * w.out, w.out, first, q == 0);
-            add_pairs<M, ROWS>(tile, values + q * PANEL * 2, controls, some, x + row * w.in + q * 4 * ROWS);
+            add_controlled<M, ROWS>(tile, values + q * PANEL * 2, controls, some, x + row * w.in + q * 4 * ROWS);
             tile.close(y + row * w.out, w.out, first);
         });
     }

@@ -74,35 +74,47 @@ inline void pieces(int64_t in, int64_t group, const F& f) {
     }
 }
 
-// ROWS rows of x in eight bits, without a sign; the codes have one: the middle is taken off. Where the zero point is another,
+// The zero points of panel p leave a byte with a sign when they are taken off its codes: of four bits all but strange ones do, of
+// eight the middle alone.
+template <int BITS>
+inline bool fit(const Weights& w, int64_t p) {
+    if (!w.zeros) return true;
+    if (BITS > 4) return false;
+    const int64_t count = w.groups() * PANEL;
+    return std::all_of(w.zeros + p * count, w.zeros + (p + 1) * count, [](uint8_t zero) { return zero <= 1 << BITS; });
+}
+
+// ROWS rows of x in eight bits, raised by 128, times codes less their zero point, or less the middle where that does not FIT; then
 // the sum of what was met is wanted too.
-template <int BITS, int M, bool ZEROS, int ROWS>
+template <int BITS, int M, bool FIT, int ROWS>
 inline void add_steps(Tile<PANEL, ROWS>& tile, const Weights& w, const Codes& x, int64_t row, int64_t p, int64_t group) {
     constexpr int MIDDLE = 1 << (BITS - 1), VECTORS = together<ROWS>();
     pieces(w.in, group, [&](int64_t begin, int64_t end, int64_t g) {
         const int64_t from = begin / 8, until = (end + 7) / 8;
         for (int first = 0; first < PANEL / Vec::N; first += VECTORS) {
-            Ints sum[VECTORS][ROWS], met[VECTORS][ROWS], raised[VECTORS];
+            const int64_t side = (p * w.groups() + (w.groups() > 1 ? g : 0)) * PANEL + first * Vec::N;
+            Ints sum[VECTORS][ROWS], met[VECTORS][ROWS], raised[VECTORS], zero[VECTORS];
             for (int v = 0; v < VECTORS; ++v) {
+                zero[v] = FIT && w.zeros ? Ints::bytes(w.zeros + side + v * Vec::N).four() : Ints::all(MIDDLE).four();
                 raised[v] = Ints::zero();
                 for (int r = 0; r < ROWS; ++r) sum[v][r] = met[v][r] = Ints::zero();
             }
             Steps<BITS, M, VECTORS>(w, p, first).each(from, until, [&](int64_t t, int v, Ints codes, Ints places) {
-                codes = codes.less(MIDDLE);
+                codes = codes.less(zero[v]);
                 raised[v] = raised[v].template dot<BITS>(Ints::all(int(0x80808080)), codes);
                 const int8_t* at = x.x + row * x.stride + t * 8 * ROWS;
                 for (int r = 0; r < ROWS; ++r) {
                     const Ints its = Ints::pick(at + r * 8, places);
                     sum[v][r] = sum[v][r].template dot<BITS>(its, codes);
-                    if constexpr (ZEROS) met[v][r] = met[v][r].template dot<1>(its, Ints::all(0x01010101));
+                    if constexpr (!FIT) met[v][r] = met[v][r].template dot<1>(its, Ints::all(0x01010101));
                 }
             });
             for (int v = 0; v < VECTORS; ++v) {
-                const int64_t side = (p * w.groups() + (w.groups() > 1 ? g : 0)) * PANEL + (first + v) * Vec::N;
-                const Vec scale = scale_at(w, side), zero = zero_at<BITS>(w, side) - Vec::all(MIDDLE);
+                const int64_t at = side + v * Vec::N;
+                const Vec scale = scale_at(w, at), off = zero_at<BITS>(w, at) - Vec::all(MIDDLE);
                 for (int r = 0; r < ROWS; ++r) {
                     Vec whole = sum[v][r].floats() - raised[v].floats();
-                    if constexpr (ZEROS) whole = whole - zero * (met[v][r].floats() - Vec::all(float((until - from) * 4 * 128)));
+                    if constexpr (!FIT) whole = whole - off * (met[v][r].floats() - Vec::all(float((until - from) * 4 * 128)));
                     Vec& total = tile.sum[r][first + v];
                     total = total.fma(whole, scale * Vec::all(x.scales[(row + r) * x.groups + g]));
                 }
@@ -115,14 +127,16 @@ template <int BITS, int M>
 void linear_codes_nm(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
     const Input input = in_steps(w);
     const Codes x(ready, input, w.in, batch);
-    for (int64_t p = begin; p < end; ++p)
+    for (int64_t p = begin; p < end; ++p) {
+        const bool small = fit<BITS>(w, p);
         tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
             Tile<PANEL, ROWS> tile;
             tile.open(y, w.out, 0, true);
-            if (w.zeros) add_steps<BITS, M, true, ROWS>(tile, w, x, row, p, input.group);
+            if (small) add_steps<BITS, M, true, ROWS>(tile, w, x, row, p, input.group);
             else add_steps<BITS, M, false, ROWS>(tile, w, x, row, p, input.group);
             tile.close(y + row * w.out, w.out, p * PANEL);
         });
+    }
 }
 
 // x as it is. The last step of 2:4 may be half a one.

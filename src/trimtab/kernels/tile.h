@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "kernel.h"
 #include "vec.h"
@@ -18,6 +19,14 @@ constexpr int tile_rows() {
     return vectors >= sums ? 1 : sums / vectors;
 }
 
+// Calls f(0) .. f(N - 1) with constants. Sums that a loop indexes, even one that is unrolled later, are kept in memory.
+template <int N, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(std::integral_constant<int, I>()), ...); }
+    (std::make_integer_sequence<int, N>());
+}
+#define EACH(i) [&](auto i) __attribute__((always_inline))
+
 template <int HEIGHT, int ROWS>
 struct Tile {
     static constexpr int V = HEIGHT / Vec::N;
@@ -25,38 +34,44 @@ struct Tile {
 
     // From y [batch, out], or from zero; a panel at the end may have fewer than HEIGHT outputs.
     void open(const float* y, int64_t out, int64_t first, bool fresh) {
-        for (int r = 0; r < ROWS; ++r) {
-            if (fresh) {
-                for (int v = 0; v < V; ++v) sum[r][v] = Vec::zero();
-            } else {
-                float part[HEIGHT] = {};
-                const int64_t n = std::min<int64_t>(HEIGHT, out - first);
-                std::copy_n(y + r * out + first, n, part);
-                for (int v = 0; v < V; ++v) sum[r][v] = Vec::load(part + v * Vec::N);
-            }
+        if (fresh) {
+            unrolled<ROWS>(EACH(r) { unrolled<V>(EACH(v) { sum[r][v] = Vec::zero(); }); });
+            return;
         }
+        unrolled<ROWS>(EACH(r) {
+            float part[HEIGHT] = {};
+            const int64_t n = std::min<int64_t>(HEIGHT, out - first);
+            std::copy_n(y + r * out + first, n, part);
+            unrolled<V>(EACH(v) { sum[r][v] = Vec::load(part + v * Vec::N); });
+        });
     }
     void close(float* y, int64_t out, int64_t first) const {
-        for (int r = 0; r < ROWS; ++r) {
+        unrolled<ROWS>(EACH(r) {
             float* to = y + r * out + first;
             if (first + HEIGHT <= out) {
-                for (int v = 0; v < V; ++v) sum[r][v].store(to + v * Vec::N);
+                unrolled<V>(EACH(v) { sum[r][v].store(to + v * Vec::N); });
             } else {
                 float part[HEIGHT];
-                for (int v = 0; v < V; ++v) sum[r][v].store(part + v * Vec::N);
+                unrolled<V>(EACH(v) { sum[r][v].store(part + v * Vec::N); });
                 std::copy_n(part, out - first, to);
             }
-        }
+        });
+    }
+    // Many rows leave memory the time to be asked ahead; with few it is busy as it is.
+    [[gnu::always_inline]] static void ask_ahead(const void* w) {
+        if (ROWS > 4)
+            for (int k = 0; k < HEIGHT * 4; k += 64) __builtin_prefetch(static_cast<const std::byte*>(w) + AHEAD + k);
     }
     // w [k, HEIGHT] float32: each input's weights side by side; x [k, ROWS].
     void add(const float* w, const float* x, int64_t k) {
         for (int64_t i = 0; i < k; ++i, w += HEIGHT) {
             Vec a[V];
-            for (int v = 0; v < V; ++v) a[v] = Vec::load(w + v * Vec::N);
-            for (int r = 0; r < ROWS; ++r) {
+            unrolled<V>(EACH(v) { a[v] = Vec::load(w + v * Vec::N); });
+            ask_ahead(w);
+            unrolled<ROWS>(EACH(r) {
                 const Vec b = Vec::all(x[i * ROWS + r]);
-                for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].fma(a[v], b);
-            }
+                unrolled<V>(EACH(v) { sum[r][v] = sum[r][v].fma(a[v], b); });
+            });
         }
     }
 #if defined(__AVX512BF16__)
@@ -64,11 +79,12 @@ struct Tile {
     void add(const uint16_t* w, const uint16_t* x, int64_t k) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT, x += 2 * ROWS) {
             Vec a[V];
-            for (int v = 0; v < V; ++v) a[v] = Vec::load(reinterpret_cast<const float*>(w + 2 * v * Vec::N));
-            for (int r = 0; r < ROWS; ++r) {
+            unrolled<V>(EACH(v) { a[v] = Vec::load(reinterpret_cast<const float*>(w + 2 * v * Vec::N)); });
+            ask_ahead(w);
+            unrolled<ROWS>(EACH(r) {
                 const Vec b = Vec::all(peek<float>(x + 2 * r));
-                for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].dot(a[v], b);
-            }
+                unrolled<V>(EACH(v) { sum[r][v] = sum[r][v].dot(a[v], b); });
+            });
         }
     }
 #endif
@@ -79,13 +95,13 @@ struct Tile {
     }
     template <bool BOTH>
     void pair(const uint16_t* w, const float* x) {
-        for (int v = 0; v < V; ++v) {
+        unrolled<V>(EACH(v) {
             const Vec low = Vec::low(w + 2 * v * Vec::N), high = Vec::high(w + 2 * v * Vec::N);
-            for (int r = 0; r < ROWS; ++r) {
+            unrolled<ROWS>(EACH(r) {
                 sum[r][v] = sum[r][v].fma(low, Vec::all(x[r]));
                 if (BOTH) sum[r][v] = sum[r][v].fma(high, Vec::all(x[ROWS + r]));
-            }
-        }
+            });
+        });
     }
 };
 
