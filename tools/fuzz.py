@@ -32,8 +32,9 @@ RECIPE = ("0.*.q: nm(n=2,m=4) | magnitude ; 1.*.q: nm(n=2,m=4,dim=out) | magnitu
           "1.*.k: block(rows=32,cols=1) | magnitude ; 0.*.v: row | magnitude ; 1.*.v: block(rows=32,cols=1) | magnitude ; "
           "1.*.v: rtn(bits=8,group=0) ; 0.*.o: nm(n=4,m=8) | magnitude ; 1.*.o: rtn(ternary=true,group=40) ; "
           "0.*.gate: nm(n=2,m=4) | magnitude ; 0.*.gate: rtn(bits=4,group=32) ; 1.*.gate: row | magnitude ; "
-          "1.*.gate: rtn(bits=8,group=0,asymmetric=true) ; *.up: block(b=32) | magnitude ; "
-          "*.up: rtn(bits=8,group=32,asymmetric=true) ; 0.*.down: rtn(bits=2,group=32) ; "
+          "1.*.gate: rtn(bits=8,group=0,asymmetric=true) ; 0.*.up: block(b=32) | magnitude ; "
+          "0.*.up: rtn(bits=8,group=32,asymmetric=true) ; 1.*.up: nm(n=4,m=8) | magnitude ; 1.*.up: rtn(bits=4,group=32,asymmetric=true) ; "
+          "0.*.down: rtn(bits=2,group=32) ; "
           "1.*.down: block(rows=1,cols=32) | magnitude ; 1.*.down: rtn(bits=8,group=32)")
 ODD = (0, 1, -1, 2, 3, 16, 31, 33, 64, 1024, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, math.nan, True, None, "", "bsr", "nm", "bitmask",
        "dense", "i4", "i8", "t", "f32", "bf16", "out", [], [32, 32], {}, [1, 2, 3], "F32", "U8", "I64", [0, 0], [0, 2**40])

@@ -211,6 +211,19 @@ def test_groups_of_long_rows_go_by_in_parts(type_):
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_points_beyond_the_codes_count_as_they_are(bits):
+    gen = torch.Generator().manual_seed(8)
+    for n, m in ((2, 4), (4, 8)):
+        t = nearest(picked(torch.randn(70, 136, generator=gen), n, m, gen), bits, 64, asymmetric=True)
+        zeros = torch.randint(256, t.zeros.shape, generator=gen, dtype=torch.uint8)
+        zeros[32:64] = torch.randint((1 << bits) + 1, (32, zeros.shape[1]), generator=gen).clamp_max(255)  # one panel is not strange
+        p = nm(Codes(t.codes, t.scales, bits, 64, t.zeros), n, m)
+        panels = torch.nn.functional.pad(zeros, (0, 0, 0, 26)).view(3, 32, -1).transpose(1, 2).contiguous()
+        agree(replace(p, buffers={**p.buffers, "zeros": panels}), (1, 3, 13))
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
 @pytest.mark.parametrize("type_", ["f32", "bf16", "i8", "i4"])
 def test_places_that_nobody_packed_are_inside_all_the_same(type_):
     """Whatever the bits are, every place is one of its group; values that share one are summed up, as they are where it is restored."""
@@ -455,7 +468,8 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(kept, bits=kept.buffers["bits"][1:]), broken(kept, bits=torch.full_like(kept.buffers["bits"], 255)),
         broken(pairs, bits=pairs.buffers["bits"][1:]), broken(pairs, values=pairs.buffers["values"][:1]),
         replace(pairs, m=8), replace(pairs, n=5), replace(fours, m=4), replace(fours, n=3), replace(fours, n=9), replace(fours, rows=16),
-        broken(fours, bits=pairs.buffers["bits"]), broken(pairs, bits=fours.buffers["bits"]), broken(fours, values=fours.buffers["values"][:1]), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),
+        broken(fours, bits=pairs.buffers["bits"]), broken(pairs, bits=fours.buffers["bits"]),
+        broken(fours, values=fours.buffers["values"][:1]), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),
         replace(dense(w), shape=(64, 256)), replace(dense(w), shape=(0, 128)),
         broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
     ]
@@ -469,7 +483,8 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(four, zeros=four.buffers["zeros"][1:]), replace(four, group=16), replace(four, group=0), replace(four, group=256),
         replace(four, type="i8"), replace(four, type="i3"), replace(four, type="f16"), replace(four, format="bitmask"),
         broken(two, bits=two.buffers["bits"][1:]), replace(two, n=1), replace(two, type="i2"), replace(two, m=8),
-        broken(octets, bits=two.buffers["bits"]), broken(octets, values=octets.buffers["values"][:1]), replace(octets, n=2), replace(octets, m=4),
+        broken(octets, bits=two.buffers["bits"]), broken(octets, values=octets.buffers["values"][:1]), replace(octets, n=2),
+        replace(octets, m=4),
         broken(dense(w), scales=torch.ones(64)),
         broken(trits, values=trits.buffers["values"][1:]), broken(trits, zeros=torch.ones(2, 4, 32, dtype=torch.uint8)),
         replace(trits, group=32), replace(trits, group=20), replace(trits, type="i2"), replace(trits, format="bitmask"),

@@ -33,7 +33,8 @@ struct Ints {
     Ints operator|(int m) const { return {_mm512_or_si512(v, _mm512_set1_epi32(m))}; }
     Ints operator|(Ints o) const { return {_mm512_or_si512(v, o.v)}; }
     Ints less(Ints o) const { return {_mm512_sub_epi8(v, o.v)}; }  // byte by byte
-    Ints four() const { return {_mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101))}; }  // the lowest byte in all four, if there is no other
+    // Numbers below 256, in every byte.
+    Ints four() const { return {_mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101))}; }
     // Of every byte b: 3 b / 256, and what is left of 3 b.
     Ints trits() const {  // 3 / 4 of b, rounded so that the upper two bits are the answer for every b
         const __m512i most = _mm512_subs_epu8(_mm512_avg_epu8(v, _mm512_setzero_si512()), _mm512_set1_epi8(2));
@@ -42,14 +43,13 @@ struct Ints {
     Ints thrice() const { return {_mm512_add_epi8(_mm512_add_epi8(v, v), v)}; }
     // Eight bytes everywhere, and of them those that the bytes of `which` (below 8) say.
     static Ints pick(const int8_t* eight, Ints which) { return {_mm512_shuffle_epi8(_mm512_set1_epi64(peek<long long>(eight)), which.v)}; }
-    // Of M floats, four or eight, the one that the lowest bits of each lane say; of four the bits above count for nothing, of eight
-    // the next one too.
+    // Of M floats, four or eight, the one that the lowest two or three bits of each lane say; of eight the next bit is zero.
     template <int M>
     Vec of(const float* group) const {
         if constexpr (M == 4) return {_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(group)), v)};
         else return {_mm512_permutexvar_ps(v, _mm512_broadcast_f32x8(_mm256_loadu_ps(group)))};
     }
-    // Adds the products of four unsigned bytes with four signed ones, in every lane; the bytes of one of them have BITS bits.
+    // Adds the products of four unsigned bytes with four signed ones, in every lane. BITS below 8: two products fit into 16 bits.
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
 #if defined(__AVX512VNNI__)

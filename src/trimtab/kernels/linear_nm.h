@@ -1,7 +1,6 @@
 // n of every m weights of a row, m 4 or 8: their values, and of each its place among the m. The x of a group lie together, and a
 // shuffle picks for every output the one it meets, so that what was dropped costs nothing, however many rows of x there are.
 #pragma once
-#include <array>
 #include <vector>
 
 #include "input.h"
@@ -48,7 +47,8 @@ inline void prepare_groups(const Input& input, const float* x, int64_t in, int64
                 to_bf16(row, in, reinterpret_cast<uint16_t*>(line));
             } else {
                 const Codes c(to, input, in, batch);
-                to_codes(row, in, input.group, reinterpret_cast<int8_t*>(line), c.stride, c.scales + (r + i) * c.groups, c.sums + (r + i) * c.groups, 1);
+                const int64_t side = (r + i) * c.groups;
+                to_codes(row, in, input.group, reinterpret_cast<int8_t*>(line), c.stride, c.scales + side, c.sums + side, 1);
                 for (int64_t u = 0; u < units; ++u) line[u] ^= 0x80808080;
             }
         }
@@ -76,7 +76,8 @@ inline Vec value_of(const uint16_t* values, int64_t s, int v) {
 
 // `count` values of a panel, from the first of a group and of a word of third bits on. x begins at that group.
 template <int M, class T, int ROWS>
-inline void add_values(Tile<PANEL, ROWS>& tile, const T* values, const std::byte* low, const std::byte* third, int64_t count, int n, const float* x) {
+inline void add_values(Tile<PANEL, ROWS>& tile, const T* values, const std::byte* low, const std::byte* third, int64_t count, int n,
+                       const float* x) {
     constexpr int V = PANEL / Vec::N;
     int j = 0;
     for (int64_t s = 0; s < count;) {
@@ -160,8 +161,7 @@ inline __m512i group_at(const uint16_t* x) {
     else return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)x));
 }
 
-// COUNT pairs of one group, from pair q of a panel on, for whose group ROWS groups lie together in x. The controls of a pair's outputs
-// lie side by side.
+// COUNT pairs of one group, from pair q of a panel on; x begins with the panel. A pair's controls lie side by side.
 template <int M, int ROWS, int COUNT>
 inline void add_pairs(Tile<PANEL, ROWS>& tile, const uint16_t* values, int64_t q, const Ints* controls, const uint16_t* x) {
     constexpr int V = PANEL / Vec::N;
@@ -208,25 +208,28 @@ inline void each_pair(const std::byte* low, const std::byte* third, int64_t pair
     }
 }
 
-// Rows of x from which on it pays to turn the places of a panel into controls once, and not in every tile.
-constexpr int64_t MANY = 13;
-constexpr int64_t PAIRS = 128;  // whose values and controls stay in the second-level cache
+// Rows of x from which on places are turned into controls once, and not in every tile.
+constexpr int64_t MANY = tile_rows<PANEL>() + 1;
+constexpr int64_t PAIRS = 128;  // whose values and controls, 32 KB, stay near while the rows of x go by
 
 inline int64_t pairs_scratch(const Weights& w, int64_t batch) { return batch < MANY ? 0 : std::min(PAIRS, w.in / w.m * w.n / 2) * PANEL; }
 
 template <int M>
-inline void few_rows_pairs(const Weights& w, const uint16_t* values, const Places& places, const uint16_t* x, int64_t batch, float* y, int64_t first) {
+inline void few_rows_pairs(const Weights& w, const uint16_t* values, const Places& places, const uint16_t* x, int64_t batch, float* y,
+                           int64_t first) {
     tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
         Tile<PANEL, ROWS> tile;
         tile.open(y, w.out, 0, true);
         each_pair<M>(places.low, places.third, places.held / 2, [&, x = x + row * w.in](int64_t q, const Ints* control) {
-            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(reinterpret_cast<const std::byte*>(values + q * PANEL * 2) + AHEAD + k);
+            const std::byte* here = reinterpret_cast<const std::byte*>(values + q * PANEL * 2);
+            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
             add_pairs<M, ROWS, 1>(tile, values, q, control, x);
         });
         tile.close(y + row * w.out, w.out, first);
     });
 }
 
+// The same for all of `pairs`; it asks memory for those that come next.
 template <int M, int ROWS>
 inline void add_controlled(Tile<PANEL, ROWS>& tile, const uint16_t* values, const float* controls, int64_t pairs, const uint16_t* x) {
     constexpr int COUNT = M / 4, VECTORS = COUNT * PANEL / Vec::N;
@@ -241,7 +244,8 @@ inline void add_controlled(Tile<PANEL, ROWS>& tile, const uint16_t* values, cons
 }
 
 template <int M>
-inline void many_rows_pairs(const Weights& w, const uint16_t* values, const Places& places, const uint16_t* x, int64_t batch, float* y, int64_t first, float* controls) {
+inline void many_rows_pairs(const Weights& w, const uint16_t* values, const Places& places, const uint16_t* x, int64_t batch, float* y,
+                            int64_t first, float* controls) {
     for (int64_t q = 0; q < places.held / 2; q += PAIRS) {
         const int64_t some = std::min(PAIRS, places.held / 2 - q);
         each_pair<M>(places.low + q / 8 * PANEL * 4, places.third + q / 16 * PANEL * 4, some, [&](int64_t i, const Ints* control) {

@@ -74,18 +74,18 @@ inline void pieces(int64_t in, int64_t group, const F& f) {
     }
 }
 
-// The zero points of panel p leave a byte with a sign when they are taken off its codes: of four bits all but strange ones do, of
-// eight the middle alone.
+// Whether the codes of panel p less their zero points are bytes with a sign: of four bits they are, unless a zero point is strange.
 template <int BITS>
 inline bool fit(const Weights& w, int64_t p) {
     if (!w.zeros) return true;
-    if (BITS > 4) return false;
     const int64_t count = w.groups() * PANEL;
-    return std::all_of(w.zeros + p * count, w.zeros + (p + 1) * count, [](uint8_t zero) { return zero <= 1 << BITS; });
+    uint8_t most = 0;
+    for (int64_t i = p * count; i < (p + 1) * count; ++i) most = std::max(most, w.zeros[i]);
+    return BITS < 8 && most <= 1 << BITS;
 }
 
-// ROWS rows of x in eight bits, raised by 128, times codes less their zero point, or less the middle where that does not FIT; then
-// the sum of what was met is wanted too.
+// ROWS rows of x in eight bits, raised by 128, times codes less their zero points; where these do not FIT, less the middle, and
+// what was met times the rest.
 template <int BITS, int M, bool FIT, int ROWS>
 inline void add_steps(Tile<PANEL, ROWS>& tile, const Weights& w, const Codes& x, int64_t row, int64_t p, int64_t group) {
     constexpr int MIDDLE = 1 << (BITS - 1), VECTORS = together<ROWS>();
@@ -111,10 +111,10 @@ inline void add_steps(Tile<PANEL, ROWS>& tile, const Weights& w, const Codes& x,
             });
             for (int v = 0; v < VECTORS; ++v) {
                 const int64_t at = side + v * Vec::N;
-                const Vec scale = scale_at(w, at), off = zero_at<BITS>(w, at) - Vec::all(MIDDLE);
+                const Vec scale = scale_at(w, at), rest = zero_at<BITS>(w, at) - Vec::all(MIDDLE);
                 for (int r = 0; r < ROWS; ++r) {
                     Vec whole = sum[v][r].floats() - raised[v].floats();
-                    if constexpr (!FIT) whole = whole - off * (met[v][r].floats() - Vec::all(float((until - from) * 4 * 128)));
+                    if constexpr (!FIT) whole = whole - rest * (met[v][r].floats() - Vec::all(float((until - from) * 4 * 128)));
                     Vec& total = tile.sum[r][first + v];
                     total = total.fma(whole, scale * Vec::all(x.scales[(row + r) * x.groups + g]));
                 }
@@ -167,8 +167,10 @@ void linear_expand_nm(const Weights& w, const void* ready, int64_t batch, float*
                             for (int r = 0; r < ROWS; ++r) sum[v][r] = sum[v][r].fma(value, place.template of<M>(at + r * M));
                         }
                     });
-                    for (int v = 0; v < VECTORS; ++v)
-                        for (int r = 0; r < ROWS; ++r) tile.sum[r][first + v] = tile.sum[r][first + v].fma(sum[v][r], scale_at(w, side + v * Vec::N));
+                    for (int v = 0; v < VECTORS; ++v) {
+                        const Vec scale = scale_at(w, side + v * Vec::N);
+                        for (int r = 0; r < ROWS; ++r) tile.sum[r][first + v] = tile.sum[r][first + v].fma(sum[v][r], scale);
+                    }
                 }
             });
             tile.close(y + row * w.out, w.out, p * PANEL);
