@@ -41,15 +41,15 @@ class Layer:
         """None for what is no layer of ours, or does not say what it multiplied."""
         name = row["recipe"].removeprefix("trimtab ")
         shape, rows = re.match(r"one layer (\d+)x(\d+)", row["model"]), re.search(r"-batch-(\d+)$", row["setting"])
-        kind = re.match(r"(?:(dense|bsr32|bitmask|csr|2:4) )?(f32|bf16|int8|int4|int2)", name)
-        if name == row["recipe"] or not (shape and rows and kind):
+        kind = re.match(r"(?:(\S+) )?(f32|bf16|int8|int4|int2)\b", name)
+        family = re.sub(r"bsr\d+", "blocks", kind[1] or "codes") if kind else None
+        if name == row["recipe"] or not (shape and rows and kind) or family not in FAMILIES:
             return None
         entries, share = int(shape[1]) * int(shape[2]), re.search(r"(\d+)% kept", name)
         kept = int(share[1]) / 100 if share else 0.5 if kind[1] == "2:4" else 1.0
         weights = kind[2].replace("int", "i")
         asked = re.search(r"x (f32|int8)", name)
         told = asked[1].replace("int", "i") if asked else "f32" if kind[1] in ("csr", "2:4") else weights
-        family = {"bsr32": "blocks", None: "codes"}.get(kind[1], kind[1])
         return Layer(name, int(rows[1]), family, weights, row.get("x", told), kept, row["value"] / 1e3,
                      row.get("flops", 2 * entries * kept * int(rows[1])), row["bytes"],
                      entries * {"f32": 32, "bf16": 16, "i8": 8, "i4": 4, "i2": 2}[weights] // 8, row["read_gb_s"] * 1e9,
@@ -162,11 +162,12 @@ def speed_up(found: list[Layer]) -> str:
                         for (a, b, _), f in zip(at, line, strict=True)]
                 ends.append((at[-1][1], at[-1][0], k, family))
             ends.sort()
-            for (py, px, k, family), to in zip(ends, _spread([e[0] for e in ends], 14, top + 8, top + high - 6), strict=True):
+            heights = _spread([e[0] for e in ends], 14, top + 8, top + high - 6)
+            for (_, px, k, family), to in zip(ends, heights, strict=True):
                 side, anchor = (-9, "end") if px > x.end - 40 else (9, "start")
                 out.append(_text(px + side, to + 4, family, f'text-anchor="{anchor}" style="fill:{_ink(k)};{HALO}"'))
     width, height = 50 + 3 * wide + 2 * gap + 30, 50 + len(kinds) * (high + 56)
-    out += [_text(50, 14, "times the fastest other dense layer of the same precision (solid), as the stored bytes would allow (dashed)", FAINT),
+    out += [_text(50, 14, "times the fastest other dense layer of the same precision; dashed: as the stored bytes would allow", FAINT),
             _text(width - 30, height - 6, "share of the weights kept", f'text-anchor="end" {FAINT}')]
     return _svg(width, height, "speed-up over the fastest other dense layer against the share kept", out)
 
