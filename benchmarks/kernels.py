@@ -65,8 +65,9 @@ def thinned(w: Tensor, how: str, share: float) -> Tensor:
     out, inputs = w.shape
     if how == "bsr":
         return w * (torch.rand(out // 32, inputs // 32, generator=gen) < share).repeat_interleave(32, 0).repeat_interleave(32, 1)
-    if how == "nm":
-        return w * (torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2).reshape(w.shape)
+    if ":" in how:
+        n, m = map(int, how.split(":"))
+        return w * (torch.rand(out, inputs // m, m, generator=gen).argsort(-1) < n).reshape(w.shape)
     return w * (torch.rand(w.shape, generator=gen) < share)
 
 
@@ -103,7 +104,8 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate
                 add(f"bsr32 {short} {kept:.0%} kept", bsr(Change(thinned(t, "bsr", kept))), short, short, target)
         if table == "pairs" and short == "bf16":
             add("dense bf16", dense(Change(t)), short, short)
-            add("2:4 bf16", nm(Change(thinned(t, "nm", 0.5))), short, short, 1.6 if batch == 1 else None)
+            add("2:4 bf16", nm(Change(thinned(t, "2:4", 0.5))), short, short, 1.6 if batch == 1 else None)
+            add("4:8 bf16", nm(Change(thinned(t, "4:8", 0.5)), n=4, m=8), short, short)
         if table == "zeros":
             for kept, target in ((0.5, 1.5), (0.3, 2.4), (0.1, 5.0)):
                 add(f"bitmask {short} {kept:.0%} kept", bitmask(Change(thinned(t, "", kept))), short, short,
@@ -125,9 +127,10 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate
         add("int4 g32, x int8", dense(nearest(w, 4, 32).change()), "i8", "i4")
         add("int4 g128, x f32", dense(nearest(w, 4, 128).change()), "f32", "i4")
         add("int2 g64, x int8", dense(nearest(w, 2, 64).change()), "i8", "i4")
-        half = thinned(w, "nm", 0.5)
+        half, four = thinned(w, "2:4", 0.5), thinned(w, "4:8", 0.5)
         add("2:4 int8, x int8", nm(nearest(half, 8).change()), "i8", "i8")
         add("2:4 int4 g128, x int8", nm(nearest(half, 4, 128).change()), "i8", "i4")
+        add("4:8 int4 g128, x int8", nm(nearest(four, 4, 128).change(), n=4, m=8), "i8", "i4")
     return found
 
 

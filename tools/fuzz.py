@@ -29,7 +29,7 @@ from trimtab.runtime import layouts, native, packed
 
 FILE, CONFIG = "model.safetensors", "config.json"
 RECIPE = ("0.*.q: nm(n=2,m=4) | magnitude ; 1.*.q: nm(n=2,m=4,dim=out) | magnitude ; *.k: block(b=16) | magnitude ; "
-          "*.v: row | magnitude ; *.o: nm(n=4,m=8) | magnitude ; *.gate: nm(n=2,m=4) | magnitude ; *.gate: rtn(bits=4,group=32) ; "
+          "*.v: row | magnitude ; *.o: nm(n=4,m=8) | magnitude ; 1.*.o: rtn(bits=4,group=32,asymmetric=true) ; *.gate: nm(n=2,m=4) | magnitude ; *.gate: rtn(bits=4,group=32) ; "
           "*.up: block(b=32) | magnitude ; *.up: rtn(bits=8,group=32,asymmetric=true) ; *.down: rtn(bits=2,group=32)")
 ODD = (0, 1, -1, 2, 3, 16, 31, 33, 64, 1024, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, math.nan, True, None, "", "bsr", "nm", "bitmask",
        "dense", "i4", "f32", "bf16", "out", [], [32, 32], {}, [1, 2, 3], "F32", "U8", "I64", [0, 0], [0, 2**40])

@@ -150,7 +150,8 @@ BUGS = [
     Bug("methods/format/panels.py", "codes[..., f, :, :] << bits * f", "codes[..., f, :, :] << bits", "fields of a word overlap"),
     Bug("methods/format/nm.py", "return (m - 1).bit_length()", "return m.bit_length()", "one index bit too many"),
     Bug("methods/format/nm.py", "if most > n:", "if most > m:", "a group that keeps too many loses the rest"),
-    Bug("methods/format/nm.py", "if m == 4 else pack_bits(at, width(m))", "if m else 0", "places of 8 cut to two bits"),
+    Bug("methods/format/nm.py", "8: ((0, 2), (2, 1))", "8: ((0, 2),)", "places of 8 cut to two bits"),
+    Bug("methods/format/nm.py", "zip(planes, PLANES", "zip(planes[::-1], PLANES", "planes of places in the wrong order"),
     Bug("methods/format/bsr.py", "flatten(2).any(-1)", "flatten(2).all(-1)", "a block with one zero is lost"),
     Bug("methods/format/bsr.py", "held.sum(1)", "held.sum(0)", "row pointers count columns"),
     # --- the line

@@ -30,10 +30,9 @@ CASES = {
                            differs="format/nm"),
     # Row 0 keeps its inputs 2 and 3, row 1 its inputs 0 and 1.
     "format/csr": Case({"new": PAIRS}, {"columns": [2, 3, 0, 1], "pointers": [0, 2, 4], "values": [5, -7, 2, 3]}, differs="format/bitmask"),
-    # Of each output two values; places 0, 2 and 0, 3 in two bits each, lowest first, four outputs a byte: first values are
-    # all at place 0; second ones 2 + 3 * 4, and of the empty outputs place 1 in two bits: 1 + 4 + 16 + 64.
-    "format/nm": Case({"new": THIN}, {"bits": [0] * 8 + [2 + 3 * 4 + 16 + 64] + [85] * 7,
-                                      "values": panel([0, 6], [4, 1])[None]}, differs="format/bitmask"),
+    # Of each output two values, at places 0 and 2, 0 and 3, of the empty outputs 0 and 1: two bits each in a word, lowest first.
+    "format/nm": Case({"new": THIN}, {"bits": [[[[2 * 4, 0, 0, 0], [3 * 4, 0, 0, 0], *[[1 * 4, 0, 0, 0]] * 30]]],
+                                      "values": panel([0, 6], [4, 1])}, differs="format/bitmask"),
     # Block row 0 holds block column 1, block row 1 holds block column 0.
     "format/bsr": Case({"new": PAIRS}, {"columns": [1, 0], "pointers": [0, 1, 2], "values": [[[5], [-7]], [[2], [3]]]},
                        {"rows": 1, "cols": 2}, differs="format/bitmask"),

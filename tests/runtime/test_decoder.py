@@ -457,9 +457,9 @@ def test_every_part_of_a_description_is_needed():
     for name in tensors:
         with pytest.raises(BadInput, match=f"tensor {name} is missing"):
             Decoder(NET.description, packed, {n: t for n, t in NET.tensors.items() if n != name})
-    eight = nm(Change(NET.weights["linear0"] * (torch.arange(48) % 8 < 2)), n=2, m=8)
+    sixteen = nm(Change(NET.weights["linear0"] * (torch.arange(48) % 16 < 2)), n=2, m=16)
     with pytest.raises(BadInput, match="nm"):
-        Decoder(NET.description, {**packed, "linear0": eight}, NET.tensors)
+        Decoder(NET.description, {**packed, "linear0": sixteen}, NET.tensors)
     for wrong in (None, [], "text"):
         with pytest.raises((BadInput, TypeError)):
             Decoder(wrong, packed, NET.tensors)

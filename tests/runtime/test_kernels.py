@@ -49,7 +49,8 @@ def nm(w: Tensor | Codes, n: int = 2, m: int = 4) -> Packed:
     return nm_file.nm(change(w), n=n, m=m)
 
 
-SHAPES = [(32, 64), (100, 132), (1, 4), (33, 36), (64, 2060), (192, 320)]
+SHAPES = [(32, 64), (100, 132), (1, 4), (33, 36), (64, 2060), (192, 320), (40, 72)]
+GROUPS = [(1, 4), (2, 4), (3, 4), (4, 4), (1, 8), (3, 8), (4, 8), (6, 8)]
 BATCHES = (1, 5, 31)  # tiles of 24, 12, 6, 4, 3, 2 and 1 rows all come up
 
 
@@ -66,6 +67,11 @@ def thin(out: int, inputs: int, gen: torch.Generator) -> Iterator[tuple[str, flo
                 yield f"bsr {rows} {cols}", share, blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
 
 
+def picked(w: Tensor, n: int, m: int, gen: torch.Generator) -> Tensor:
+    """w with n of every m entries left."""
+    return w * (torch.rand(w.shape[0], w.shape[1] // m, m, generator=gen).argsort(-1) < n).reshape(w.shape)
+
+
 def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     gen = torch.Generator().manual_seed(out * inputs)
     w = torch.randn(out, inputs, generator=gen)
@@ -78,9 +84,9 @@ def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     for share in (0.0, 0.07, 0.5, 1.0):
         few = w * (torch.rand(w.shape, generator=gen) < share)
         yield from (bitmask(few), csr(few))
-    for n in (1, 2, 3):
-        kept = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < n
-        yield nm(w * kept.reshape(w.shape), n, 4)
+    for n, m in GROUPS:
+        if inputs % m == 0:
+            yield nm(picked(w, n, m, gen), n, m)
     yield nm(w * 0)
     for name, _, kept in thin(out, inputs, gen):
         yield bsr(w * kept, *map(int, name.split()[1:]))
@@ -92,9 +98,9 @@ def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packe
         for group in (0, 32, 64, 128):
             if group < inputs:
                 yield dense(nearest(w, bits, group, asymmetric=asymmetric))
-                half = torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2
-                if bits > 2:
-                    yield nm(nearest(w * half.reshape(w.shape), bits, group, asymmetric=asymmetric))
+                for m in (4, 8):
+                    if bits > 2 and inputs % m == 0:
+                        yield nm(nearest(picked(w, m // 2, m, gen), bits, group, asymmetric=asymmetric), m // 2, m)
         yield dense(nearest(w[:, :max(1, inputs - 1)], bits, asymmetric=asymmetric))
         if bits > 2:
             yield nm(nearest(w * 0, bits, asymmetric=asymmetric))
@@ -139,27 +145,72 @@ def close(got: Tensor, want: Tensor, terms: int) -> bool:
     return bool(((got.double() - want).abs() <= room).all())
 
 
+def agree(p: Packed, batches: tuple[int, ...], stands_for: Tensor | None = None) -> set[str]:
+    """The kernels that can run it here, each of which computes what it says: with what it is restored to, if nothing else is said."""
+    linear, w = native.Linear(p), (layouts.restored(p) if stands_for is None else stands_for).double()
+    gen = torch.Generator().manual_seed(1)
+    for batch in batches:
+        x = torch.randn(batch, p.shape[1], generator=gen)
+        for kernel in linear.kernels:
+            want = rounded(x, p, names.parse(kernel).activation) @ w.T  # what it says it multiplies
+            first = None
+            for threads in (1, 3):
+                whole, y = guarded(batch, p.shape[0])
+                linear._native.run(x, y, threads, kernel)
+                assert close(y, want, p.shape[1]) and edges_are_whole(whole), (kernel, p.shape, p.rows, p.cols, p.n, p.m, batch, threads)
+                first = y if first is None else first
+                assert torch.equal(y, first), (kernel, threads)  # who computes a panel changes nothing
+    return set(linear.kernels)
+
+
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
 @pytest.mark.parametrize("type_", names.TYPES)
 def test_every_kernel_agrees_with_the_weight_it_was_packed_from(type_):
     ran = set()
     for out, inputs in SHAPES:
         for p in packs(out, inputs, type_):
-            linear, w = native.Linear(p), layouts.restored(p).double()
-            gen = torch.Generator().manual_seed(1)
-            for batch in BATCHES:
-                x = torch.randn(batch, p.shape[1], generator=gen)
-                for kernel in linear.kernels:
-                    want = rounded(x, p, names.parse(kernel).activation) @ w.T  # what it says it multiplies
-                    first = None
-                    for threads in (1, 3):
-                        whole, y = guarded(batch, out)
-                        linear._native.run(x, y, threads, kernel)
-                        assert close(y, want, p.shape[1]) and edges_are_whole(whole), (kernel, p.shape, p.rows, p.cols, batch, threads)
-                        first = y if first is None else first
-                        assert torch.equal(y, first), (kernel, threads)  # who computes a panel changes nothing
-                    ran.add(kernel)
+            ran |= agree(p, BATCHES)
     assert ran == {k["name"] for k in BUILT if k["here"] and k["type"] == type_}  # not one was left out
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("type_", ["f32", "bf16", "i8", "i4"])
+def test_groups_of_long_rows_go_by_in_parts(type_):
+    gen = torch.Generator().manual_seed(6)
+    w = torch.randn(36, 8456, generator=gen)  # more than stays in the cache, and no whole number of words
+    for n, m in ((2, 4), (4, 8)) if type_ in BITS else ((2, 4), (3, 4), (4, 8), (7, 8)):
+        t = picked(w, n, m, gen)
+        agree(nm(nearest(t, BITS[type_], 4224) if type_ in BITS else t.to(dtype(type_)), n, m), (1, 13))
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_points_beyond_the_codes_count_as_they_are(bits):
+    gen = torch.Generator().manual_seed(8)
+    for n, m in ((2, 4), (4, 8)):
+        t = nearest(picked(torch.randn(70, 136, generator=gen), n, m, gen), bits, 64, asymmetric=True)
+        zeros = torch.randint(256, t.zeros.shape, generator=gen, dtype=torch.uint8)
+        zeros[32:64] = torch.randint((1 << bits) + 1, (32, zeros.shape[1]), generator=gen).clamp_max(255)  # one panel is not strange
+        p = nm(Codes(t.codes, t.scales, bits, 64, t.zeros), n, m)
+        panels = torch.nn.functional.pad(zeros, (0, 0, 0, 26)).view(3, 32, -1).transpose(1, 2).contiguous()
+        agree(replace(p, buffers={**p.buffers, "zeros": panels}), (1, 3, 13))
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("type_", ["f32", "bf16", "i8", "i4"])
+def test_places_that_nobody_packed_are_inside_all_the_same(type_):
+    """Whatever the bits are, every place is one of its group; values that share one are summed up, as they are where it is restored."""
+    gen = torch.Generator().manual_seed(7)
+    for inputs in (36, 64, 72, 136):
+        for n, m in ((2, 4), (4, 8)) if type_ in BITS else GROUPS:
+            if inputs % m == 0:
+                t = picked(torch.randn(33, inputs, generator=gen), n, m, gen)
+                t = nearest(t, BITS[type_], 32, asymmetric=True) if type_ in BITS else t.to(dtype(type_))
+                p, exact = nm(t, n, m), nm(t if isinstance(t, Codes) else t.float(), n, m)  # sums of bfloat16 would be rounded
+                for bits in (torch.full_like(p.buffers["bits"], 255), torch.randint_like(p.buffers["bits"], 256)):
+                    broken, whole = (replace(q, buffers={**q.buffers, "bits": bits}) for q in (p, exact))
+                    layouts.check(broken)
+                    agree(broken, (1, 5, 13), layouts.restored(whole))
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
@@ -183,22 +234,25 @@ def test_packing_loses_nothing(type_):
     for out, inputs in SHAPES:
         w = torch.randn(out, inputs, generator=gen)
         few = w * (torch.rand(w.shape, generator=gen) < 0.3)
-        pair = w * (torch.rand(out, inputs // 4, 4, generator=gen).argsort(-1) < 2).reshape(w.shape)
-        wide = w * (torch.rand(out, inputs // 2, 2, generator=gen).argsort(-1) < 1).reshape(w.shape)
+        groups = [(n, m) for n, m in (*GROUPS, (1, 2), (2, 6), (5, 12)) if inputs % m == 0]
         if type_ in BITS:
             for asymmetric in (False, True):
                 for group in (0, 32, 64):
                     if group < inputs:
-                        for pack, t in ((dense, w), (dense, few), (nm, pair)):
-                            if pack is dense or type_ != "i2":
-                                codes = nearest(t, BITS[type_], group, asymmetric=asymmetric)
-                                assert torch.equal(layouts.restored(pack(codes)), codes.weight())
+                        for t in (w, few):
+                            codes = nearest(t, BITS[type_], group, asymmetric=asymmetric)
+                            assert torch.equal(layouts.restored(dense(codes)), codes.weight())
+                        for n, m in groups:
+                            if group % m == 0:
+                                codes = nearest(picked(w, n, m, gen), BITS[type_], group, asymmetric=asymmetric)
+                                assert torch.equal(layouts.restored(nm(codes, n, m)), codes.weight())
             continue
-        w, few, pair, wide = (t.to(dtype(type_)) for t in (w, few, pair, wide))
+        w, few = w.to(dtype(type_)), few.to(dtype(type_))
         assert torch.equal(layouts.restored(dense(w)), w)
         assert torch.equal(layouts.restored(bitmask(few)), few) and torch.equal(layouts.restored(csr(few)), few)
-        assert torch.equal(layouts.restored(nm(pair)), pair)
-        assert torch.equal(layouts.restored(nm(wide, 1, 2)), wide)
+        for n, m in groups:
+            t = picked(w, n, m, gen)
+            assert torch.equal(layouts.restored(nm(t, n, m)), t)
         for p in packs(out, inputs, type_):
             again = layouts.restored(p)
             assert again.shape == p.shape and again.dtype == dtype(type_) and again.is_contiguous()
@@ -234,8 +288,9 @@ def test_bytes_of_codes_are_what_they_say():
     assert dense(nearest(w, 4, 128)).nbytes == 64 * 256 // 2 + 64 * 2 * 2
     assert dense(nearest(w, 4, 128, asymmetric=True)).nbytes == 64 * 256 // 2 + 64 * 2 * 3
     assert dense(nearest(w, 2, 64)).nbytes == 64 * 256 // 4 + 64 * 4 * 2
-    pair = w * (torch.rand(64, 64, 4, generator=torch.Generator().manual_seed(1)).argsort(-1) < 2).reshape(w.shape)
+    pair, four = (picked(w, m // 2, m, torch.Generator().manual_seed(1)) for m in (4, 8))
     assert nm(nearest(pair, 4, 128)).nbytes == 64 * 128 // 2 + 64 * 128 // 4 + 64 * 2 * 2
+    assert nm(nearest(four, 4, 128), 4, 8).nbytes == 64 * 128 // 2 + 64 * 128 * 3 // 8 + 64 * 2 * 2
     block = torch.zeros(64, 256)
     block[:32, 64:96] = w[:32, :32]
     assert bsr(nearest(block, 4, 32)).nbytes == 32 * 32 // 2 + 32 * 2 + 4 + 3 * 8
@@ -250,7 +305,12 @@ def test_bytes_are_what_the_layout_says():
     assert bsr(w).nbytes == 2 * (2 * 32 * 32 + 4) + 8 * 3
     half = w.clone()
     half[:, ::2] = 0
-    assert nm(half).nbytes == 64 * 64 * 2 + 64 * 64 // 4
+    assert nm(half).nbytes == 64 * 64 * 2 + 64 * 64 // 4  # of 16 outputs and a group 72 bytes
+    assert nm(half.float()).nbytes == 64 * 64 * 4 + 64 * 64 // 4
+    assert nm(half, 4, 8).nbytes == 64 * 64 * 2 + 64 * 64 * 3 // 8
+    odd = torch.zeros(1, 12, dtype=torch.bfloat16)  # three values: filled up to two pairs, a word of places, outputs to a panel
+    assert nm(odd, 1, 4).nbytes == 32 * (4 * 2 + 4) and nm(odd[:, :8], 1, 8).nbytes == 32 * (2 * 2 + 4 + 4)
+    assert nm(odd, 3, 6).nbytes == 32 * (6 * 2) + 6 * 32 * 3 // 8
 
 
 def test_what_does_not_fit_is_refused():
@@ -279,6 +339,7 @@ def test_buffers_that_contradict_each_other_are_refused():
     columns, pointers = blocks.buffers["columns"], blocks.buffers["pointers"]
     kept, each = bitmask(w), csr(w)
     pairs = nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32))
+    fours = nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 8)
     bad = [
         broken(blocks, columns=columns + 1), broken(blocks, columns=columns - 1), broken(blocks, columns=columns[1:]),
         broken(blocks, pointers=pointers + 1), broken(blocks, pointers=pointers.flip(0)), broken(blocks, pointers=pointers * 2),
@@ -288,18 +349,23 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(each, values=each.buffers["values"][1:]), replace(each, rows=32), replace(each, type="i8"),
         broken(kept, bits=kept.buffers["bits"][1:]), broken(kept, bits=torch.full_like(kept.buffers["bits"], 255)),
         broken(pairs, bits=pairs.buffers["bits"][1:]), broken(pairs, values=pairs.buffers["values"][:1]),
-        replace(pairs, m=8), replace(pairs, n=5), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),
+        replace(pairs, m=8), replace(pairs, n=5), replace(fours, m=4), replace(fours, n=3), replace(fours, n=9), replace(fours, rows=16),
+        broken(fours, bits=pairs.buffers["bits"]), broken(pairs, bits=fours.buffers["bits"]),
+        broken(fours, values=fours.buffers["values"][:1]), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),
         replace(dense(w), shape=(64, 256)), replace(dense(w), shape=(0, 128)),
         broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
     ]
     four = dense(nearest(w, 4, 32, asymmetric=True))
     two = nm(nearest(w * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 32))
+    eight = nm(nearest(w * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 32), 4, 8)
     bad += [
         broken(four, values=four.buffers["values"][1:]), broken(four, scales=four.buffers["scales"][1:]),
         broken(four, scales=four.buffers["scales"].float()[:, :2]), broken(four, scales=four.buffers["scales"].double()),
         broken(four, zeros=four.buffers["zeros"][1:]), replace(four, group=16), replace(four, group=0), replace(four, group=256),
         replace(four, type="i8"), replace(four, type="i3"), replace(four, type="f16"), replace(four, format="bitmask"),
-        broken(two, bits=two.buffers["bits"][1:]), replace(two, n=1), replace(two, type="i2"),
+        broken(two, bits=two.buffers["bits"][1:]), replace(two, n=1), replace(two, type="i2"), replace(two, m=8),
+        broken(eight, bits=two.buffers["bits"]), broken(eight, values=eight.buffers["values"][:1]), replace(eight, n=2),
+        replace(eight, m=4),
         broken(dense(w), scales=torch.ones(64)),
         replace(bsr(nearest(torch.ones(64, 128), 4, 32)), group=64),
     ]

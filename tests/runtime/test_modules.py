@@ -68,12 +68,12 @@ def test_a_packed_model_says_what_the_model_says(tiny_lm):
 
 
 def test_what_no_kernel_takes_runs_in_torch_and_says_so_once():
-    w = weight(48, 64) * (weight(48, 64, 1).reshape(-1, 8).argsort(-1) < 4).reshape(48, 64)
+    w = weight(48, 64) * (weight(48, 64, 1).reshape(-1, 16).argsort(-1) < 4).reshape(48, 64)
     tall = (weight(64, 48) * (weight(48, 64, 1).reshape(-1, 4).argsort(-1) < 2).reshape(48, 64).T)
     x = weight(3, 64, 2)
     codes = nearest(w, 4, 32).change(w != 0)
-    for p, told in ((nm(Change(w), n=4, m=8), "4:8 along the input"), (nm(Change(tall), dim="out"), "2:4 along the output"),
-                    (nm(codes, n=4, m=8), "4:8 along the input, groups of 32")):
+    for p, told in ((nm(Change(w), n=4, m=16), "4:16 along the input"), (nm(Change(tall), dim="out"), "2:4 along the output"),
+                    (nm(codes, n=4, m=16), "4:16 along the input, groups of 32")):
         with pytest.warns(UserWarning, match=f"{told}.*saves bytes, not time") as said:
             layer = PackedLinear(p)
         assert len(said) == 1

@@ -42,7 +42,7 @@ def proof_in_this_process(monkeypatch, request):
 
 @pytest.fixture(scope="module")
 def every_format(tmp_path_factory) -> Path:
-    """A model packed in every format, 4:8 and n:m along the output among them, which have no kernel."""
+    """A model packed in every format, n:m along the output among them, which has no kernel."""
     with pytest.warns(UserWarning, match="saves bytes, not time"):
         return fuzz.sample(tmp_path_factory.mktemp("packed"))
 
@@ -145,12 +145,21 @@ def test_a_later_rtn_keeps_the_zeros_and_their_format(capsys, tiny_lm, tmp_path,
     assert notes["packed_bytes"]["1.mlp.up"] == p.nbytes  # what an ordinary run counts is what a packed one writes
 
 
+@pytest.mark.parametrize(("recipe", "type_"), [("wanda(unit=4:8)", "f32"), ("nm(n=4,m=8) | wanda ; rtn(bits=4,group=32)", "i4")])
+def test_four_of_eight_is_packed_and_run_as_such(capsys, tiny_lm, tmp_path, calib, recipe, type_):
+    code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack")
+    assert code == 0, err
+    p = packed.open(tmp_path / "o").linears[UP]
+    assert (p.format, p.n, p.m, p.type) == ("nm", 4, 8, type_)
+    assert native.core() is None or any("nm8" in k for k in native.Linear(p).kernels)  # and without a warning
+
+
 def test_every_format_is_read_back_through_memory_maps(every_format):
     model = packed.open(every_format, verify=True)
     kinds = {(p.format, p.type, p.dim, p.m) for p in model.linears.values()}
     assert kinds >= {("nm", "f32", "in", 4), ("nm", "f32", "out", 4), ("nm", "f32", "in", 8), ("bsr", "f32", "in", 1),
-                     ("bitmask", "f32", "in", 1), ("nm", "i4", "in", 4), ("bsr", "i8", "in", 1), ("dense", "i2", "in", 1),
-                     ("dense", "i8", "in", 1)}
+                     ("bitmask", "f32", "in", 1), ("nm", "i4", "in", 4), ("nm", "i4", "in", 8), ("bsr", "i8", "in", 1),
+                     ("dense", "i2", "in", 1), ("dense", "i8", "in", 1)}
     c = Checkpoint.open(every_format)
     raw = load_file(every_format / "model.safetensors")  # the library the ecosystem reads with agrees on what is in the file
     assert safe_open(every_format / "model.safetensors", "pt").metadata()["format"] == "pt"

@@ -18,12 +18,21 @@ struct Ints {
     Vec floats() const { return {_mm512_cvtepi32_ps(v)}; }
     Ints operator>>(int n) const { return {_mm512_srli_epi32(v, unsigned(n))}; }
     Ints operator&(int m) const { return {_mm512_and_si512(v, _mm512_set1_epi32(m))}; }
+    Ints operator<<(int n) const { return {_mm512_slli_epi32(v, unsigned(n))}; }
     Ints operator|(int m) const { return {_mm512_or_si512(v, _mm512_set1_epi32(m))}; }
+    Ints operator|(Ints o) const { return {_mm512_or_si512(v, o.v)}; }
+    Ints less(Ints o) const { return {_mm512_sub_epi8(v, o.v)}; }  // byte by byte
+    // Numbers below 256, in every byte.
+    Ints four() const { return {_mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101))}; }
     // Eight bytes everywhere, and of them those that the bytes of `which` (below 8) say.
     static Ints pick(const int8_t* eight, Ints which) { return {_mm512_shuffle_epi8(_mm512_set1_epi64(peek<long long>(eight)), which.v)}; }
-    // x in the lanes that equal n, zero in the others.
-    Vec where(int n, Vec x) const { return {_mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(v, _mm512_set1_epi32(n)), x.v)}; }
-    // Adds the products of four unsigned bytes below 2^BITS with four signed ones, in every lane.
+    // Of M floats, four or eight, the one that the lowest two or three bits of each lane say; of eight the next bit is zero.
+    template <int M>
+    Vec of(const float* group) const {
+        if constexpr (M == 4) return {_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(group)), v)};
+        else return {_mm512_permutexvar_ps(v, _mm512_broadcast_f32x8(_mm256_loadu_ps(group)))};
+    }
+    // Adds the products of four unsigned bytes with four signed ones, in every lane. BITS below 8: two products fit into 16 bits.
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
 #if defined(__AVX512VNNI__)
@@ -52,10 +61,16 @@ struct Ints {
     Vec floats() const { return {_mm256_cvtepi32_ps(v)}; }
     Ints operator>>(int n) const { return {_mm256_srli_epi32(v, n)}; }
     Ints operator&(int m) const { return {_mm256_and_si256(v, _mm256_set1_epi32(m))}; }
+    Ints operator<<(int n) const { return {_mm256_slli_epi32(v, n)}; }
     Ints operator|(int m) const { return {_mm256_or_si256(v, _mm256_set1_epi32(m))}; }
+    Ints operator|(Ints o) const { return {_mm256_or_si256(v, o.v)}; }
+    Ints less(Ints o) const { return {_mm256_sub_epi8(v, o.v)}; }
+    Ints four() const { return {_mm256_mullo_epi32(v, _mm256_set1_epi32(0x01010101))}; }
     static Ints pick(const int8_t* eight, Ints which) { return {_mm256_shuffle_epi8(_mm256_set1_epi64x(peek<long long>(eight)), which.v)}; }
-    Vec where(int n, Vec x) const {
-        return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(v, _mm256_set1_epi32(n))), x.v)};
+    template <int M>
+    Vec of(const float* group) const {
+        if constexpr (M == 4) return {_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)group), v)};
+        else return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(group), v)};
     }
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
@@ -82,7 +97,17 @@ struct Ints {
     Vec floats() const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = float(int32_t(v[i])); return r; }
     Ints operator>>(int n) const { return each([&](int i) { return v[i] >> n; }); }
     Ints operator&(int m) const { return each([&](int i) { return v[i] & uint32_t(m); }); }
+    Ints operator<<(int n) const { return each([&](int i) { return v[i] << n; }); }
     Ints operator|(int m) const { return each([&](int i) { return v[i] | uint32_t(m); }); }
+    Ints operator|(Ints o) const { return each([&](int i) { return v[i] | o.v[i]; }); }
+    Ints less(Ints o) const {
+        return each([&](int i) {
+            uint32_t r = 0;
+            for (int b = 0; b < 32; b += 8) r |= (((v[i] >> b) - (o.v[i] >> b)) & 255) << b;
+            return r;
+        });
+    }
+    Ints four() const { return each([&](int i) { return v[i] * 0x01010101; }); }
     static Ints pick(const int8_t* eight, Ints which) {
         return each([&](int i) {
             uint32_t r = 0;
@@ -90,7 +115,8 @@ struct Ints {
             return r;
         });
     }
-    Vec where(int n, Vec x) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = v[i] == uint32_t(n) ? x.v[i] : 0.0f; return r; }
+    template <int M>
+    Vec of(const float* group) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = group[v[i] % M]; return r; }
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
         return each([&](int i) {

@@ -26,7 +26,7 @@ struct Weights {
     Type type;                 // of the values
     Type scale_type;           // f32 or f16
     const std::byte* values;
-    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has; csr: columns, 16 bits each
+    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has (`Places`); csr: columns, 16 bits each
     const int32_t* columns;    // blocks: block column of each
     const int64_t* pointers;   // where a panel's blocks (or values) begin, [panels + 1]
     const std::byte* scales;   // [panels or blocks, groups, rows]
@@ -42,6 +42,7 @@ struct Input {
     int64_t group;             // i8: inputs that share a scale
     int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
     int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, up to four vectors together
+    int side = 1;              // units of a row that stay together in a tile
     bool operator==(const Input&) const = default;
     int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + 63) / 64 * 16; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
@@ -53,7 +54,8 @@ struct Input {
 
 // Rows begin .. end of x [batch, in] are made ready.
 using Prepare = void (*)(const Input&, const float* x, int64_t in, int64_t batch, int64_t begin, int64_t end, std::byte* to);
-// Panels begin .. end of y [batch, out]. `scratch` holds `Kernel::scratch` floats and is this thread's own.
+// Panels begin .. end of y [batch, out]. `scratch` holds `Kernel::scratch` floats from a cache line on and is
+// this thread's own.
 using Run = void (*)(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch);
 
 struct Kernel {

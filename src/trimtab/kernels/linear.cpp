@@ -141,17 +141,11 @@ Linear::Linear(const Layout& l, const Buffers& b) {
     } else if (f == "nm") {
         if (l.m < 2 || l.n < 1 || l.n > l.m || l.in % l.m) bad("nm: want 0 < n <= m, and m to divide the inputs");
         if (l.rows != PANEL) bad("nm: panels are 32 outputs high");
-        if (codes) {
-            if (l.m != 4 || l.n != 2) bad("nm: codes have a kernel as 2:4 only");
-            // Of every 4 inputs two codes; eight inputs to a dword of four.
-            want(b.values, w_.panels() * up(l.in / 2, in_a_word(type)) * 4 * PANEL, "values");
-            want(b.bits, w_.panels() * up(l.in / 2, 16) * 4 * PANEL, "bits");
-        } else {
-            const int64_t stored = w_.panels() * PANEL * (l.in / l.m) * l.n;
-            want(b.values, stored * size_of(type), "values");
-            if (l.m != 4) bad("nm: only groups of 4 have a kernel");
-            want(b.bits, stored / 4, "bits");
-        }
+        if (l.m != 4 && l.m != 8) bad("nm: only groups of 4 and of 8 have a kernel");
+        if (codes && l.n * 2 != l.m) bad("nm: codes have kernels as 2:4 and 4:8 only");
+        const int64_t held = l.in / l.m * l.n, words = up(held, 16) + (l.m == 8 ? up(held, 32) : 0);
+        want(b.values, w_.panels() * size(held), "values");
+        want(b.bits, w_.panels() * words * 4 * PANEL, "bits");
     } else {
         bad("unknown format " + f + "; there are dense, bsr, bitmask, csr and nm");
     }
@@ -222,8 +216,9 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) 
             const void* its = x;
             for (const Ready& r : these)
                 if (r.at && r.input == input && r.prepare == j.kernel->prepare) its = r.at;
-            scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch))));
-            j.kernel->run(*j.weights, its, batch, j.y, from, to, scratch.data());
+            scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch)) + 16));
+            // On a cache line: a vector that lies across two costs twice.
+            j.kernel->run(*j.weights, its, batch, j.y, from, to, scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63) / 4);
         }
     });
 }

@@ -19,7 +19,6 @@ inline Vec zero_at(const Weights& w, int64_t i) {
 // The groups of x a kernel of codes wants: the weights' own, or some that are short enough to be exact.
 inline int64_t group_of(const Weights& w) { return std::min(w.in, w.group < w.in ? w.group : GROUP); }
 inline Input in_tiles(const Weights& w) { return {Type::i8, group_of(w), tile_rows<PANEL>()}; }
-inline Input in_rows(const Weights& w) { return {Type::i8, group_of(w), 0}; }
 template <int HEIGHT>
 inline Input by_block(const Weights& w) { return {Type::i8, w.cols, tile_rows<HEIGHT>()}; }
 
@@ -131,74 +130,6 @@ void linear_codes_bsr(const Weights& w, const void* ready, int64_t batch, float*
             close_total<HEIGHT, ROWS>(total, w, y + row * w.out, p * HEIGHT);
         });
     }
-}
-
-// 2:4. A lane holds two codes of each of two groups of four, and two bits each say which of the eight x they meet.
-struct Pairs {
-    int64_t words, places;  // of a panel: words of codes, words of places
-    Pairs(const Weights& w) : words((w.in / 2 + in_a_word(w.type) - 1) / in_a_word(w.type)), places((w.in / 2 + 15) / 16) {}
-};
-
-// Up to four steps (eight inputs each, from step `t` on, a multiple of four) of one vector of outputs, for ROWS rows of x.
-// sum: products with the codes; met: the sum of the x met, of which the zero point is taken off.
-template <int BITS, int ROWS>
-inline void pair_steps(const std::byte* values, const std::byte* bits, const int8_t* x, int64_t stride, int64_t t, int steps, Ints* sum, Ints* met) {
-    constexpr int FIELDS = 8 / BITS;
-    const Ints which = Ints::load(bits + t / 4 * PANEL * 4);
-    for (int i = 0; i < steps; ++i) {
-        const Ints codes = field<BITS>(Ints::load(values + (t + i) / FIELDS * PANEL * 4), (int(t) + i) % FIELDS);
-        const Ints at = ((which >> 2 * i) & 0x03030303) | 0x04040000;
-        for (int r = 0; r < ROWS; ++r) {
-            const Ints its = Ints::pick(x + r * stride + 8 * (t + i), at);
-            sum[r] = sum[r].template dot<BITS>(codes, its);
-            met[r] = met[r].template dot<1>(Ints::all(0x01010101), its);
-        }
-    }
-}
-
-template <int BITS, int ROWS>
-inline void pair_group(const Weights& w, const Pairs& pairs, const Codes& x, int64_t row, int64_t p, int64_t g, int64_t group, Tile<PANEL, ROWS>& tile) {
-    constexpr int V = PANEL / Vec::N;
-    const std::byte* values = w.values + p * pairs.words * PANEL * 4;
-    const std::byte* bits = w.bits + p * pairs.places * PANEL * 4;
-    const int64_t from = g * group / 8, until = (std::min(w.in, (g + 1) * group) + 7) / 8;
-    Ints sum[V][ROWS], met[V][ROWS];
-    for (int v = 0; v < V; ++v)
-        for (int r = 0; r < ROWS; ++r) sum[v][r] = met[v][r] = Ints::zero();
-    for (int64_t t = from; t < until; t += 4) {
-        if constexpr (ROWS == 1) {
-            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(bits + t * PANEL + AHEAD + k);
-            for (int k = 0; k < PANEL * 4 * BITS / 2; k += 64) __builtin_prefetch(values + t * PANEL * BITS / 2 + AHEAD + k);
-        }
-        for (int v = 0; v < V; ++v) {
-            const int64_t lane = v * Vec::N * 4;
-            const int8_t* at = x.x + row * x.stride;
-            if (t + 4 <= until) pair_steps<BITS, ROWS>(values + lane, bits + lane, at, x.stride, t, 4, sum[v], met[v]);
-            else pair_steps<BITS, ROWS>(values + lane, bits + lane, at, x.stride, t, int(until - t), sum[v], met[v]);
-        }
-    }
-    for (int v = 0; v < V; ++v) {
-        const int64_t side = (p * w.groups() + (w.groups() > 1 ? g : 0)) * PANEL + v * Vec::N;
-        const Vec scale = scale_at(w, side), zero = zero_at<BITS>(w, side);
-        for (int r = 0; r < ROWS; ++r) {
-            const Vec whole = sum[v][r].floats() - zero * met[v][r].floats();
-            tile.sum[r][v] = tile.sum[r][v].fma(whole, scale * Vec::all(x.scales[(row + r) * x.groups + g]));
-        }
-    }
-}
-
-template <int BITS>
-void linear_codes_nm(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float*) {
-    const Input input = in_rows(w);
-    const Codes x(ready, input, w.in, batch);
-    const Pairs pairs(w);
-    for (int64_t p = begin; p < end; ++p)
-        tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-            Tile<PANEL, ROWS> tile;
-            tile.open(y, w.out, 0, true);
-            for (int64_t g = 0; g < x.groups; ++g) pair_group<BITS, ROWS>(w, pairs, x, row, p, g, input.group, tile);
-            tile.close(y + row * w.out, w.out, p * PANEL);
-        });
 }
 
 }  // namespace trimtab::ISA

@@ -97,32 +97,4 @@ void linear_expand_bsr(const Weights& w, const void* ready, int64_t batch, float
     }
 }
 
-template <int BITS>
-void linear_expand_nm(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
-    constexpr int P = 32 / BITS, FIELDS = 8 / BITS, MASK = (1 << BITS) - 1;
-    const float* x = static_cast<const float*>(ready);
-    const int64_t words = (w.in / 2 + P - 1) / P, places = (w.in / 2 + 15) / 16, groups = w.groups();
-    for (int64_t p = begin; p < end; ++p) {
-        for (int64_t k = 0; k < w.in;) {
-            const int64_t g = k / w.group, some = std::min({EXPAND, w.in - k, (g + 1) * w.group - k});
-            for (int v = 0; v < PANEL / Vec::N; ++v) {
-                const int64_t first = (p * groups + g) * PANEL + v * Vec::N;
-                const Vec scale = scale_at(w, first), zero = zero_at<BITS>(w, first);
-                for (int64_t i = k; i < k + some; i += 4) {
-                    const int64_t s = i / 8;  // the second group of four has the upper two bytes
-                    const int half = i % 8 ? 16 : 0;
-                    const Ints code = Ints::load(w.values + (p * words + s / FIELDS) * PANEL * 4 + v * Vec::N * 4) >> int(BITS * (s % FIELDS) + half);
-                    const Ints which = Ints::load(w.bits + (p * places + s / 4) * PANEL * 4 + v * Vec::N * 4) >> int(2 * (s % 4) + half);
-                    const Vec a = ((code & MASK).floats() - zero) * scale, b = (((code >> 8) & MASK).floats() - zero) * scale;
-                    const Ints at_a = which & 3, at_b = (which >> 8) & 3;
-                    for (int j = 0; j < 4; ++j)
-                        (at_a.where(j, a) + at_b.where(j, b)).store(scratch + (i - k + j) * PANEL + v * Vec::N);
-                }
-            }
-            add_panel(w, scratch, x, w.in, k, some, batch, y, p);
-            k += some;
-        }
-    }
-}
-
 }  // namespace trimtab::ISA

@@ -48,12 +48,6 @@ struct Vec {
     static Vec high(const uint16_t* p) {
         return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))))};
     }
-    // The float of `four` that two bits say, for each lane; lane i takes bits 2i and 2i + 1.
-    static Vec pick(const float* four, const std::byte* bits) {
-        const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        __m512i which = _mm512_srlv_epi32(_mm512_set1_epi32(peek<int>(bits)), at);
-        return {_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(four)), which)};
-    }
 };
 #elif defined(__AVX2__)
 struct Vec {
@@ -80,11 +74,6 @@ struct Vec {
     }
     static Vec high(const uint16_t* p) {
         return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(int(0xffff0000))))};
-    }
-    static Vec pick(const float* four, const std::byte* bits) {
-        const __m256i at = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-        __m256i which = _mm256_srlv_epi32(_mm256_set1_epi32(peek<uint16_t>(bits)), at);
-        return {_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)four), which)};
     }
 };
 #else
@@ -119,11 +108,6 @@ struct Vec {
     static Vec f16(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = whole(peek<uint16_t>(p + i)); return r; }
     static Vec low(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i)); return r; }
     static Vec high(const uint16_t* p) { Vec r; for (int i = 0; i < N; ++i) r.v[i] = wide(peek<uint16_t>(p + 2 * i + 1)); return r; }
-    static Vec pick(const float* four, const std::byte* bits) {
-        Vec r;
-        for (int i = 0; i < N; ++i) r.v[i] = four[int(*bits) >> 2 * i & 3];
-        return r;
-    }
 };
 #endif
 

@@ -8,7 +8,7 @@ from pathlib import Path
 OPS = ("linear",)
 ACTIVATIONS = ("f32", "bf16", "i8")
 TYPES = ("f32", "bf16", "i8", "i4", "i2")
-FORMATS = r"dense|bsr(?:16|32|64)|bitmask|csr|nm4"
+FORMATS = r"dense|bsr(?:16|32|64)|bitmask|csr|nm[48]"
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
 NAME = re.compile(rf"({'|'.join(OPS)})_({'|'.join(ACTIVATIONS)})_({FORMATS})-({'|'.join(TYPES)})_({'|'.join(ISAS)})")
 

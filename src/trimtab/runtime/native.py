@@ -44,7 +44,7 @@ def level() -> str:
 
 def _strange(p: Packed) -> bool:
     """A layout that saves bytes, not time: the kernels do not know it."""
-    if p.format == "nm" and (p.m != 4 or p.dim == "out" or (p.type in BITS and p.n != 2)):
+    if p.format == "nm" and (p.m not in (4, 8) or p.dim == "out" or (p.type in BITS and p.n * 2 != p.m)):
         return True
     return p.rows > 1024 or (p.type in BITS and p.group < p.shape[1] and p.group % 32 != 0)
 

@@ -14,16 +14,21 @@ from trimtab.methods.format.panels import (
     Packed,
     Values,
     decoded,
+    interleaved,
     matrix,
     pack_bits,
     panels,
     pattern,
     sides,
+    straight,
     unpack_bits,
     unpanelled,
     unworded,
+    values_of,
     words,
 )
+
+PLANES = {4: ((0, 2),), 8: ((0, 2), (2, 1))}  # m whose places lie in words: lowest bit and width of each plane of words
 
 
 def width(m: int) -> int:
@@ -35,20 +40,39 @@ def size(shape: tuple[int, int], values: Values, kept: int, knobs: dict[str, Any
     n, m = knobs["n"], knobs["m"]
     out, inputs = shape if knobs["dim"] == "in" else shape[::-1]
     count, held = -(-out // PANEL), inputs // m * n
-    if values.type in BITS:
-        places = Values("i2").bytes(held) if m == 4 else held * PANEL * width(m) // 8
-        return {"values": count * values.bytes(held), "bits": count * places, **values.side(count * PANEL * -(-inputs // values.group))}
-    return {"values": count * held * PANEL * (2 if values.type == "bf16" else 4), "bits": count * held * PANEL * width(m) // 8}
+    bits = sum(-(-held * b // 32) * 4 * PANEL for _, b in PLANES[m]) if m in PLANES else held * PANEL * width(m) // 8
+    groups = -(-inputs // values.group) if values.group else 0
+    return {"values": count * values.bytes(held), "bits": count * bits, **values.side(count * PANEL * groups)}
+
+
+def turned(t: Tensor, a: int, b: int) -> Tensor:
+    """[panels, values, PANEL]: every a * b values as a table of a rows, column after column; filled up to whole tables."""
+    t = torch.nn.functional.pad(t, (0, 0, 0, -t.shape[1] % (a * b)))
+    return t.unflatten(1, (-1, a, b)).transpose(2, 3).flatten(1, 3)
+
+
+def packed_places(at: Tensor, m: int, codes: bool) -> Tensor:
+    """Places uint8 [panels, values, PANEL] as the buffer `bits`. Codes meet four inputs at once, so that those of four values lie
+    in a byte each, as codes do; the places of floats lie in order, lowest bits first."""
+    if m not in PLANES:
+        return pack_bits(at, width(m))
+    planes = [((at >> low) & (1 << b) - 1, b) for low, b in PLANES[m]]
+    return torch.cat([words(t if codes else turned(t, 4, 8 // b), b) for t, b in planes], 1)
 
 
 def places(p: Packed) -> Tensor:
     """Which place of its group each stored value has, uint8 [panels, groups of m, n, PANEL]."""
     out, inputs = p.shape if p.dim == "in" else p.shape[::-1]
-    shape = (-(-out // PANEL), inputs // p.m, p.n, PANEL)
-    if p.type in BITS and p.m == 4:
-        held = inputs // p.m * p.n
-        return unworded(p.buffers["bits"].reshape(shape[0], -(-held // 16), PANEL, 4), 2, held).reshape(shape)
-    return unpack_bits(p.buffers["bits"], width(p.m), shape[0] * shape[1] * shape[2] * PANEL).view(shape)
+    count, held = -(-out // PANEL), inputs // p.m * p.n
+    shape = (count, inputs // p.m, p.n, PANEL)
+    if p.m not in PLANES:
+        return unpack_bits(p.buffers["bits"], width(p.m), count * held * PANEL).view(shape)
+    at = torch.zeros(count, held, PANEL, dtype=torch.uint8, device=p.buffers["bits"].device)
+    planes = p.buffers["bits"].reshape(count, -1, PANEL, 4).split([-(-held * b // 32) for _, b in PLANES[p.m]], 1)
+    for plane, (low, b) in zip(planes, PLANES[p.m], strict=True):
+        t = unworded(plane, b, plane.shape[1] * 32 // b)
+        at |= (t if p.type in BITS else turned(t, 8 // b, 4))[:, :held] << low
+    return at.view(shape)
 
 
 def stored(p: Packed) -> int:
@@ -66,7 +90,7 @@ def stored(p: Packed) -> int:
 def restore(p: Packed) -> Tensor:
     out, inputs = p.shape if p.dim == "in" else p.shape[::-1]
     at, held = places(p).long(), inputs // p.m * p.n
-    values = decoded(p, len(at), held, p.group // p.m * p.n) if p.type in BITS else p.buffers["values"]
+    values = decoded(p, len(at), held, p.group // p.m * p.n) if p.type in BITS else straight(values_of(p, len(at), held), held)
     values = values.reshape(at.shape)
     groups = torch.zeros(at.shape[0], inputs // p.m, p.m, PANEL, dtype=values.dtype, device=values.device)
     w = unpanelled(groups.scatter_add_(2, at, values).flatten(1, 2), out)
@@ -77,17 +101,19 @@ def restore(p: Packed) -> Tensor:
 def nm(new: Change, *, n: int = 2, m: int = 4, dim: str = "in") -> Packed:
     """At most n entries of every m consecutive ones, with their places.
 
-    `values` [panels, in / m, n, 32] of float32 or bfloat16, in order of place, or words of codes over the stored inputs with
-    `scales` and `zeros` as in dense; `bits` uint8: the place of each value inside its group, ceil(log2 m) bits each, lowest
-    first (codes of n:4: as words of codes of 2 bits). A group with fewer than n entries is filled up with zeros at its first
-    free places. Along the output it is the transpose that is packed. A dropped entry is restored as +0.
+    The s = n * in / m values of an output, in order of place, lie as its inputs do in dense: `values` [panels, s, 32] of float32,
+    [panels, s / 2, 32, 2] of bfloat16, or words of codes with `scales` and `zeros`. `bits` uint8: the place of each value inside
+    its group. Of m = 4 these are 32-bit words [panels, s / 16, 32, 4] of two bits a value, of m = 8 followed, panel by panel, by
+    words [panels, s / 32, 32, 4] of the third bits, both in order of the values, lowest bits first (of codes in that of words of
+    codes); of another m they are one stream of ceil(log2 m) bits each, lowest first. A group with fewer than n entries is filled
+    up with zeros at its first free places. Along the output it is the transpose that is packed. A dropped entry is restored as +0.
     BadInput if m does not divide the dimension, a group keeps more than n, or codes lie along the output.
 
-    Formula: bytes = itemsize * s + s * ceil(log2 m) / 8, s = n * in / m * 32 * ceil(out / 32); codes: bits / 8 for itemsize, filled
-        up to words, with the scales and zero points of dense
+    Formula: bytes = 32 * ceil(out / 32) * s * (itemsize + ceil(log2 m) / 8), the values of bfloat16 filled up to pairs, the places
+        of m = 4 and 8 to words; codes: bits / 8 for itemsize, filled up to words, with the scales and zero points of dense
     Source: Mishra et al. 2021, arXiv:2104.08378, section 3 (2:4)
-    Deviations: any n and m, either dimension, kernels for m = 4 along the input alone; outputs are filled up to panels of 32;
-        no hardware's reordering of the indices
+    Deviations: any n and m, either dimension, kernels for m = 4 and 8 along the input alone (of codes 2:4 and 4:8); outputs are
+        filled up to panels of 32; no hardware's reordering of the indices
     """
     what = f"nm(n={n},m={m},dim={dim})"
     if dim not in ("in", "out") or not 0 < n <= m or not 2 <= m <= 256:
@@ -107,9 +133,8 @@ def nm(new: Change, *, n: int = 2, m: int = 4, dim: str = "in") -> Packed:
         raise BadInput(f"{what}: a group of {m} keeps {most} entries; use the unit of that name or format bitmask")
     at = kept.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :n].sort(dim=2).values
     values = groups.gather(2, at)  # codes of what was dropped stand for zero as they are
+    values = values if isinstance(w, Codes) else values.masked_fill(~kept.gather(2, at), 0)
+    values, bits = values.flatten(1, 2), packed_places(at.to(torch.uint8).flatten(1, 2), m, isinstance(w, Codes))
     if isinstance(w, Codes):
-        bits = words(at.to(torch.uint8).flatten(1, 2), 2) if m == 4 else pack_bits(at, width(m))
-        values = words(values.flatten(1, 2), w.bits)
-        return Packed("nm", shape, w.type, {"values": values, "bits": bits, **sides(w)}, n=n, m=m, group=w.group)
-    values = values.masked_fill(~kept.gather(2, at), 0).contiguous()
-    return Packed("nm", shape, TYPES[stuff.dtype], {"values": values, "bits": pack_bits(at, width(m))}, n=n, m=m, dim=dim)
+        return Packed("nm", shape, w.type, {"values": words(values, w.bits), "bits": bits, **sides(w)}, n=n, m=m, group=w.group)
+    return Packed("nm", shape, TYPES[stuff.dtype], {"values": interleaved(values), "bits": bits}, n=n, m=m, dim=dim)
