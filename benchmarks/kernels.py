@@ -6,9 +6,11 @@
 The kernels' tests run first, and nothing is timed when they are red. Each candidate owns enough copies of its layer to cover
 more than four times the last-level cache, and every call takes the next one. All candidates take turns in one run; before
 its turn is timed each one waits until the threads of the one before sleep, and runs for a few milliseconds. Figures are
-medians over all timed calls (20 or more), the spread is the first and third quartile. Read bandwidth is measured in the
-same run. A target in "times the fastest dense" is bounded by 85 % of that bandwidth, counting our stored bytes; the row says
-which bound applied. Other runtimes than torch take part where they are installed (openvino, onnxruntime with onnx).
+medians over all timed calls (20 or more), the spread is the first and third quartile. Read bandwidth, and the operations a
+second of each type of x (a multiplication and its addition are two), are measured in the same run. A target in "times the
+fastest dense" is bounded by 85 % of the roofline: by what it takes to read the bytes we store, or to multiply the entries we
+store, not those of the dense layer; the row says which bound applied. Other runtimes than torch take part where they are
+installed (openvino, onnxruntime with onnx).
 """
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ import torch
 from peers import Call, Maker, openvino_dense, ort_int8, ort_nbits, torch_int8, torch_plain, torch_prepacked
 from torch import Tensor
 
+from trimtab.core.registry import load_all
 from trimtab.core.types import Change
 from trimtab.demo import machine
 from trimtab.methods.codes import nearest
@@ -34,11 +37,11 @@ from trimtab.methods.format.csr import csr
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import Packed
-from trimtab.runtime import native
+from trimtab.runtime import names, native
 
 REST = 0.02      # seconds in which the threads of the one before go to sleep
 WARM = 0.004     # seconds in which those of this one wake up
-NEAR = 0.85      # of the read bandwidth counts as reached
+NEAR = 0.85      # of the roofline counts as reached
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -47,8 +50,10 @@ class Candidate:
     name: str
     make: Maker
     bytes: int                       # a call reads
+    flops: int                       # a call takes
+    x: str                           # what x is multiplied as: f32, bf16 or i8
     baseline: str = ""               # ours: the class of peers it is measured against
-    target: float | None = None      # times the fastest of them; None: only the bandwidth counts, where it is bound by memory
+    target: float | None = None      # times the fastest of them
     of: str = ""                     # peers: their class
     times: list[float] = field(default_factory=list)
 
@@ -75,7 +80,9 @@ def ours(name: str, p: Packed, x: Tensor, narrowest: str, threads: int, baseline
         linear = native.Linear(Packed(**{**vars(p), "buffers": {k: t.clone() for k, t in p.buffers.items()}}))
         y = torch.empty(len(x), p.shape[0])
         return lambda: linear._native.run(x, y, threads, "", narrowest)
-    return Candidate(f"trimtab {name}", make, p.nbytes, baseline, target)
+    kernel = names.parse(native.Linear(p)._native.kernels(narrowest)[-1])
+    flops = 2 * load_all()[f"format/{p.format}"].facts["stored"](p) * len(x)
+    return Candidate(f"trimtab {name}", make, p.nbytes, flops, kernel.activation, baseline, target)
 
 
 def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
@@ -85,7 +92,7 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate
 
     def peer(name: str, of: str, maker: Maker | None, size: int) -> None:
         if maker is not None:
-            found.append(Candidate(name, maker, size, of=of))
+            found.append(Candidate(name, maker, size, 2 * w.numel() * batch, "i8" if of == "i4" else of, of=of))
 
     def add(name: str, p: Packed, narrowest: str, baseline: str, target: float | None = None) -> None:
         found.append(ours(name, p, x, narrowest, threads, baseline, target))
@@ -131,11 +138,30 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate
     return found
 
 
-def turns(these: list[Candidate], rounds: int, cold: float, threads: int) -> float:
-    """Fills in the times; the read bandwidth, bytes a second."""
+@dataclass
+class Roof:
+    """What the machine gave in this run: bytes read a second, and operations a second by what x is multiplied as."""
+
+    found: dict[str, list[float]] = field(default_factory=lambda: {"bandwidth": [], "f32": [], "bf16": [], "i8": []})
+
+    def look(self, threads: int) -> None:
+        core = native.core()
+        for what, found in self.found.items():
+            found.append(core.read_bandwidth(400 << 20, threads, 2) if what == "bandwidth" else core.peak_flops(what, threads, 10))
+
+    def gives(self, what: str) -> float:
+        return statistics.median(self.found[what])
+
+    def seconds(self, c: Candidate) -> dict[str, float]:
+        """What a call takes at least, by the bound."""
+        return {"bandwidth": c.bytes / self.gives("bandwidth"), "compute": c.flops / self.gives(c.x)}
+
+
+def turns(these: list[Candidate], rounds: int, cold: float, threads: int) -> Roof:
+    """Fills in the times; what the machine gave meanwhile."""
     calls: dict[str, list[Call]] = {c.name: [c.make() for _ in range(max(2, int(cold / c.bytes) + 1))] for c in these}
     at = dict.fromkeys(calls, 0)
-    reads: list[float] = []
+    roof = Roof()
 
     def next_call(name: str) -> Call:
         at[name] += 1
@@ -158,8 +184,8 @@ def turns(these: list[Candidate], rounds: int, cold: float, threads: int) -> flo
                     if time.perf_counter() - began > 2 and len(c.times) > 20:
                         break
             if r % 2 == 0:
-                reads.append(native.core().read_bandwidth(400 << 20, threads, 2))
-    return statistics.median(reads)
+                roof.look(threads)
+    return roof
 
 
 def main() -> int:
@@ -183,32 +209,37 @@ def main() -> int:
     for table in a.table:
         for batch in a.batch:
             these = candidates(table, w, torch.randn(batch, inputs, generator=torch.Generator().manual_seed(1)), a.threads)
-            read = turns(these, a.rounds, 4.5 * cache_bytes(), a.threads)
-            report(these, table, batch, read, a)
+            roof = turns(these, a.rounds, 4.5 * cache_bytes(), a.threads)
+            report(these, table, batch, roof, a)
     return 0
 
 
-def report(these: list[Candidate], table: str, batch: int, read: float, a: argparse.Namespace) -> None:
+def report(these: list[Candidate], table: str, batch: int, roof: Roof, a: argparse.Namespace) -> None:
     def took(c: Candidate) -> float:
         return statistics.median(c.times)
 
     for c in these:
-        t = took(c)
+        t, least = took(c), roof.seconds(c)
         low, _, high = statistics.quantiles(c.times, n=4)
         peers = [p for p in these if p.of == (c.of or c.baseline)]
         best = min(peers, key=took) if peers else None
+        in_gb, in_gflop = roof.gives("bandwidth") / 1e9, roof.gives(c.x) / 1e9
         row = {"recipe": c.name, "model": f"one layer {a.shape}, cold", "setting": f"{table}-batch-{batch}", "seed": 0,
                "metric": "milliseconds",
                "methods": {}, "value": round(t * 1e3, 4), "quartiles": [round(low * 1e3, 4), round(high * 1e3, 4)],
-               "bytes": c.bytes, "share_of_read_bandwidth": round(c.bytes / t / read, 3), "read_gb_s": round(read / 1e9, 2),
+               "bytes": c.bytes, "share_of_read_bandwidth": round(least["bandwidth"] / t, 3), "read_gb_s": round(in_gb, 2),
+               "x": c.x, "flops": c.flops, "share_of_peak": round(least["compute"] / t, 3), "peak_gflop_s": round(in_gflop, 1),
                "threads": a.threads, "calls": len(c.times), "machine": machine(), "isa": native.level(), "date": time.strftime("%Y-%m-%d")}
-        line = f"{table:7} batch {batch:<4}{c.name:<32}{t * 1e3:9.3f} ms {c.bytes / t / read:6.0%} of {read / 1e9:.1f} GB/s"
+        line = (f"{table:7} batch {batch:<4}{c.name:<32}{t * 1e3:9.3f} ms {least['bandwidth'] / t:6.0%} of {in_gb:.1f} GB/s"
+                f" {least['compute'] / t:6.0%} of {in_gflop:.0f} GFLOP/s")
         if best is not None and c.baseline:
-            times, most = took(best) / t, took(best) * NEAR * read / c.bytes
+            times = took(best) / t
             row |= {"fastest_other": best.name, "times_fastest_other": round(times, 3)}
             line += f" {times:7.2f} x {best.name}"
             if c.target is not None:
-                bound, wanted = "bandwidth" if most < c.target else "target", min(c.target, most)
+                most = {"target": c.target} | {bound: NEAR * took(best) / s for bound, s in least.items()}
+                bound = min(most, key=lambda k: most[k])
+                wanted = most[bound]
                 row |= {"target": c.target, "bound": bound, "wanted": round(wanted, 3), "met": times >= wanted}
                 line += f" (wanted {wanted:.2f}, by {bound}: {'met' if times >= wanted else 'MISSED'})"
         print(line, flush=True)

@@ -199,6 +199,7 @@ def parser() -> Parser:
     p.add_argument("--prompt", type=count, help="tokens of the prompt, default 64 or what the model has room for")
     p.add_argument("--new", type=count, help="tokens that follow, the same")
     p.add_argument("--batch", type=count, default=1)
+    p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
     model_options(p)
 
     p = command("generate", "continue a prompt")

@@ -1,7 +1,9 @@
 """eval, bench and inspect: the same measures as the proof, asked for on their own."""
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from trimtab.core.calibrate import Collector
 from trimtab.core.line import Options, Report
 from trimtab.core.types import BadInput
 from trimtab.network.stream import Network
+from trimtab.runtime import native
+
+READ = 400 << 20  # bytes, many times a cache
 
 
 def compare(model: Path, against: Path | None, text: tuple[str, ...], tokens: int, seq_len: int, *, speed: bool = True,
@@ -44,9 +49,17 @@ def evaluate(model: Path, against: Path | None, a: Any, tick: Report) -> dict[st
 
 
 def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
-    """decode_tok_s, prefill_tok_s, first_token_s and rss_bytes; with `against`, both in one run, alternating."""
+    """decode_tok_s, prefill_tok_s, first_token_s and rss_bytes; with `against`, both in one run, alternating.
+
+    Beside what `prove.speed.measure` returns: the machine, what it reads (read_gb_s) and multiplies (peak_gflop_s by the type of x; a
+    multiplication and its addition are two), None without kernels, and of each model its bytes and which share of the reading its
+    decoding reaches. Rows are appended to `a.out`.
+    """
+    from trimtab.demo import machine
     from trimtab.prove.speed import measure
 
+    if a.out and not a.out.absolute().parent.is_dir():
+        raise BadInput(f"{a.out.parent} is no folder; give --out a .jsonl file in one that exists")
     nets = [Network.open(x, dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code) for x in (against, model) if x]
     prompt, new = a.prompt or 64, a.new or 64
     for net in nets:
@@ -54,8 +67,38 @@ def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
         asked = prompt + (new if net.kind == "lm" else 0)
         if (a.prompt or a.new) and places and asked > places:
             raise BadInput(f"--prompt {prompt} and --new {new} take {asked} positions, {net.checkpoint.path} has {places}; give fewer")
-    return measure(nets[0], nets[1] if against else None, prompt=prompt, new=new, batch=a.batch, threads=torch.get_num_threads(),
-                   dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code)
+    core, threads = native.core(), torch.get_num_threads()
+    read = core and core.read_bandwidth(READ, threads, 2)
+    result = measure(nets[0], nets[1] if against else None, prompt=prompt, new=new, batch=a.batch, threads=threads,
+                     dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code, ours=True)
+    read = core and max(read, core.read_bandwidth(READ, threads, 2))
+    for side, net, name in zip(("before", "after"), nets, [x for x in (a.against, a.model) if x], strict=False):
+        steps = (result[side]["decode_tok_s"] or 0) / a.batch
+        share = steps * (result[side]["weight_bytes"] or 0) / read if read and steps else None
+        result[side] |= {"model": name, "bytes": net.checkpoint.weight_bytes, "share_of_read_bandwidth": share,
+                         "recipe": line.read_notes(net.checkpoint.path).get("recipe") or "dense"}
+    result |= {"machine": machine(), "isa": native.level(), "read_gb_s": read and round(read / 1e9, 2),
+               "peak_gflop_s": core and {t: round(core.peak_flops(t, threads, 20) / 1e9, 1) for t in ("f32", "bf16", "i8")}}
+    if a.out:
+        with a.out.open("a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows_of(result))
+    return result
+
+
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `bench` found, as rows of results/*.jsonl: one for each model and metric."""
+    shared = {k: result[k] for k in ("threads", "dtype", "repeats", "speed", "machine", "isa", "read_gb_s", "peak_gflop_s")}
+    setting = f"prompt {result['prompt']}" + (f", {result['new']} new" if result["new"] else "")
+    setting += f", batch {result['batch']}" if result["batch"] > 1 else ""
+    rows = []
+    for side in (result["before"], result["after"]):
+        for metric, quartiles in (side["quartiles"] if side else {}).items():
+            if metric != "first_token_s":
+                its = {k: side[k] for k in ("recipe", "runner", "bytes", "weight_bytes", "resident_bytes")}
+                its |= {"share_of_read_bandwidth": side["share_of_read_bandwidth"]} if metric == "decode_tok_s" else {}
+                rows.append({**shared, **its, "model": Path(side["model"]).name, "setting": setting, "metric": metric,
+                             "value": side[metric], "quartiles": quartiles, "seed": 0, "methods": {}, "date": time.strftime("%Y-%m-%d")})
+    return rows
 
 
 def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:

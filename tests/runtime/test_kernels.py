@@ -350,6 +350,18 @@ def test_x_is_rounded_only_where_that_loses_nothing():
     assert 1e-4 < error < 0.01  # eight bits: half a step of max / 127, over inputs that are not all the largest
 
 
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+def test_what_the_machine_gives_is_asked_by_type_and_instruction_set():
+    core = native.core()
+    for isa in ("", *core.isas()):
+        for x in ("f32", "bf16", "i8"):
+            assert core.peak_flops(x, 2, 1, isa) > 0
+    assert core.read_bandwidth(1 << 21, 2, 1) > 0
+    for wrong in (("i4", 1, 1), ("f32", 0, 1), ("f32", 1, 1, "abacus")):
+        with pytest.raises(ValueError):
+            core.peak_flops(*wrong)
+
+
 def test_without_the_extension_torch_does_it_and_says_so(monkeypatch):
     monkeypatch.setattr(native, "core", lambda: None)
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))

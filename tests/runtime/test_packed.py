@@ -289,6 +289,33 @@ def test_commands_take_a_packed_directory(capsys, tiny_lm, tmp_path, calib):
     assert code == 0 and json.loads(out)["prompt"] == "def f"
 
 
+def test_bench_names_the_machine_the_spread_and_what_decoding_reads(capsys, tiny_lm, tmp_path, calib):
+    assert trim(capsys, tiny_lm, "rtn(bits=4,group=32)", tmp_path / "o", calib, "--pack")[0] == 0
+    line = ("bench", tmp_path / "o", "--against", tiny_lm, "--prompt", 4, "--new", 2, "-o", tmp_path / "rows.jsonl")
+    code, out, err = run(capsys, *line, "--json")
+    result = json.loads(out)
+    assert code == 0 and err == "" and result["machine"]["cpu"] and result["rss_bytes"] > 0
+    plain, ours = result["before"], result["after"]
+    whole = sum(t.numel() for t in weights(tiny_lm).values())  # the table is the head too: all of it is read
+    assert plain["runners"]["torch"]["weight_bytes"] == whole * 4 and plain["bytes"] == Checkpoint.open(tiny_lm).weight_bytes
+    assert ours["recipe"].startswith("rtn") and plain["recipe"] == "dense"
+    for side in (plain, ours):
+        assert all(low <= side[k] <= high for k, (low, high) in side["quartiles"].items()) and side["resident_bytes"] >= 0
+    if native.core():
+        packed_bytes = sum(p.nbytes for p in packed.open(tmp_path / "o").linears.values())
+        assert ours["runners"]["trimtab"]["weight_bytes"] == packed_bytes
+        share = ours["decode_tok_s"] * ours["weight_bytes"] / result["read_gb_s"] / 1e9
+        assert ours["share_of_read_bandwidth"] == pytest.approx(share, rel=1e-2)
+        assert set(result["peak_gflop_s"]) == {"f32", "bf16", "i8"} and min(result["peak_gflop_s"].values()) > 0
+    rows = [json.loads(x) for x in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(r["model"], r["metric"]) for r in rows] == [(n, m) for n in ("tiny", "o") for m in ("decode_tok_s", "prefill_tok_s")]
+    assert all({"recipe", "setting", "value", "seed", "methods", "quartiles", "machine", "read_gb_s"} <= set(r) for r in rows)
+    code, out, _ = run(capsys, *line[:2], "--prompt", 4, "--new", 2)
+    assert code == 0 and "decode tokens/s" in out and "resident" in out and result["machine"]["cpu"] in out
+    code, _, err = run(capsys, *line[:2], "-o", tmp_path / "gone" / "rows.jsonl")
+    assert code == 2 and "is no folder; give --out a .jsonl file in one that exists" in err and err.count("\n") == 1
+
+
 # ---- what is refused --------------------------------------------------------------------------
 @pytest.mark.parametrize("recipe, more, told", [
     ("wanda", ("--head", "int8"), "give --pack with it"),

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <new>
 
+#include "linear.h"
 #include "pool.h"
 
 namespace trimtab {
@@ -52,6 +53,26 @@ double read_bandwidth(int64_t bytes, int threads, int repeats) {
                 if (total.load() != 0) best = std::max(best, double(bytes) / took.count());
             }
         munmap(memory, size_t(bytes));
+    }
+    return best;
+}
+
+double peak_flops(Type type, int threads, int repeats, const std::string& isa) {
+    constexpr int64_t ROUNDS = 1 << 18;  // sums of codes stay below 2^31
+    constexpr int TIMES = 8;             // some milliseconds: threads wake up in tens of microseconds
+    const Multiply multiply = table(isa).multiply;
+    alignas(64) float halves[256];
+    std::fill(std::begin(halves), std::end(halves), 0.5f);
+    double best = 0;
+    for (int r = 0; r < repeats; ++r) {
+        std::atomic<int64_t> done{0};
+        const auto began = std::chrono::steady_clock::now();
+        parallel(threads, threads, [&](int64_t begin, int64_t end, int) {
+            float sum = 0;
+            for (int64_t i = 0; i < (end - begin) * TIMES; ++i) done += multiply(type, ROUNDS, reinterpret_cast<const std::byte*>(halves), &sum);
+        });
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+        best = std::max(best, 2.0 * double(done.load()) / took.count());
     }
     return best;
 }

@@ -54,6 +54,10 @@ NB_MODULE(_trimtab_kernels, m) {
     }, "Every kernel that was built, and whether it runs here.");
     m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>(),
           "Bytes a second that can be read: the best of several numbers of streams, small and huge pages.");
+    m.def("peak_flops", [](const std::string& type, int threads, int repeats, const std::string& isa) {
+        return peak_flops(activation(type), checked_threads(threads), repeats, isa);
+    }, "type"_a, "threads"_a, "repeats"_a, "isa"_a = "", nb::call_guard<nb::gil_scoped_release>(),
+          "Operations a second (a multiplication and its addition are two) with x of this type, nothing read from memory: the best try.");
     nb::class_<Bound>(m, "Linear")
         .def(nb::init<const std::string&, const std::string&, int64_t, int64_t, int, int, int, int, int64_t, const std::string&, Bytes, Bytes,
                       Bytes, Bytes, Bytes, Bytes>(),

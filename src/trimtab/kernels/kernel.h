@@ -72,7 +72,10 @@ struct Kernel {
 };
 
 struct Ops;                    // ops.h
-struct Table { const Kernel* first; int64_t count; const Ops* ops; };
+// Rounds of nothing but multiplications, x being of `type` (f32, bf16 or i8), with what lies in the 1024 bytes from `from`; how many
+// that were. `to` is there so that they are not left out.
+using Multiply = int64_t (*)(Type type, int64_t rounds, const std::byte* from, float* to);
+struct Table { const Kernel* first; int64_t count; const Ops* ops; Multiply multiply; };
 // One a translation unit; the flags it was compiled with are its instruction set.
 Table portable_kernels();
 Table avx2_kernels();

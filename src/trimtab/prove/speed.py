@@ -6,6 +6,7 @@ import inspect
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -14,15 +15,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.memory import rss
+from trimtab.core.memory import release, rss
 from trimtab.core.types import Progress
 from trimtab.network.stream import Network
 from trimtab.prove.size import parameters
 from trimtab.runtime.decoder import Decoder, NoKernel, open_decoder, supported
+from trimtab.runtime.modules import PackedLinear
 
 KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
 SLACK = 128 << 20  # activations, caches, the allocator
 Run = Callable[[int], dict[str, float]]  # a timed pass that makes so many tokens, or goes so many times
+
+
+@dataclass
+class Candidate:
+    """A checkpoint as one runner has it."""
+
+    of: int                        # which checkpoint
+    runner: str
+    run: Run
+    weight_bytes: int | None       # that a step of decoding reads
+    warm: dict[str, float]         # a first run
+    resident_bytes: int            # more than before it was loaded, behind that run
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @staticmethod
+    def load(of: int, runner: str, load: Callable[[], tuple[Run, int | None] | None], each: int) -> Candidate | None:
+        release()
+        before = rss()
+        if (found := load()) is None:
+            return None
+        run, weights = found
+        warm = run(each)
+        release()
+        return Candidate(of, runner, run, weights, warm, max(0, rss() - before))
+
+    def figures(self) -> dict[str, Any]:
+        return _figures(self.rows) | {"weight_bytes": self.weight_bytes, "resident_bytes": self.resident_bytes}
 
 
 def _free() -> int:
@@ -56,6 +85,16 @@ def _load(net: Network, dtype: torch.dtype, trust: bool) -> torch.nn.Module:
         return auto.from_pretrained(net.checkpoint.path, dtype=dtype, trust_remote_code=trust).eval()
     finally:
         logging.set_verbosity(said)
+
+
+def _weight_bytes(net: Network, model: torch.nn.Module) -> int | None:
+    """What a step of decoding reads: of a table of embeddings only a row, where it is not the head too. None where a token chooses
+    its experts, and where nothing is decoded."""
+    if net.kind != "lm" or any(s.expert is not None for s in net.sites):
+        return None
+    table, head = (getattr(f(), "weight", None) for f in (model.get_input_embeddings, model.get_output_embeddings))
+    packed = sum(m.linear.weight_bytes for m in model.modules() if isinstance(m, PackedLinear))
+    return packed + sum(p.nbytes for p in model.parameters() if p is not table or p is head)
 
 
 def _native(net: Network, how: torch.dtype) -> Decoder | None:
@@ -165,20 +204,23 @@ def _estimators(nets: list[Network], prompt: int, batch: int, repeats: int) -> l
 def _figures(rows: list[dict[str, float]]) -> dict[str, Any]:
     known = {key: [r[key] for r in rows] for key in KEYS if key in rows[0]}
     return {**{key: statistics.median(known[key]) if key in known else None for key in KEYS},
-            "spread": {key: [min(v), max(v)] for key, v in known.items()}}
+            "spread": {key: [min(v), max(v)] for key, v in known.items()},
+            "quartiles": {key: statistics.quantiles(v, n=4)[::2] if len(v) > 1 else v * 2 for key, v in known.items()}}
 
 
 @torch.no_grad()
 def measure(before: Path | Network, after: Path | Network | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
             threads: int | None = None, repeats: int = 5, max_memory: int | None = None, seconds: float | None = None,
-            dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+            dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, progress: Progress | None = None,
+            ours: bool = False) -> dict[str, Any]:
     """Time both checkpoints in turns A B, B A, A B; medians over `repeats`.
 
-    With transformers, packed layers on our kernels; where a checkpoint is packed and our decoder runs its family, all of
-    them in our decoder too, so that what is not packed has its chance there. Of a checkpoint the faster runner counts.
+    With transformers, packed layers on our kernels; where a checkpoint is packed, or `ours` asks for it, and our decoder runs its
+    family, all of them in our decoder too, so that what is not packed has its chance there. Of a checkpoint the faster runner counts.
 
     Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
-    generate), prefill_tok_s, first_token_s, `spread` {key: [min, max]}, `runner` and `runners` (the same of each), and
+    generate), prefill_tok_s, first_token_s, `spread` {key: [min, max]}, `quartiles` {key: [first, third]}, `weight_bytes` that
+    a step of decoding reads, `resident_bytes` that it added to the process, `runner` and `runners` (the same of each), and
     `ratio` {key: {median, min, max}} of after to before, taken pair by pair. In `dtype`, or the stored dtype if that does
     not fit; when the two do not fit
     in `max_memory` bytes together, `"speed"` is "estimated" from one real block and the head. `seconds` bounds the
@@ -195,7 +237,7 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         new = min(new, max(1, places - prompt))
     room = (_free() + rss() if max_memory is None else max_memory) - SLACK
     files = [sum(n.checkpoint.weight_bytes for n in nets), max(n.checkpoint.weight_bytes for n in nets)]
-    ours = any(n.checkpoint.packed for n in nets) and nets[0].kind == "lm"
+    ours = (ours or any(n.checkpoint.packed for n in nets)) and nets[0].kind == "lm"
     entries = sum(parameters(n.checkpoint) for n in nets) * (2 if ours else 1)  # once more in the decoder
     # While a model loads its file is mapped, and mapped pages count.
     if rss() + dtype.itemsize * entries + files[1] < room:
@@ -206,47 +248,52 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         how = None
     if how is None:
         rows = _estimators(nets, prompt, batch, repeats)
-        counted = ["trimtab" if n.checkpoint.packed else "torch" for n in nets]
-        runners: list[dict[str, Any]] = [{} for _ in nets]
+        figures = [_figures(r) | {"weight_bytes": None, "resident_bytes": None, "runner": "trimtab" if n.checkpoint.packed else "torch",
+                                  "runners": {}} for r, n in zip(rows, nets, strict=True)]
         held = rss()
     else:
         inputs = _inputs(nets[0], prompt, batch)
         inputs = {k: v.to(how) if v.is_floating_point() else v for k, v in inputs.items()}
-        passes: list[tuple[int, str, Run]] = []  # which checkpoint, runner
+        candidates: list[Candidate] = []
+        few = min(new, 8) if kind == "lm" else 2
+
+        def in_torch(net: Network) -> tuple[Run, int | None]:
+            model = _load(net, how, trust_remote_code)
+            return partial(_generate if kind == "lm" else _forward, model, inputs), _weight_bytes(net, model)
+
+        def in_ours(net: Network) -> tuple[Run, int] | None:
+            decoder = _native(net, how)
+            return decoder and (partial(_decode, decoder, inputs), decoder.weight_bytes)
+
         for k, net in enumerate(nets):
-            step = _generate if kind == "lm" else _forward
-            passes.append((k, "torch", partial(step, _load(net, how, trust_remote_code), inputs)))
-            if ours and (decoder := _native(net, how)) is not None:
-                passes.append((k, "trimtab", partial(_decode, decoder, inputs)))
-        # Warm up, and see how long it takes.
-        warm = [run(min(new, 8) if kind == "lm" else 2) for _, _, run in passes]
+            for runner, load in (("torch", in_torch), ("trimtab", in_ours))[:1 + ours]:
+                if (c := Candidate.load(k, runner, partial(load, net), few)) is not None:
+                    candidates.append(c)
         if seconds is not None and kind == "lm":
-            left = seconds / repeats - sum(w["first_token_s"] for w in warm)
-            new = max(min(new, 8), min(new, int(left / sum(batch / w["decode_tok_s"] for w in warm))))
+            left = seconds / repeats - sum(c.warm["first_token_s"] for c in candidates)
+            new = max(few, min(new, int(left / sum(batch / c.warm["decode_tok_s"] for c in candidates))))
         each = new if kind == "lm" else min(new, 16)
-        timed: list[list[dict[str, float]]] = [[] for _ in passes]
         for r in range(repeats):
-            for i in _turn(r, len(passes)):
-                timed[i].append(passes[i][2](each))
+            for i in _turn(r, len(candidates)):
+                candidates[i].rows.append(candidates[i].run(each))
             if progress is not None:
                 progress("speed", r + 1, repeats)
         held = rss()
-        rows, runners, counted = [], [], []
+        rows, figures = [], []
         for k in range(len(nets)):
-            mine = {name: timed[i] for i, (n, name, _) in enumerate(passes) if n == k}
-            best = max(mine, key=lambda name: statistics.median(r[KEYS[0] if kind == "lm" else KEYS[1]] for r in mine[name]))
-            rows.append(mine[best])
-            counted.append(best)
-            runners.append({name: _figures(r) for name, r in mine.items()})
-        del passes, warm
+            mine = [c for c in candidates if c.of == k]
+            best = max(mine, key=lambda c: c.figures()[KEYS[0] if kind == "lm" else KEYS[1]])
+            rows.append(best.rows)
+            figures.append(best.figures() | {"runner": best.runner, "runners": {c.runner: c.figures() for c in mine}})
+        del candidates, mine, best, c
         gc.collect()
-    figures = [_figures(r) | {"runner": name, "runners": all_} for r, name, all_ in zip(rows, counted, runners, strict=True)]
     ratio: dict[str, dict[str, float]] = {}
     if after is not None:
         for key in KEYS[:2]:
             if key in rows[0][0]:
                 pairs = [b[key] / a[key] for a, b in zip(*rows, strict=True)]
                 ratio[key] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
+    counted = [f["runner"] for f in figures]
     last = {key: figures[-1][key] for key in KEYS}  # what `bench --json` shows of the model itself
     return {**last, "speed": "estimated" if how is None else "measured", "before": figures[0],
             "after": figures[1] if after is not None else None, "ratio": ratio, "repeats": repeats,

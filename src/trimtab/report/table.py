@@ -119,21 +119,34 @@ def print_runs(runs: list[Run]) -> None:
 
 
 def print_bench(result: dict[str, Any]) -> None:
-    """Speed of one checkpoint or two, medians with their range."""
+    """The machine, and speed and memory of one checkpoint or two: medians with their quartiles."""
     pair = result.get("after") is not None
-    table = Table("", "against" if pair else "median", *(["model", "ratio"] if pair else []))
+    sides = [result[side] for side in ("before", "after")[:1 + pair]]
+    table = Table("median (quartiles)", *(["against", "model", "ratio"] if pair else ["model"]))
     for key, what in (("decode_tok_s", "decode tokens/s"), ("prefill_tok_s", "prefill tokens/s"),
                       ("first_token_s", "first token, s")):
-        cells = []
-        for side in ("before", "after")[:1 + pair]:
-            low, high = result[side]["spread"].get(key, (None, None))
-            cells.append(f"{number(result[side][key])} ({number(low, 3)} to {number(high, 3)})")
         if result["before"][key] is not None:
+            spread = [[number(x, 3) for x in side["quartiles"][key]] for side in sides]
+            cells = [f"{number(side[key])} ({low} to {high})" for side, (low, high) in zip(sides, spread, strict=True)]
             table.add_row(what, *cells, *([times(result["ratio"].get(key, {}).get("median"))] if pair else []))
+    def in_cache(x: float | None) -> str:
+        return percent(x) + " (in cache)" * ((x or 0) > 1)
+
+    for key, what, shown in (("bytes", "bytes on disk", mb), ("resident_bytes", "resident", mb),
+                             ("weight_bytes", "weights read a step", mb), ("share_of_read_bandwidth", "of the read bandwidth", in_cache)):
+        if any(side[key] is not None for side in sides):
+            ratio = times(sides[-1][key] / sides[0][key]) if all(side[key] for side in sides) else ""
+            table.add_row(what, *(shown(side[key]) for side in sides), *([ratio] if pair else []))
     out = console()
     out.print(table)
-    out.print(f"{result['speed']} with {result['runner']} in {result['dtype']}, {result['threads']} threads, "
-              f"{result['repeats']} repeats, {mb(result['rss_bytes'])} resident", soft_wrap=True)
+    new = f" and {result['new']} new" if result["new"] else ""
+    out.print(f"{result['speed']} with {result['runner']}, torch in {result['dtype']}, {result['threads']} threads, "
+              f"prompt {result['prompt']}{new}, batch {result['batch']}, {result['repeats']} rounds taking turns", soft_wrap=True)
+    line = f"{result['machine']['cpu']}, kernels {result['isa']}"
+    if result["read_gb_s"]:
+        peaks = ", ".join(f"{t} {number(x, 3)}" for t, x in result["peak_gflop_s"].items())
+        line += f": reads {number(result['read_gb_s'], 3)} GB/s, multiplies at most {peaks} GFLOP/s"
+    out.print(escape(line), soft_wrap=True)
 
 
 def print_inspect(result: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ class Decoder:
             raise BadInput(str(e)) from None
         self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in _packed(w).buffers.items()}
         self._session, self.narrowest = core.Session, narrowest
+        self.weight_bytes = sum(_packed(w).nbytes for w in linears.values())  # that every step reads
         self.context: int = description["context"]
         self.vocabulary: int = description["vocabulary"]
 

@@ -89,6 +89,11 @@ class Linear:
                           RunsInTorch, stacklevel=2)
             self._weight = layouts.restored(packed).float()
 
+    @property
+    def weight_bytes(self) -> int:
+        """What a call reads of the weight."""
+        return self.packed.nbytes if self._weight is None else self._weight.nbytes
+
     def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
