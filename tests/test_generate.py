@@ -13,6 +13,7 @@ from trimtab import evidence
 from trimtab.core.registry import AXES, load_all
 from trimtab.core.spec import parse
 from trimtab.core.types import Claim
+from trimtab.report import speed_plots
 
 REG = load_all()
 VERSIONS = {k: m.version for k, m in REG.items()}
@@ -173,3 +174,34 @@ def test_a_broken_marker_is_named(root: Path, text: str, why: str) -> None:
     (root / "README.md").write_text(text)
     with pytest.raises(SystemExit, match=rf"README.md: .*{why}"):
         generate.pages(root)
+
+
+def layer(recipe: str, batch: int, ms: float, size: int, **more: Any) -> dict[str, Any]:
+    return {"recipe": recipe, "model": "one layer 64x32, cold", "setting": f"zeros-batch-{batch}", "metric": "milliseconds", "value": ms,
+            "seed": 0, "methods": {}, "bytes": size, "read_gb_s": 10.0, **more}
+
+
+def test_plots_take_what_rows_say_and_else_what_their_names_do() -> None:
+    old = [layer("trimtab csr bf16 20% kept", 16, 2.0, 4000, times_fastest_other=1.5), layer("torch bf16", 16, 2.0, 4096),
+           layer("trimtab 2:4 int4 g128, x int8", 1, 1.0, 1000), layer("trimtab something else", 1, 1.0, 1000),
+           layer("trimtab dense f32", 4, 1.0, 8192)]
+    found = speed_plots.layers(old)
+    assert [(f.family, f.type, f.x, f.kept, f.rows, f.flops, f.peak) for f in found] == [
+        ("csr", "bf16", "f32", 0.2, 16, pytest.approx(2 * 64 * 32 * 0.2 * 16), None), ("2:4", "i4", "i8", 0.5, 1, 2048, None)]
+    new = layer("trimtab csr bf16 20% kept", 16, 1.0, 4000, times_fastest_other=3.0, x="bf16", flops=12345, peak_gflop_s=7.0)
+    last = speed_plots.layers([*old, new])[0]
+    assert (last.x, last.flops, last.peak, last.seconds) == ("bf16", 12345, 7e9, 1e-3)
+
+
+def test_plots_are_files_of_their_own() -> None:
+    from xml.etree import ElementTree
+
+    rows = [layer(f"trimtab bsr32 {t} {kept}% kept", batch, 0.1 * kept / batch, 100 * kept, times_fastest_other=50 / kept, x=t,
+                  flops=kept * 999 * batch, peak_gflop_s=40.0) for t in ("f32", "bf16") for kept in (5, 50) for batch in (1, 16, 512)]
+    found = speed_plots.layers(rows)
+    for draw in (speed_plots.roofline, speed_plots.speed_up):
+        text = speed_plots.standalone(draw(found))
+        tips = [t.text for t in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}title")]
+        assert len([t for t in tips if t and "rows of x" in t]) == len(found) and "var(" not in text
+        assert text == speed_plots.standalone(draw(found))
+    assert "x float32: 40" in speed_plots.roofline(found) and "x 8 bits" in speed_plots.roofline(found)

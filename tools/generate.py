@@ -1,6 +1,6 @@
 """Write the pages that follow from the code and the measured rows, or check that they do.
 
-    python tools/generate.py write     docs/catalogue/*.md, docs/claims.md, tables between markers in hand-written pages
+    python tools/generate.py write     docs/catalogue/*.md, docs/claims.md, two plots, tables between markers in hand-written pages
     python tools/generate.py check     exit 1 and name the pages that differ
 
 Markers, in README.md and docs/**/*.md:  <!-- begin:results model=builtin:lm setting=50% -->  ...  <!-- end:results -->
@@ -18,6 +18,7 @@ from typing import Any
 from trimtab.core.registry import AXES, FACTS, KNOBS, Method, load_all
 from trimtab.core.spec import Recipe, rows
 from trimtab.evidence import BETTER, Figure, is_stale, judged
+from trimtab.report import speed_plots
 from trimtab.runtime import names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,14 +170,18 @@ def counts_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
 
 
 def kernels_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
-    """Rows of benchmarks/kernels.py: time, spread, bandwidth, and the fastest other runtime of the same run."""
+    """Rows of benchmarks/kernels.py: time, spread, bandwidth, peak where it was measured, and the fastest other runtime of the same run."""
+    peaks = any("share_of_peak" in r for r in every)
     body = []
     for r in every:
         low, high = r["quartiles"]
         wanted = f"{r['wanted']:.2f} ({r['bound']}): {'met' if r['met'] else '**missed**'}" if "wanted" in r else ""
         times = f"{r['times_fastest_other']:.2f} x {r['fastest_other']}" if "fastest_other" in r else ""
-        body.append((r["recipe"], f"{r['value']:.3f}", f"{low:.3f} to {high:.3f}", f"{r['share_of_read_bandwidth']:.0%}", times, wanted))
-    return table(["layer", "ms", "quartiles", "of the read bandwidth", "against the fastest other", "wanted"], body)
+        peak = [f"{r['share_of_peak']:.0%}" if "share_of_peak" in r else ""] if peaks else []
+        read = f"{r['share_of_read_bandwidth']:.0%}"
+        body.append((r["recipe"], f"{r['value']:.3f}", f"{low:.3f} to {high:.3f}", read, *peak, times, wanted))
+    head = ["layer", "ms", "quartiles", "of the read bandwidth", *(["of the peak"] if peaks else [])]
+    return table([*head, "against the fastest other", "wanted"], body)
 
 
 def decode_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
@@ -228,6 +233,9 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     if (root / "src/trimtab/kernels").exists():
         out[root / "docs/catalogue/kernels.md"] = kernels_page(root)
     out[root / "docs/claims.md"] = claims_page(every, recipes, reg)
+    if found := speed_plots.layers(every):
+        out[root / "docs/roofline.svg"] = speed_plots.standalone(speed_plots.roofline(found))
+        out[root / "docs/speed-up.svg"] = speed_plots.standalone(speed_plots.speed_up(found))
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if path not in out and path.parent != root / "docs/catalogue":
             out[path] = filled(path.read_text(encoding="utf-8"), str(path.relative_to(root)), every, recipes, reg)
