@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Where the kernels do not compile the package installs without them, and quietly: what the compiler said is here.
+LOG := build/setup.log
 
 .PHONY: setup demo test check docs mutate fuzz sanitize clean
 setup: $(STAMP)
@@ -14,7 +16,10 @@ KERNELS := CMakeLists.txt $(wildcard src/trimtab/kernels/*.* src/trimtab/kernels
 $(STAMP): pyproject.toml Makefile $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
+	mkdir -p build && rm -f $(LOG)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --log $(LOG) -e '.[test,dev]'
+	@$(BIN)/python -c "import _trimtab_kernels" 2> /dev/null || ! command -v $(CXX) > /dev/null || \
+	  echo "kernels not built, all runs in torch: $$(grep -m 1 -o '[^ ]*\(:[0-9]*: \|CMake \).*[Ee]rror.*' $(LOG)) (more in $(LOG))" >&2
 	touch $(STAMP)
 
 demo: setup

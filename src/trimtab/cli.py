@@ -154,6 +154,7 @@ def parser() -> Parser:
     p.add_argument("--calib", nargs="+", default=[], metavar="PATH")
     p.add_argument("--samples", type=count, default=16)
     p.add_argument("--seq-len", type=count, default=256)
+    p.add_argument("--verify", action="store_true", help="first compare every packed buffer with its hash")
     model_options(p)
 
     p = command("catalogue", "every method and recipe, with formula, source and claim status")

@@ -14,7 +14,7 @@ from trimtab.core.calibrate import Collector
 from trimtab.core.line import Options, Report
 from trimtab.core.types import BadInput
 from trimtab.network.stream import Network
-from trimtab.runtime import native
+from trimtab.runtime import native, packed
 
 READ = 400 << 20  # bytes, many times a cache
 
@@ -102,7 +102,12 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
-    """Sites by role with weight statistics, and how much each sublayer changes the residual stream."""
+    """Sites by role with weight statistics, and how much each sublayer changes the residual stream.
+
+    With `a.verify` a packed directory is compared with the hashes it was written with first: BadInput where one differs, and
+    where there are none. `verified` counts them.
+    """
+    verified = sum(len(p.buffers) for p in packed.open(model, verify=True).linears.values()) if a.verify else None
     net = Network.open(model, dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code)
     roles: dict[str, dict[str, Any]] = {}
     cosines: dict[str, list[float]] = {}
@@ -131,4 +136,4 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     trimmable = sorted(((c, f"block {i} {g}") for g, cs in cosines.items() for i, c in enumerate(cs)), reverse=True)[:3]
     return {"model": str(model), "family": net.family.name, "blocks": net.n_blocks, "params": net.n_params,
             "params_in_sites": in_sites, "bytes": net.checkpoint.weight_bytes, "roles": roles, "sublayer_cosine": cosines,
-            "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "recipe": line.read_notes(model).get("recipe")}
+            "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "recipe": line.read_notes(model).get("recipe"), "verified": verified}

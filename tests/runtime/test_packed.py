@@ -384,6 +384,22 @@ def test_what_is_newer_not_packed_or_not_what_was_written_is_refused(every_forma
         packed.open(tmp_path / "flipped", verify=True)
 
 
+def test_inspect_verifies_what_is_packed(capsys, tiny_lm, tmp_path, calib):
+    assert trim(capsys, tiny_lm, "rtn(bits=4,group=32)", tmp_path / "o", calib, "--pack")[0] == 0
+    look = ("inspect", tmp_path / "o", "--verify", "-q", "--samples", 2, "--seq-len", 32)
+    code, out, _ = run(capsys, *look)
+    assert code == 0 and "verified: 44 packed buffers are what was written" in out  # values and scales of 3 x 7 layers and the head
+    assert json.loads(run(capsys, *look, "--json")[1])["verified"] == 44
+    file = tmp_path / "o" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[SafeFile(file).entries[f"{UP}.packed_values"].begin + 5] ^= 1
+    file.write_bytes(raw)
+    code, out, err = run(capsys, *look)
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"{UP}.packed_values" in err and "its hash differs); fetch it again" in err
+    code, _, err = run(capsys, "inspect", tiny_lm, *look[2:])
+    assert code == 2 and "is not packed; write it with trimtab trim ... --pack" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", [("generate", "x"), ("bench",), ("eval",), ("inspect",), ("trim", "magnitude", "-o", "OUT")])
 def test_a_newer_directory_is_one_line_everywhere(capsys, every_format, tmp_path, command):
     new = changed(every_format, tmp_path / "new", version=2)

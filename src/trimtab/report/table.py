@@ -162,6 +162,8 @@ def print_inspect(result: dict[str, Any]) -> None:
     out.print(table)
     if result.get("most_redundant"):
         out.print(f"changes its input least: {escape(', '.join(result['most_redundant']))}", soft_wrap=True)
+    if result.get("verified") is not None:
+        out.print(f"verified: {result['verified']} packed buffers are what was written")
     if result.get("recipe"):
         out.print(f"already trimmed: {escape(str(result['recipe']))}", soft_wrap=True)
 
