@@ -136,4 +136,5 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     trimmable = sorted(((c, f"block {i} {g}") for g, cs in cosines.items() for i, c in enumerate(cs)), reverse=True)[:3]
     return {"model": str(model), "family": net.family.name, "blocks": net.n_blocks, "params": net.n_params,
             "params_in_sites": in_sites, "bytes": net.checkpoint.weight_bytes, "roles": roles, "sublayer_cosine": cosines,
-            "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "recipe": line.read_notes(model).get("recipe"), "verified": verified}
+            "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "verified": verified,
+            "recipe": line.read_notes(model).get("recipe")}
