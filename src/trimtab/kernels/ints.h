@@ -16,12 +16,27 @@ constexpr int in_word() {
 template <int BITS>
 constexpr int shift_of(int input) { return 8 * (input % 4) + BITS * (input / 4); }
 
+#if defined(__AVX2__) || defined(TRIMTAB_NEON)
+// For every byte of a vector the byte of its lane's input `from`, of 32 / BITS inputs.
+template <int BITS>
+struct Taken {
+    alignas(64) int8_t at[32 / BITS][64];
+    constexpr Taken() : at{} {
+        for (int from = 0; from < 32 / BITS; ++from)
+            for (int i = 0; i < 64; ++i) at[from][i] = int8_t(i % 16 / 4 * 4 + from * BITS / 8 + i % (BITS / 8));
+    }
+};
+template <int BITS>
+constexpr Taken<BITS> TAKEN;
+#endif
+
 #if defined(__AVX512F__)
 struct Ints {
     __m512i v;
     static Ints zero() { return {_mm512_setzero_si512()}; }
     static Ints all(int x) { return {_mm512_set1_epi32(x)}; }
     static Ints load(const void* p) { return {_mm512_loadu_si512(p)}; }
+    void store(void* p) const { _mm512_storeu_si512(p, v); }
     // Eight words, or a vector of fewer; zeros in the other lanes.
     static constexpr int EIGHT = 8;
     static Ints eight(const void* p) { return {_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p))}; }
@@ -43,6 +58,21 @@ struct Ints {
     Ints thrice() const { return {_mm512_add_epi8(_mm512_add_epi8(v, v), v)}; }
     // Eight bytes everywhere, and of them those that the bytes of `which` (below 8) say.
     static Ints pick(const int8_t* eight, Ints which) { return {_mm512_shuffle_epi8(_mm512_set1_epi64(peek<long long>(eight)), which.v)}; }
+    // COUNT words, from no more cache lines than they lie in; what is in the other lanes does not matter.
+    template <int COUNT>
+    static Ints some(const void* p) {
+        if constexpr (COUNT <= 4) return {_mm512_zextsi128_si512(_mm_loadu_si128((const __m128i*)p))};
+        const __m256i low = _mm256_loadu_si256((const __m256i*)p);
+        if constexpr (COUNT <= 8) return {_mm512_zextsi256_si512(low)};
+        if constexpr (COUNT <= 12) return {_mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p + 2)), 1)};
+        return load(p);
+    }
+    // Input `from` of x, of 32 / BITS inputs a lane, in the place of this one's input TO.
+    template <int BITS, int TO>
+    Ints take(Ints x, int from) const {
+        constexpr uint64_t bytes = 0x1111111111111111u * (BITS / 8 * 2 - 1) << TO * BITS / 8;
+        return {_mm512_mask_shuffle_epi8(v, bytes, x.v, _mm512_load_si512(TAKEN<BITS>.at[from]))};
+    }
     // Of M floats, four or eight, the one that the lowest two or three bits of each lane say; of eight the next bit is zero.
     template <int M>
     Vec of(const float* group) const {
@@ -74,6 +104,7 @@ struct Ints {
     static Ints zero() { return {_mm256_setzero_si256()}; }
     static Ints all(int x) { return {_mm256_set1_epi32(x)}; }
     static Ints load(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+    void store(void* p) const { _mm256_storeu_si256((__m256i*)p, v); }
     static constexpr int EIGHT = 8;
     static Ints eight(const void* p) { return load(p); }
     static Ints bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
@@ -91,6 +122,16 @@ struct Ints {
     }
     Ints thrice() const { return {_mm256_add_epi8(_mm256_add_epi8(v, v), v)}; }
     static Ints pick(const int8_t* eight, Ints which) { return {_mm256_shuffle_epi8(_mm256_set1_epi64x(peek<long long>(eight)), which.v)}; }
+    template <int COUNT>
+    static Ints some(const void* p) {
+        if constexpr (COUNT <= 4) return {_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p))};
+        else return load(p);
+    }
+    template <int BITS, int TO>
+    Ints take(Ints x, int from) const {
+        const __m256i ones = _mm256_set1_epi32(int(((1u << BITS) - 1) << TO * BITS));
+        return {_mm256_blendv_epi8(v, _mm256_shuffle_epi8(x.v, _mm256_load_si256((const __m256i*)TAKEN<BITS>.at[from])), ones)};
+    }
     template <int M>
     Vec of(const float* group) const {
         if constexpr (M == 4) return {_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)group), v)};
@@ -117,6 +158,7 @@ struct Ints {
     static Ints zero() { return all(0); }
     static Ints all(int x) { return {vdupq_n_u32(uint32_t(x))}; }
     static Ints load(const void* p) { return {Vec::bits(p)}; }
+    void store(void* p) const { vst1q_u8(static_cast<uint8_t*>(p), bytes_of(v)); }
     static constexpr int EIGHT = 4;
     static Ints eight(const void* p) { return load(p); }
     static Ints bytes(const uint8_t* p) { return {vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(peek<uint32_t>(p)))))}; }
@@ -136,6 +178,13 @@ struct Ints {
     static Ints pick(const int8_t* eight, Ints which) {
         const uint8x8_t all = vcreate_u8(peek<uint64_t>(eight));
         return of_bytes(vqtbl1q_u8(vcombine_u8(all, all), bytes_of(which.v)));
+    }
+    template <int COUNT>
+    static Ints some(const void* p) { return load(p); }
+    template <int BITS, int TO>
+    Ints take(Ints x, int from) const {
+        const uint32x4_t its = vreinterpretq_u32_u8(vqtbl1q_u8(bytes_of(x.v), vld1q_u8(reinterpret_cast<const uint8_t*>(TAKEN<BITS>.at[from]))));
+        return {vbslq_u32(vdupq_n_u32(((1u << BITS) - 1) << TO * BITS), its, v)};
     }
     template <int M>
     Vec of(const float* group) const {
@@ -163,6 +212,7 @@ struct Ints {
     static Ints zero() { return all(0); }
     static Ints all(int x) { return each([&](int) { return x; }); }
     static Ints load(const void* p) { Ints r; std::memcpy(r.v, p, sizeof r.v); return r; }
+    void store(void* p) const { std::memcpy(p, v, sizeof v); }
     static constexpr int EIGHT = N;
     static Ints eight(const void* p) { return load(p); }
     static Ints bytes(const uint8_t* p) { return each([&](int i) { return p[i]; }); }
@@ -193,6 +243,13 @@ struct Ints {
             for (int b = 0; b < 4; ++b) r |= uint32_t(uint8_t(eight[which.v[i] >> 8 * b & 7])) << 8 * b;
             return r;
         });
+    }
+    template <int COUNT>
+    static Ints some(const void* p) { return load(p); }
+    template <int BITS, int TO>
+    Ints take(Ints x, int from) const {
+        constexpr uint32_t ones = ((1u << BITS) - 1) << TO * BITS;
+        return each([&](int i) { return (v[i] & ~ones) | (x.v[i] >> from * BITS << TO * BITS & ones); });
     }
     template <int M>
     Vec of(const float* group) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = group[v[i] % M]; return r; }

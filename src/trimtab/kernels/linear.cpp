@@ -214,7 +214,7 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) 
             bytes += up(r.input.bytes(in, batch), 64) * 64;
         }
     }
-    memory.resize(std::max(memory.size(), size_t(bytes) + 64));
+    memory.resize(std::max(memory.size(), size_t(bytes) + 64 + SLACK));
     std::byte* at = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
     for (Ready& r : ready) {
         const int64_t size = r.input.bytes(in, batch);

@@ -33,7 +33,7 @@ struct Tile {
     Vec sum[ROWS][V];
 
     // From y [batch, out], or from zero; a panel at the end may have fewer than HEIGHT outputs.
-    void open(const float* y, int64_t out, int64_t first, bool fresh) {
+    [[gnu::always_inline]] void open(const float* y, int64_t out, int64_t first, bool fresh) {
         if (fresh) {
             unrolled<ROWS>(EACH(r) { unrolled<V>(EACH(v) { sum[r][v] = Vec::zero(); }); });
             return;
@@ -45,7 +45,7 @@ struct Tile {
             unrolled<V>(EACH(v) { sum[r][v] = Vec::load(part + v * Vec::N); });
         });
     }
-    void close(float* y, int64_t out, int64_t first) const {
+    [[gnu::always_inline]] void close(float* y, int64_t out, int64_t first) const {
         unrolled<ROWS>(EACH(r) {
             float* to = y + r * out + first;
             if (first + HEIGHT <= out) {
@@ -63,7 +63,7 @@ struct Tile {
             for (int k = 0; k < HEIGHT * 4; k += 64) __builtin_prefetch(static_cast<const std::byte*>(w) + AHEAD + k);
     }
     // w [k, HEIGHT] float32: each input's weights side by side; x [k, ROWS].
-    void add(const float* w, const float* x, int64_t k) {
+    [[gnu::always_inline]] void add(const float* w, const float* x, int64_t k) {
         for (int64_t i = 0; i < k; ++i, w += HEIGHT) {
             Vec a[V];
             unrolled<V>(EACH(v) { a[v] = Vec::load(w + v * Vec::N); });
@@ -76,7 +76,7 @@ struct Tile {
     }
 #if defined(__AVX512BF16__)
     // The same with x [ceil(k / 2), ROWS, 2] in bfloat16.
-    void add(const uint16_t* w, const uint16_t* x, int64_t k) {
+    [[gnu::always_inline]] void add(const uint16_t* w, const uint16_t* x, int64_t k) {
         for (int64_t i = 0; i < k; i += 2, w += 2 * HEIGHT, x += 2 * ROWS) {
             Vec a[V];
             unrolled<V>(EACH(v) { a[v] = Vec::load(reinterpret_cast<const float*>(w + 2 * v * Vec::N)); });
@@ -89,17 +89,18 @@ struct Tile {
     }
 #endif
     // w [ceil(k / 2), HEIGHT, 2] bfloat16: inputs in pairs.
-    void add(const uint16_t* w, const float* x, int64_t k) {
-        for (int64_t i = 0; i + 1 < k; i += 2, w += 2 * HEIGHT) pair<true>(w, x + i * ROWS);
-        if (k % 2) pair<false>(w, x + (k - 1) * ROWS);
+    [[gnu::always_inline]] void add(const uint16_t* w, const float* x, int64_t k) {
+        for (int64_t i = 0; i + 1 < k; i += 2, w += 2 * HEIGHT) pair<true>(w, x + i * ROWS, x + (i + 1) * ROWS);
+        if (k % 2) pair<false>(w, x + (k - 1) * ROWS, nullptr);
     }
+    // One pair, or the first of it.
     template <bool BOTH>
-    void pair(const uint16_t* w, const float* x) {
+    [[gnu::always_inline]] void pair(const uint16_t* w, const float* first, const float* second) {
         unrolled<V>(EACH(v) {
             const Vec low = Vec::low(w + 2 * v * Vec::N), high = Vec::high(w + 2 * v * Vec::N);
             unrolled<ROWS>(EACH(r) {
-                sum[r][v] = sum[r][v].fma(low, Vec::all(x[r]));
-                if (BOTH) sum[r][v] = sum[r][v].fma(high, Vec::all(x[ROWS + r]));
+                sum[r][v] = sum[r][v].fma(low, Vec::all(first[r]));
+                if constexpr (BOTH) sum[r][v] = sum[r][v].fma(high, Vec::all(second[r]));
             });
         });
     }
