@@ -218,7 +218,7 @@ def test_zero_points_beyond_the_codes_count_as_they_are(bits):
         t = nearest(picked(torch.randn(70, 136, generator=gen), n, m, gen), bits, 64, asymmetric=True)
         zeros = torch.randint(256, t.zeros.shape, generator=gen, dtype=torch.uint8)
         zeros[32:64] = torch.randint((1 << bits) + 1, (32, zeros.shape[1]), generator=gen).clamp_max(255)  # one panel is not strange
-        p = nm(Codes(t.codes, t.scales, bits, 64, t.zeros), n, m)
+        p = nm(Codes(t.codes, t.scales, 1 << bits, 64, t.zeros), n, m)
         panels = torch.nn.functional.pad(zeros, (0, 0, 0, 26)).view(3, 32, -1).transpose(1, 2).contiguous()
         agree(replace(p, buffers={**p.buffers, "zeros": panels}), (1, 3, 13))
 
