@@ -1,7 +1,9 @@
 """One layer, weights cold: our kernels beside the fastest dense layer of the same precision that other runtimes have.
 
-    python benchmarks/kernels.py results/kernels.jsonl [--table dense codes blocks zeros pairs] [--batch 1 16 512]
-                                 [--shape 8192x2048] [--rounds 5]
+    python benchmarks/kernels.py results/kernels.jsonl [--table dense codes blocks zeros pairs mlp] [--batch 1 16 512]
+                                 [--shape 8192x2048] [--rounds 5] [--deepsparse PYTHON]
+
+Table mlp is a SwiGLU MLP of three such layers (the last one turned around) as one operation.
 
 The kernels' tests run first, and nothing is timed when they are red. Each candidate owns enough copies of its layer to cover
 more than four times the last-level cache, and every call takes the next one. All candidates take turns in one run; before
@@ -10,7 +12,8 @@ medians over all timed calls (20 or more), the spread is the first and third qua
 second of each type of x (a multiplication and its addition are two), are measured in the same run. A target in "times the
 fastest dense" is bounded by 85 % of the roofline: by what it takes to read the bytes we store, or to multiply the entries we
 store, not those of the dense layer; the row says which bound applied. Other runtimes than torch take part where they are
-installed (openvino, onnxruntime with onnx).
+installed (openvino, onnxruntime with onnx); `--deepsparse`: an interpreter that has it (see deepsparse_worker.py), which runs
+the same zeros in float32, in a process of its own.
 """
 from __future__ import annotations
 
@@ -20,11 +23,25 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peers import Call, Maker, openvino_dense, ort_int8, ort_nbits, torch_int8, torch_plain, torch_prepacked
+from peers import (
+    Call,
+    Maker,
+    deepsparse,
+    openvino_dense,
+    openvino_mlp,
+    ort_int8,
+    ort_nbits,
+    prepacked_mlp,
+    torch_int8,
+    torch_mlp,
+    torch_plain,
+    torch_prepacked,
+)
 from torch import Tensor
 
 from trimtab.core.registry import load_all
@@ -42,6 +59,7 @@ from trimtab.runtime import names, native
 REST = 0.02      # seconds in which the threads of the one before go to sleep
 WARM = 0.004     # seconds in which those of this one wake up
 NEAR = 0.85      # of the roofline counts as reached
+TABLES = ["dense", "codes", "blocks", "zeros", "pairs", "mlp"]
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -56,6 +74,7 @@ class Candidate:
     target: float | None = None      # times the fastest of them
     of: str = ""                     # peers: their class
     times: list[float] = field(default_factory=list)
+    remote: Callable[[int], list[float]] | None = None  # seconds of so many calls in another process, instead of `make`
 
 
 def cache_bytes() -> int:
@@ -76,18 +95,61 @@ def thinned(w: Tensor, how: str, share: float) -> Tensor:
     return w * (torch.rand(w.shape, generator=gen) < share)
 
 
+def copied(p: Packed) -> native.Linear:
+    return native.Linear(Packed(**{**vars(p), "buffers": {k: t.clone() for k, t in p.buffers.items()}}))
+
+
+def flops_of(p: Packed, rows: int) -> int:
+    return 2 * load_all()[f"format/{p.format}"].facts["stored"](p) * rows
+
+
 def ours(name: str, p: Packed, x: Tensor, narrowest: str, threads: int, baseline: str, target: float | None) -> Candidate:
+    given, y = x.numpy(), torch.zeros(len(x), p.shape[0]).numpy()  # weights are cold, memory for results is there
+
     def make() -> Call:
-        linear = native.Linear(Packed(**{**vars(p), "buffers": {k: t.clone() for k, t in p.buffers.items()}}))
-        y = torch.empty(len(x), p.shape[0])
-        return lambda: linear._native.run(x, y, threads, "", narrowest)
+        linear = copied(p)
+        return lambda: linear._native.run(given, y, threads, "", narrowest)
     kernel = names.parse(native.Linear(p)._native.kernels(narrowest)[-1])
-    flops = 2 * load_all()[f"format/{p.format}"].facts["stored"](p) * len(x)
-    return Candidate(f"trimtab {name}", make, p.nbytes, flops, kernel.activation, baseline, target)
+    return Candidate(f"trimtab {name}", make, p.nbytes, flops_of(p, len(x)), kernel.activation, baseline, target)
 
 
-def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
+def our_mlp(name: str, ps: list[Packed], x: Tensor, narrowest: str, threads: int, target: float | None) -> Candidate:
+    given, y = x.numpy(), torch.zeros(len(x), ps[2].shape[0]).numpy()
+
+    def make() -> Call:
+        mlp = native.Mlp(*map(copied, ps), "silu")
+        return lambda: mlp._native.run(given, y, threads, narrowest)
+    return Candidate(f"trimtab {name}", make, sum(p.nbytes for p in ps), sum(flops_of(p, len(x)) for p in ps), narrowest, narrowest, target)
+
+
+def mlps(w: Tensor, x: Tensor, threads: int, sparse: Path | None) -> list[Candidate]:
+    found = []
+    whole = [w, w.flip(0), w.T.contiguous()]
+    size, flops = 3 * w.numel(), 6 * w.numel() * len(x)
+    for dtype in (torch.float32, torch.bfloat16):
+        short, ws, its = SHORT[dtype], [t.to(dtype) for t in whole], x.to(dtype)
+        peers = {"torch": torch_mlp(ws, its), "torch oneDNN prepacked": prepacked_mlp(ws, its), "openvino": openvino_mlp(ws, x, threads)}
+        found += [Candidate(f"{name} {short}", m, size * dtype.itemsize, flops, short, of=short) for name, m in peers.items() if m]
+        found.append(our_mlp(f"dense mlp {short}", [dense(Change(t)) for t in ws], x, short, threads, None))
+        for kept, target in ((0.2, None), (0.05, 16.7)):
+            found.append(our_mlp(f"bsr32 mlp {short} {kept:.0%} kept", [bsr(Change(thinned(t, "bsr", kept))) for t in ws], x, short,
+                                 threads, target))
+    if sparse:
+        for kept in (0.2, 0.05):
+            found.append(remote(f"deepsparse f32 {kept:.0%} kept, blocks", [thinned(t, "bsr", kept) for t in whole], x, threads, sparse))
+    return found
+
+
+def remote(name: str, ws: list[Tensor], x: Tensor, threads: int, python: Path) -> Candidate:
+    kept = sum(int((t != 0).sum()) for t in ws)
+    call = deepsparse(python, ws, x, threads, 4)
+    return Candidate(name, lambda: lambda: None, 4 * kept, 2 * kept * len(x), "f32", of="deepsparse", remote=call)
+
+
+def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | None) -> list[Candidate]:
     """Peers and ours for one table, for these rows of x."""
+    if table == "mlp":
+        return mlps(w, x, threads, sparse)
     found: list[Candidate] = []
     batch = len(x)
 
@@ -120,6 +182,9 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int) -> list[Candidate
             for kept, target in ((0.2, 2.5), (0.05, 6.0)):
                 add(f"csr {short} {kept:.0%} kept", csr(Change(thinned(t, "", kept))), "f32", short,
                     target if short == "f32" and batch == 16 else None)
+    if sparse and table in ("zeros", "blocks") and batch > 1:
+        how = "bsr" if table == "blocks" else ""
+        found += [remote(f"deepsparse f32 {kept:.0%} kept", [thinned(w, how, kept)], x, threads, sparse) for kept in (0.2, 0.05)]
     if table == "codes":
         eight, four = w.numel(), w.numel() // 2
         peer("torch.ao int8", "i8", torch_int8(w, x), eight)
@@ -177,6 +242,10 @@ def turns(these: list[Candidate], rounds: int, cold: float, threads: int) -> Roo
         for r in range(rounds):
             for c in these:
                 time.sleep(REST)
+                if c.remote:
+                    c.remote(3)
+                    c.times += c.remote(20 // rounds + 1)
+                    continue
                 until = time.perf_counter() + WARM
                 next_call(c.name)()
                 while time.perf_counter() < until:
@@ -197,8 +266,8 @@ def turns(these: list[Candidate], rounds: int, cold: float, threads: int) -> Roo
 def main() -> int:
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("out", type=Path)
-    ask.add_argument("--table", nargs="+", default=["dense", "codes", "blocks", "zeros", "pairs"],
-                     choices=["dense", "codes", "blocks", "zeros", "pairs"])
+    ask.add_argument("--table", nargs="+", default=TABLES, choices=TABLES)
+    ask.add_argument("--deepsparse", type=Path, help="an interpreter that has it")
     ask.add_argument("--shape", default="8192x2048", help="out x in")
     ask.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 128, 512])
     ask.add_argument("--rounds", type=int, default=5)
@@ -214,7 +283,7 @@ def main() -> int:
     print(machine(), native.level())
     for table in a.table:
         for batch in a.batch:
-            these = candidates(table, w, torch.randn(batch, inputs, generator=torch.Generator().manual_seed(1)), a.threads)
+            these = candidates(table, w, torch.randn(batch, inputs, generator=torch.Generator().manual_seed(1)), a.threads, a.deepsparse)
             roof = turns(these, a.rounds, 4.5 * cache_bytes(), a.threads)
             report(these, table, batch, roof, a)
     return 0
