@@ -188,7 +188,8 @@ def decode_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
     """Rows of benchmarks/decode.py: one line a candidate."""
     by: dict[str, dict[str, Row]] = {}
     for r in every:
-        by.setdefault(r["recipe"], {})[r["metric"]] = r
+        if r["metric"] in ("decode_tok_s", "prefill_tok_s"):
+            by.setdefault(r["recipe"], {})[r["metric"]] = r
 
     def figure(r: Row) -> str:
         return f"{r['value']:,.1f} ({r['quartiles'][0]:,.1f} to {r['quartiles'][1]:,.1f})"
@@ -200,9 +201,22 @@ def decode_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
     return table(["model", "decode, tokens/s", "prefill, tokens/s", "resident over a bare import"], body)
 
 
+def first_token_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/first_token.py."""
+    units = {"open_s": ("opened", 1.0, "s"), "first_token_s": ("first token", 1.0, "s"),
+             "over_import": ("memory over a bare import", 1e-6, "MB")}
+    body = []
+    for r in (r for r in every if r["metric"] in units):
+        what, by, unit = units[r["metric"]]
+        wanted = f"at most {r['wanted'] * by:,.0f} {unit}: {'met' if r['met'] else '**missed**'}" if "wanted" in r else ""
+        low, high = (f"{x * by:,.2f}" for x in r["quartiles"])
+        body.append((f"{r['model']} {r['recipe']}", what, f"{r['value'] * by:,.2f} {unit}", f"{low} to {high}", wanted))
+    return table(["directory", "what", "median", "quartiles", "wanted"], body)
+
+
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
-    "kernels": kernels_table, "decode": decode_table,
+    "kernels": kernels_table, "decode": decode_table, "first_token": first_token_table,
 }
 
 

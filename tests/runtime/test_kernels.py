@@ -469,7 +469,8 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(pairs, bits=pairs.buffers["bits"][1:]), broken(pairs, values=pairs.buffers["values"][:1]),
         replace(pairs, m=8), replace(pairs, n=5), replace(fours, m=4), replace(fours, n=3), replace(fours, n=9), replace(fours, rows=16),
         broken(fours, bits=pairs.buffers["bits"]), broken(pairs, bits=fours.buffers["bits"]),
-        broken(fours, values=fours.buffers["values"][:1]), replace(blocks, rows=0), replace(blocks, cols=129), replace(blocks, format="csr"),
+        broken(fours, values=fours.buffers["values"][:1]), replace(blocks, rows=0), replace(blocks, cols=129),
+        replace(blocks, format="csr"),
         replace(dense(w), shape=(64, 256)), replace(dense(w), shape=(0, 128)),
         broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
     ]

@@ -134,5 +134,6 @@ class Mlp:
             raise BadInput(f"x has {x.shape[-1]} features, the MLP takes {self.shape[1]}")
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.shape[0])
-        self._native.run(rows.detach().numpy(), y.numpy(), threads or torch.get_num_threads(), narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32"))
+        narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
+        self._native.run(rows.detach().numpy(), y.numpy(), threads or torch.get_num_threads(), narrowest)
         return y.view(*x.shape[:-1], self.shape[0])

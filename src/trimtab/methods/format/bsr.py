@@ -118,7 +118,8 @@ def bsr(new: Change, *, b: int = 32, rows: int = 0, cols: int = 0) -> Packed:
     inside = inside[:, 0] if cols == 1 else inside
     if isinstance(w, Codes):
         at = (slice(None), 0) if cols == 1 else (row, column)
-        buffers |= {"values": words(inside, w.bits), "scales": blocks(w.scales, 1)[at].transpose(1, 2).clone(memory_format=torch.contiguous_format)}
+        scales = blocks(w.scales, 1)[at].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        buffers |= {"values": words(inside, w.bits), "scales": scales}
         if w.zeros is not None:
             buffers["zeros"] = blocks(w.zeros, 1)[at].transpose(1, 2).clone(memory_format=torch.contiguous_format)
         return Packed("bsr", (out, inputs), type_, buffers, rows=rows, cols=cols, group=w.group)
