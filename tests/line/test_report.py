@@ -152,12 +152,15 @@ def test_terminal_tables():
 
 
 def test_bench_prints_one_model_or_two(capsys):
-    side = {"decode_tok_s": 210.0, "prefill_tok_s": 3100.0, "first_token_s": 0.02,
-            "spread": {"decode_tok_s": [200.0, 220.0]}}
+    side = {"decode_tok_s": 210.0, "prefill_tok_s": 3100.0, "first_token_s": 0.02, "bytes": 40_000_000, "resident_bytes": 50_000_000,
+            "weight_bytes": 38_000_000, "share_of_read_bandwidth": 0.31,
+            "quartiles": {"decode_tok_s": [200.0, 220.0], "prefill_tok_s": [3000.0, 3200.0], "first_token_s": [0.01, 0.03]}}
     result = {"before": side, "after": None, "ratio": {}, "speed": "measured", "runner": "torch", "dtype": "float32",
-              "threads": 2, "repeats": 5, "rss_bytes": 512_000_000}
+              "threads": 2, "repeats": 5, "prompt": 64, "new": 16, "batch": 1, "machine": {"cpu": "x"}, "isa": "avx2",
+              "read_gb_s": 33.3, "peak_gflop_s": {"f32": 230.0}}
     print_bench(result)
-    assert "210.0 (200 to 220)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "210.0 (200 to 220)" in out and "33.3 GB/s" in out and "31.0%" in out
     print_bench({**result, "after": side, "ratio": {"decode_tok_s": {"median": 1.25}}})
     assert "1.25x" in capsys.readouterr().out
 

@@ -176,7 +176,7 @@ def test_a_grid_goes_into_the_pattern_s_format_where_that_stores_it(capsys, tiny
     assert notes["formats"]["1.mlp.up"] == " ".join(kind) and notes["packed_bytes"]["1.mlp.up"] == p.nbytes
 
 
-@pytest.mark.parametrize(("recipe", "type_"), [("wanda(unit=4:8)", "f32"), ("nm(n=4,m=8) | wanda ; rtn(bits=4,group=32)", "i4")])
+@pytest.mark.parametrize(("recipe", "type_"), [("wanda(unit=4:8)", "bf16"), ("nm(n=4,m=8) | wanda ; rtn(bits=4,group=32)", "i4")])
 def test_four_of_eight_is_packed_and_run_as_such(capsys, tiny_lm, tmp_path, calib, recipe, type_):
     code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack")
     assert code == 0, err
@@ -478,8 +478,8 @@ def test_nan_in_a_packed_directory_is_named(capsys, tiny_lm, tmp_path, calib, re
 
 def test_what_no_kernel_takes_runs_in_torch_with_one_warning(capsys, tiny_lm, tmp_path, calib):
     with pytest.warns(native.RunsInTorch):
-        code, out, err = trim(capsys, tiny_lm, "nm(n=4,m=8) | magnitude", tmp_path / "o", calib, "--pack", "--json")
-    told = "no kernel here takes nm bf16 (4:8 along the input): it saves bytes, not time, and runs in torch"
+        code, out, err = trim(capsys, tiny_lm, "nm(n=8,m=16) | magnitude", tmp_path / "o", calib, "--pack", "--json")
+    told = "no kernel here takes nm bf16 (8:16 along the input): it saves bytes, not time, and runs in torch"
     if native.core() is None:
         told = native.NONE
     assert code == 0 and told in json.loads(out)["warnings"], err  # in the proof, which others read too
@@ -500,8 +500,8 @@ def test_what_no_kernel_takes_runs_in_torch_with_one_warning(capsys, tiny_lm, tm
 @pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
 def test_the_decoder_itself_refuses_what_no_kernel_takes(capsys, tiny_lm, tmp_path, calib):
     with pytest.warns(native.RunsInTorch):
-        assert trim(capsys, tiny_lm, "nm(n=4,m=8) | magnitude", tmp_path / "o", calib, "--pack")[0] == 0
-    with pytest.raises(NoKernel, match=r"q_proj: no kernel here takes nm bf16 \(4:8 along the input\), .* with transformers"):
+        assert trim(capsys, tiny_lm, "nm(n=8,m=16) | magnitude", tmp_path / "o", calib, "--pack")[0] == 0
+    with pytest.raises(NoKernel, match=r"q_proj: no kernel here takes nm bf16 \(8:16 along the input\), .* with transformers"):
         open_decoder(tmp_path / "o")
 
 
