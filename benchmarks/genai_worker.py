@@ -31,8 +31,10 @@ def openvino(path: str, threads: int) -> Turn:
     import openvino
     import openvino_genai as genai
 
-    # The other way to attend, pages, remembers prompts: the second turn would find its own there.
-    pipe = genai.LLMPipeline(path, "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
+    how = genai.SchedulerConfig()
+    how.enable_prefix_caching = False  # a second turn would find its prompt there
+    how.max_num_batched_tokens = 512
+    pipe = genai.LLMPipeline(path, "CPU", scheduler_config=how, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY")
 
     def turn(ids: np.ndarray, new: int) -> list[float]:
         times: list[float] = []
