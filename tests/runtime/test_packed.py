@@ -414,8 +414,8 @@ def changed(whole: Path, to: Path, **about: object) -> Path:
 
 
 def test_what_is_newer_not_packed_or_not_what_was_written_is_refused(every_format, tiny_lm, tmp_path):
-    with pytest.raises(BadInput, match=r"packed by a newer trimtab \(layout 2; this one reads 1\); update trimtab"):
-        packed.open(changed(every_format, tmp_path / "new", version=2))
+    with pytest.raises(BadInput, match=r"packed by a newer trimtab \(layout 3; this one reads 2\); update trimtab"):
+        packed.open(changed(every_format, tmp_path / "new", version=3))
     for k, about in enumerate(({"version": "1"}, {"linears": []}, {"linears": {}})):
         with pytest.raises(BadInput, match=r"corrupt|belongs to no packed layer"):
             packed.open(changed(every_format, tmp_path / f"odd{k}", **about))
@@ -449,10 +449,10 @@ def test_inspect_verifies_what_is_packed(capsys, tiny_lm, tmp_path, calib):
 
 @pytest.mark.parametrize("command", [("generate", "x"), ("bench",), ("eval",), ("inspect",), ("trim", "magnitude", "-o", "OUT")])
 def test_a_newer_directory_is_one_line_everywhere(capsys, every_format, tmp_path, command):
-    new = changed(every_format, tmp_path / "new", version=2)
+    new = changed(every_format, tmp_path / "new", version=3)
     name, *more = command
     code, out, err = run(capsys, name, new, *(tmp_path / "o" if m == "OUT" else m for m in more))
-    assert (code, out, err.count("\n")) == (2, "", 1) and "newer trimtab (layout 2; this one reads 1); update trimtab" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and "newer trimtab (layout 3; this one reads 2); update trimtab" in err
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial").exists()
     with pytest.raises(BadInput, match="update trimtab"):
         api.load(new)
@@ -523,7 +523,7 @@ def test_transformers_is_told_too(every_format, tmp_path):
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(BadInput, match="newer trimtab"):
-        AutoModelForCausalLM.from_pretrained(changed(every_format, tmp_path / "new", version=2))
+        AutoModelForCausalLM.from_pretrained(changed(every_format, tmp_path / "new", version=3))
     config = json.loads((every_format / "config.json").read_text())
     other = changed(every_format, tmp_path / "other")
     (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))

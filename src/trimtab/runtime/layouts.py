@@ -16,7 +16,7 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import PANEL, TYPES, Packed
 
-VERSION = 1  # of packed directories
+VERSION = 2  # of packed directories; 1 laid out n:m and csr otherwise
 LARGEST = 2**31 - 1
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
