@@ -50,7 +50,7 @@ from trimtab.demo import machine
 from trimtab.methods.codes import nearest
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.bsr import bsr
-from trimtab.methods.format.csr import csr
+from trimtab.methods.format.sell import sell
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import Packed
@@ -109,7 +109,7 @@ def ours(name: str, p: Packed, x: Tensor, narrowest: str, threads: int, baseline
     def make() -> Call:
         linear = copied(p)
         return lambda: linear._native.run(given, y, threads, "", narrowest)
-    kernel = names.parse(native.Linear(p)._native.kernels(narrowest)[-1])
+    kernel = names.parse(native.Linear(p)._native.best(narrowest, len(x)))
     return Candidate(f"trimtab {name}", make, p.nbytes, flops_of(p, len(x)), kernel.activation, baseline, target)
 
 
@@ -179,9 +179,10 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | No
             for kept, target in ((0.5, 1.5), (0.3, 2.4), (0.1, 5.0)):
                 add(f"bitmask {short} {kept:.0%} kept", bitmask(Change(thinned(t, "", kept))), short, short,
                     target if short == "bf16" and batch == 1 else None)
-            for kept, target in ((0.2, 2.5), (0.05, 6.0)):
-                add(f"csr {short} {kept:.0%} kept", csr(Change(thinned(t, "", kept))), "f32", short,
-                    target if short == "f32" and batch == 16 else None)
+            for kept, target in ((0.3, None), (0.2, 2.5), (0.1, None), (0.05, 6.0)):
+                few = 5.0 if kept == 0.1 and short == "bf16" and batch == 1 else None
+                add(f"sell {short} {kept:.0%} kept", sell(Change(thinned(t, "", kept))), short, short,
+                    target if short == "f32" and batch == 16 else few)
     if sparse and table in ("zeros", "blocks") and batch > 1:
         how = "bsr" if table == "blocks" else ""
         found += [remote(f"deepsparse f32 {kept:.0%} kept", [thinned(w, how, kept)], x, threads, sparse) for kept in (0.2, 0.05)]

@@ -182,13 +182,13 @@ def layer(recipe: str, batch: int, ms: float, size: int, **more: Any) -> dict[st
 
 
 def test_plots_take_what_rows_say_and_else_what_their_names_do() -> None:
-    old = [layer("trimtab csr bf16 20% kept", 16, 2.0, 4000, times_fastest_other=1.5), layer("torch bf16", 16, 2.0, 4096),
+    old = [layer("trimtab sell bf16 20% kept", 16, 2.0, 4000, times_fastest_other=1.5), layer("torch bf16", 16, 2.0, 4096),
            layer("trimtab 2:4 int4 g128, x int8", 1, 1.0, 1000), layer("trimtab something else", 1, 1.0, 1000),
            layer("trimtab dense f32", 4, 1.0, 8192)]
     found = speed_plots.layers(old)
     assert [(f.family, f.type, f.x, f.kept, f.rows, f.flops, f.peak) for f in found] == [
-        ("csr", "bf16", "f32", 0.2, 16, pytest.approx(2 * 64 * 32 * 0.2 * 16), None), ("2:4", "i4", "i8", 0.5, 1, 2048, None)]
-    new = layer("trimtab csr bf16 20% kept", 16, 1.0, 4000, times_fastest_other=3.0, x="bf16", flops=12345, peak_gflop_s=7.0)
+        ("sell", "bf16", "bf16", 0.2, 16, pytest.approx(2 * 64 * 32 * 0.2 * 16), None), ("2:4", "i4", "i8", 0.5, 1, 2048, None)]
+    new = layer("trimtab sell bf16 20% kept", 16, 1.0, 4000, times_fastest_other=3.0, x="bf16", flops=12345, peak_gflop_s=7.0)
     last = speed_plots.layers([*old, new])[0]
     assert (last.x, last.flops, last.peak, last.seconds) == ("bf16", 12345, 7e9, 1e-3)
 

@@ -28,9 +28,9 @@ CASES = {
     # four values of 16 bytes, filled up to 128: 32 numbers.
     "format/bitmask": Case({"new": PAIRS}, {"bits": [2, 0, 0, 0] * 2 + [1, 0, 0, 0] * 2, "values": [2, 3, 5, -7] + [0] * 28},
                            differs="format/nm"),
-    # Row 0 keeps its inputs 2 and 3, row 1 its inputs 0 and 1; each is filled up to four entries. One tile of 128 rows.
-    "format/csr": Case({"new": PAIRS}, {"columns": [2, 3, 3, 3, 0, 1, 1, 1], "pointers": [4, 4] + [0] * 126,
-                                        "values": [5, -7, 0, 0, 2, 3, 0, 0]}, differs="format/bitmask"),
+    # One step: output 0 has its inputs 2 and 3 in it, output 1 its inputs 0 and 1, the other 14 of the panel nothing.
+    "format/sell": Case({"new": PAIRS}, {"columns": [[[2, 3], [0, 1]] + [[0, 0]] * 14], "pointers": [0, 1], "windows": [0],
+                                         "values": [[[5, -7], [2, 3]] + [[0, 0]] * 14]}, differs="format/bitmask"),
     # Of each output two values, at places 0 and 2, 0 and 3, of the empty outputs 0 and 1: two bits each in a word, lowest first.
     "format/nm": Case({"new": THIN}, {"bits": [[[[2 * 4, 0, 0, 0], [3 * 4, 0, 0, 0], *[[1 * 4, 0, 0, 0]] * 30]]],
                                       "values": panel([0, 6], [4, 1])}, differs="format/bitmask"),

@@ -484,6 +484,8 @@ def test_catalogue_lists_everything(capsys):
     found = json.loads(out)
     assert code == 0 and {"score/wanda", "edit/sparsegpt", "budget/owl"} <= set(found["methods"]) and "dass" in found["recipes"]
     assert all(m["Formula"] and m["Source"] and m["Deviations"] for m in found["methods"].values())
+    code, out, _ = run(capsys, "catalogue", "--axis", "format")  # every format says what runs it here
+    assert code == 0 and out.count("here: ") == sum(k.startswith("format/") for k in found["methods"])
     code, _, err = run(capsys, "catalogue", "wnada")
     assert code == 2 and "wanda" in err
 

@@ -20,7 +20,7 @@ uint32_t below(uint32_t n) { return std::uniform_int_distribution<uint32_t>(0, n
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 using Memory = std::vector<std::byte>;
-struct Case { Layout layout; Memory values, bits, columns, pointers, scales, zeros; };
+struct Case { Layout layout; Memory values, bits, columns, pointers, windows, scales, zeros; };
 
 template <class T>
 void put(Memory& m, T x) {
@@ -75,7 +75,7 @@ std::vector<Case> cases() {
     for (const auto& [out, in] : {std::pair<int64_t, int64_t>{64, 128}, {100, 192}, {33, 320}}) {
         const int64_t panels = up(out, PANEL);
         for (const std::string type : {"f32", "bf16", "i8", "i4", "i2", "t"}) {
-            Case c{{"dense", type, out, in, PANEL, int(in), 1, 1, in, ""}, {}, {}, {}, {}, {}, {}};
+            Case c{{"dense", type, out, in, PANEL, int(in), 1, 1, in, ""}, {}, {}, {}, {}, {}, {}, {}};
             for (int64_t p = 0; p < panels; ++p) {
                 const Memory panel = filled(type, in, PANEL);
                 c.values.insert(c.values.end(), panel.begin(), panel.end());
@@ -85,7 +85,7 @@ std::vector<Case> cases() {
             if (type == "i2" || type == "t") continue;
             for (int m : {4, 8}) {
                 const int64_t held = in / 2, words = up(held, 16) + (m == 8 ? up(held, 32) : 0);
-                Case k{{"nm", type, out, in, PANEL, 1, m / 2, m, in, ""}, {}, noise(panels * words * 4 * PANEL), {}, {}, {}, {}};
+                Case k{{"nm", type, out, in, PANEL, 1, m / 2, m, in, ""}, {}, noise(panels * words * 4 * PANEL), {}, {}, {}, {}, {}};
                 for (int64_t p = 0; p < panels; ++p) {
                     const Memory panel = filled(type, held, PANEL);
                     k.values.insert(k.values.end(), panel.begin(), panel.end());
@@ -95,7 +95,7 @@ std::vector<Case> cases() {
             }
             for (int b : {16, 32, 64}) {
                 if (out % b || in % b) continue;
-                Case k{{"bsr", type, out, in, b, b, 1, 1, b, ""}, {}, {}, {}, {}, {}, {}};
+                Case k{{"bsr", type, out, in, b, b, 1, 1, b, ""}, {}, {}, {}, {}, {}, {}, {}};
                 int64_t blocks = 0;
                 put(k.pointers, blocks);
                 for (int64_t r = 0; r < out / b; ++r) {
@@ -112,7 +112,7 @@ std::vector<Case> cases() {
             }
         }
         for (const std::string type : {"f32", "bf16", "i8"}) {
-            Case mask{{"bitmask", type, out, in, PANEL, 1, 1, 1, in, ""}, {}, noise(panels * in * 4), {}, {}, {}, {}};
+            Case mask{{"bitmask", type, out, in, PANEL, 1, 1, 1, in, ""}, {}, noise(panels * in * 4), {}, {}, {}, {}, {}};
             int64_t kept = 0;
             for (std::byte b : mask.bits) kept += std::popcount(uint8_t(b));
             mask.values = codes(type) ? noise(kept) : numbers(type, kept);
@@ -120,16 +120,16 @@ std::vector<Case> cases() {
             if (codes(type)) sides(mask, panels * PANEL);
             all.push_back(mask);
             if (codes(type)) continue;
-            Case rows{{"csr", type, out, in, CSR_ROWS, int(std::min<int64_t>(CSR_COLS, in)), 1, 1, 0, ""}, {}, {}, {}, {}, {}, {}};
-            int64_t entries = 0;
-            for (int64_t i = 0; i < up(out, CSR_ROWS) * up(in, CSR_COLS) * CSR_ROWS; ++i) {
-                const int64_t width = std::min<int64_t>(CSR_COLS, in - i / CSR_ROWS % up(in, CSR_COLS) * CSR_COLS);
-                const uint16_t count = uint16_t(CSR_FILL * below(5));
-                put(rows.pointers, count);
-                entries += count;
-                for (int k = 0; k < count; ++k) put(rows.columns, uint8_t(below(uint32_t(width))));
+            const int wide = int(std::min<int64_t>(SELL_WINDOW, in));
+            Case rows{{"sell", type, out, in, SELL_ROWS, wide, 1, 1, 0, ""}, {}, {}, {}, {}, {}, {}, {}};
+            int64_t steps = 0;
+            put(rows.pointers, steps);
+            for (int64_t p = 0; p < up(out, SELL_ROWS); ++p) {
+                for (uint32_t n = below(9); n > 0; --n, ++steps) put(rows.windows, int32_t(below(uint32_t(in - wide + 1))));
+                put(rows.pointers, steps);
             }
-            rows.values = numbers(type, entries);
+            for (int64_t i = 0; i < steps * SELL_ROWS * SELL_ENTRIES; ++i) put(rows.columns, uint8_t(below(uint32_t(wide))));
+            rows.values = numbers(type, steps * SELL_ROWS * SELL_ENTRIES);
             all.push_back(rows);
         }
     }
@@ -148,8 +148,8 @@ std::vector<float> result(const Linear& l, const Kernel* k, const std::vector<fl
 int main() {
     int ran = 0, wrong = 0;
     for (const Case& c : cases()) {
-        const Linear l(c.layout, {c.values, c.bits, c.columns, c.pointers, c.scales, c.zeros});
-        for (int64_t batch : {1, 3, 29}) {
+        const Linear l(c.layout, {c.values, c.bits, c.columns, c.pointers, c.windows, c.scales, c.zeros});
+        for (int64_t batch : {1, 3, 20, 29}) {
             std::vector<float> x(size_t(batch * l.weights().in));
             std::generate(x.begin(), x.end(), normal);
             std::vector<const Kernel*> these = l.kernels(Type::i8);

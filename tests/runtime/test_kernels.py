@@ -16,10 +16,10 @@ from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import BITS, LEVELS, Codes, nearest
 from trimtab.methods.format import bitmask as bitmask_file
 from trimtab.methods.format import bsr as bsr_file
-from trimtab.methods.format import csr as csr_file
 from trimtab.methods.format import dense as dense_file
 from trimtab.methods.format import nm as nm_file
 from trimtab.methods.format import panels
+from trimtab.methods.format import sell as sell_file
 from trimtab.methods.format.panels import TYPES, Packed
 from trimtab.runtime import layouts, names, native
 
@@ -34,8 +34,8 @@ def dense(w: Tensor | Codes) -> Packed:
     return dense_file.dense(change(w))
 
 
-def csr(w: Tensor) -> Packed:
-    return csr_file.csr(change(w))
+def sell(w: Tensor) -> Packed:
+    return sell_file.sell(change(w))
 
 
 def bitmask(w: Tensor | Codes) -> Packed:
@@ -56,7 +56,7 @@ def nm(w: Tensor | Codes, n: int = 2, m: int = 4) -> Packed:
 
 SHAPES = [(32, 64), (100, 132), (1, 4), (33, 36), (64, 2060), (192, 320), (40, 72)]
 GROUPS = [(1, 4), (2, 4), (3, 4), (4, 4), (1, 8), (3, 8), (4, 8), (6, 8)]
-BATCHES = (1, 5, 31)  # tiles of 24, 12, 6, 4, 3, 2 and 1 rows all come up
+BATCHES = (1, 5, 20, 31)  # tiles of 24, 12, 6, 4, 3, 2 and 1 rows, and one to four vectors of them, all come up
 
 
 def test_the_kernels_are_built_where_there_is_a_compiler():
@@ -89,7 +89,7 @@ def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     yield dense(w[:, :max(1, inputs - 1)])  # an odd number of inputs: half a pair is left
     for share in (0.0, 0.07, 0.5, 1.0):
         few = w * (torch.rand(w.shape, generator=gen) < share)
-        yield from (bitmask(few), csr(few))
+        yield from (bitmask(few), sell(few))
     for n, m in GROUPS:
         if inputs % m == 0:
             yield nm(picked(w, n, m, gen), n, m)
@@ -245,7 +245,7 @@ def test_rows_of_x_made_ready_by_several_threads_are_the_same_rows():
     """So many that threads share them out, not by whole tiles: a row gives what it gives alone."""
     w = torch.randn(64, 2112, generator=torch.Generator().manual_seed(0))
     few, x = w * (w > 1), torch.randn(67, 2112, generator=torch.Generator().manual_seed(1))
-    packs = [dense(w), dense(w.bfloat16()), csr(few), dense(nearest(w, 8)), dense(nearest(w, 4, 32)), dense(ternary(w)),
+    packs = [dense(w), dense(w.bfloat16()), sell(few), dense(nearest(w, 8)), dense(nearest(w, 4, 32)), dense(ternary(w)),
              bitmask(nearest(few, 8)), *(bsr(w.to(t), rows, 16) for rows in (16, 32, 64) for t in TYPES)]
     for linear in map(native.Linear, packs):
         for kernel in linear.kernels:
@@ -306,7 +306,7 @@ def test_packing_loses_nothing(type_):
             continue
         w, few = w.to(dtype(type_)), few.to(dtype(type_))
         assert torch.equal(layouts.restored(dense(w)), w)
-        assert torch.equal(layouts.restored(bitmask(few)), few) and torch.equal(layouts.restored(csr(few)), few)
+        assert torch.equal(layouts.restored(bitmask(few)), few) and torch.equal(layouts.restored(sell(few)), few)
         for n, m in groups:
             t = picked(w, n, m, gen)
             assert torch.equal(layouts.restored(nm(t, n, m)), t)
@@ -401,9 +401,10 @@ def test_bytes_are_what_the_layout_says():
     w[:32, :64] = 1
     assert dense(w).nbytes == 64 * 128 * 2
     assert bitmask(w).nbytes == 64 * 128 // 8 + 2 * 32 * 64 + 64
-    assert csr(w).nbytes == (2 + 1) * 32 * 64 + 2 * 128
-    w[0, 0] = 0  # 63 entries: one more, as zero, makes a multiple of four
-    assert csr(w).nbytes == (2 + 1) * 32 * 64 + 2 * 128
+    # Two panels of 16 outputs that hold 64 inputs in 32 steps of two, and two empty ones.
+    assert sell(w).nbytes == 2 * 32 * ((2 + 1) * 32 + 4) + 8 * 5
+    w[0, 0] = 0  # one entry less: a zero fills it up
+    assert sell(w).nbytes == 2 * 32 * ((2 + 1) * 32 + 4) + 8 * 5
     w[0, 0] = 1
     assert bsr(w).nbytes == 2 * (2 * 32 * 32 + 4) + 8 * 3
     columns = torch.zeros(64, 128)
@@ -455,22 +456,26 @@ def test_buffers_that_contradict_each_other_are_refused():
         return replace(p, buffers={**p.buffers, **buffers})
 
     columns, pointers = blocks.buffers["columns"], blocks.buffers["pointers"]
-    kept, each = bitmask(w), csr(w)
+    kept, each = bitmask(w), sell(w)
     pairs = nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32))
     fours = nm(torch.ones(64, 128) * torch.tensor([1.0, 1, 0, 0]).repeat(32), 4, 8)
     bad = [
         broken(blocks, columns=columns + 1), broken(blocks, columns=columns - 1), broken(blocks, columns=columns[1:]),
         broken(blocks, pointers=pointers + 1), broken(blocks, pointers=pointers.flip(0)), broken(blocks, pointers=pointers * 2),
         broken(blocks, values=blocks.buffers["values"][1:]), broken(kept, values=kept.buffers["values"][:-17]),
-        broken(each, columns=each.buffers["columns"].int()), broken(each, columns=each.buffers["columns"] + 4),
-        broken(each, pointers=each.buffers["pointers"][1:]), broken(each, pointers=(each.buffers["pointers"].int() + 1).to(torch.uint16)),
-        broken(each, values=each.buffers["values"][1:]), replace(each, rows=32), replace(each, type="i8"),
+        broken(each, columns=each.buffers["columns"].int()), broken(each, columns=each.buffers["columns"] | 128),
+        broken(each, columns=each.buffers["columns"][1:]), broken(each, windows=each.buffers["windows"] + 1),
+        broken(each, windows=each.buffers["windows"] - 1), broken(each, windows=each.buffers["windows"][1:]),
+        broken(each, windows=each.buffers["windows"].long()), broken(each, pointers=each.buffers["pointers"][1:]),
+        broken(each, pointers=each.buffers["pointers"] + 1), broken(each, pointers=each.buffers["pointers"] * 2),
+        broken(each, pointers=each.buffers["pointers"].flip(0)), broken(each, pointers=torch.tensor([0, 2**61, 4, 5, 6])),
+        broken(each, values=each.buffers["values"][1:]), replace(each, rows=32), replace(each, cols=64), replace(each, type="i8"),
         broken(kept, bits=kept.buffers["bits"][1:]), broken(kept, bits=torch.full_like(kept.buffers["bits"], 255)),
         broken(pairs, bits=pairs.buffers["bits"][1:]), broken(pairs, values=pairs.buffers["values"][:1]),
         replace(pairs, m=8), replace(pairs, n=5), replace(fours, m=4), replace(fours, n=3), replace(fours, n=9), replace(fours, rows=16),
         broken(fours, bits=pairs.buffers["bits"]), broken(pairs, bits=fours.buffers["bits"]),
         broken(fours, values=fours.buffers["values"][:1]), replace(blocks, rows=0), replace(blocks, cols=129),
-        replace(blocks, format="csr"),
+        replace(blocks, format="sell"),
         replace(dense(w), shape=(64, 256)), replace(dense(w), shape=(0, 128)),
         broken(blocks, pointers=torch.tensor([0, 2**62, 8])),
     ]

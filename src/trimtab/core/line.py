@@ -177,7 +177,8 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         passes = [p for p in recipe.passes if p.covers(s)]
         if gridded := [p for p in passes[:-1] if p.steps["edit"].method.facts["codes"]]:
             raise BadInput(f"{s.name}: a pass after {gridded[0]} would leave its grid; put what rounds to codes last")
-        step, case = formats[s.name], (s.shape, str(formats[s.name]), *map(str, passes))
+        step = formats[s.name].step
+        case = (s.shape, str(step), *map(str, passes))
         if case in tried:
             continue
         tried.add(case)

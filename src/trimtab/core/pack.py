@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,25 @@ from trimtab.runtime.layouts import VERSION, describe
 
 AS_RECIPE = "recipe"  # --pack without a format
 ROWS = 4096           # of the head, rounded together
+FEW = 0.35            # kept: fewer single weights take the kernels less time as `sell` than as `bitmask` (docs/speed.md)
 PART = "trimtab:"     # how a block of the journal marks what is no tensor of the checkpoint
 
 
 # ---- formats ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Format:
+    """How a site is stored; `named` by the user, or else what its pattern is made for."""
+
+    step: Step
+    named: bool = False
+
+    def of(self, change: Change) -> Step:
+        """Single weights that nobody named a format for lie in steps where few are left."""
+        if self.named or self.step != Step("format/bitmask") or Codes.of(change) is not None:
+            return self.step
+        return Step("format/sell") if int(change.w.count_nonzero()) < FEW * change.w.numel() else self.step
+
+
 def of_unit(p: Pass, step: Step) -> Step:
     """The format with those knobs of the unit that it has, and its own."""
     shared = {k: v for k, v in p.steps["unit"].bound.items() if k in step.method.knobs} if "unit" in p.steps else {}
@@ -42,7 +58,7 @@ def codes_of(p: Pass) -> str:
     return "t" if knobs.get("ternary") else f"i{knobs['bits']}"
 
 
-def format_of(passes: Iterable[Pass], asked: str = "") -> Step:
+def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
     """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for the last
     pattern, or dense where that does not store the codes that the site has."""
     found, named, codes = Step("format/dense"), False, ""
@@ -56,7 +72,8 @@ def format_of(passes: Iterable[Pass], asked: str = "") -> Step:
             found, named = of_unit(p, p.steps["format"]), True
         elif "unit" in p.steps and not named:
             found = of_unit(p, Step(f"format/{p.steps['unit'].method.facts['format']}"))
-    return found if named or not codes or codes in found.method.facts["codes"] else Step("format/dense")
+    fits = named or not codes or codes in found.method.facts["codes"]
+    return Format(found, named) if fits else Format(Step("format/dense"))
 
 
 def value_dtype(stored: torch.dtype, asked: str | None = None) -> torch.dtype:
@@ -109,7 +126,8 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
     return Change(w.to(dtype))
 
 
-def pack(step: Step, change: Change, name: str) -> Packed:
+def pack(how: Format, change: Change, name: str) -> Packed:
+    step = how.of(change)
     try:
         return step.method({"new": change}, **step.bound)
     except BadInput as e:
@@ -170,9 +188,9 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
             if layer.is_head:
                 made[layer.name] = dense(Change(w, in_int8(w).parts()) if head_in_int8(recipe, head) else Change(w.to(values)))
             else:
-                same = {str(steps[s.name]) for s in layer.sites}
-                step = steps[layer.sites[0].name] if len(same) == 1 else Step("format/dense")
-                made[layer.name] = pack(step, whole(layer, w, parts, values), layer.name)
+                same = {steps[s.name] for s in layer.sites}
+                how = same.pop() if len(same) == 1 else Format(Step("format/dense"))
+                made[layer.name] = pack(how, whole(layer, w, parts, values), layer.name)
         return made
 
     layers = to_pack(net, recipe, head)
@@ -242,6 +260,6 @@ def told(net: Network, layers: list[Layer], dtype: str | None) -> list[str]:
     return lines
 
 
-def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Step]:
+def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Format]:
     """The format of every site; dense where no pass went over it."""
     return {s.name: format_of([p for p in recipe.passes if p.covers(s)], asked) for s in sites}

@@ -95,14 +95,18 @@ NB_MODULE(_trimtab_kernels, m) {
           "Operations a second (a multiplication and its addition are two) with x of this type, nothing read from memory: the best try.");
     nb::class_<Bound>(m, "Linear")
         .def(nb::init<const std::string&, const std::string&, int64_t, int64_t, int, int, int, int, int64_t, const std::string&, Bytes, Bytes,
-                      Bytes, Bytes, Bytes, Bytes>(),
+                      Bytes, Bytes, Bytes, Bytes, Bytes>(),
              "format"_a, "type"_a, "out"_a, "in"_a, "rows"_a, "cols"_a, "n"_a, "m"_a, "group"_a, "scale_type"_a, "values"_a, "bits"_a,
-             "columns"_a, "pointers"_a, "scales"_a, "zeros"_a)
+             "columns"_a, "pointers"_a, "windows"_a, "scales"_a, "zeros"_a)
         .def("kernels", [](const Bound& l, const std::string& narrowest) {
             std::vector<std::string> names;
             for (const Kernel* k : l.linear.kernels(activation(narrowest))) names.emplace_back(k->name);
             return names;
         }, "narrowest"_a, "Kernels that can run it here, best last; x may be rounded to `narrowest`.")
+        .def("best", [](const Bound& l, const std::string& narrowest, int64_t batch) {
+            const Kernel* k = l.linear.best(activation(narrowest), batch);
+            return std::string(k ? k->name : "");
+        }, "narrowest"_a, "batch"_a, "The one for so many rows of x; empty if there is none.")
         .def("run", &Bound::run, "x"_a, "y"_a, "threads"_a, "kernel"_a = "", "narrowest"_a = "f32",
              "y = x W^T; `kernel` by name, or the best one here that rounds x to no less than `narrowest`.");
     nb::class_<BoundMlp>(m, "Mlp")

@@ -1,5 +1,6 @@
 // What every kernel is: one struct. A kernel computes some panels of y = x W^T on one thread; who calls it divides them.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -7,9 +8,8 @@ namespace trimtab {
 
 // Outputs that lie side by side in a panel. Formats with blocks have panels as high as their blocks.
 constexpr int PANEL = 32;
-// Outputs of a panel of csr, and inputs of its tiles: so few that eight bits tell them apart. An output's entries in a tile
-// are filled up to a multiple of some.
-constexpr int CSR_ROWS = 128, CSR_COLS = 256, CSR_FILL = 4;
+// sell: outputs of a panel, entries that a step holds of each, and inputs of the window they lie in: as many as registers hold of x.
+constexpr int SELL_ROWS = 16, SELL_ENTRIES = 2, SELL_WINDOW = 128;
 // Bytes that may be read, and are thrown away, behind the last value of a buffer that is expanded in registers.
 constexpr int SLACK = 64;
 
@@ -31,10 +31,10 @@ struct Weights {
     Type type;                 // of the values
     Type scale_type;           // f32 or f16
     const std::byte* values;
-    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has (`Places`); csr: entries of an output in a tile, 16 bits each
+    const std::byte* bits;     // bitmask: one bit a place; n:m: which place a value has (`Places`); sell: where the window of a step begins, 32 bits each
     const int32_t* columns;    // blocks: block column of each
-    const uint8_t* offsets;    // csr: the input of each entry, from the first of its tile on
-    const int64_t* pointers;   // where a panel's blocks (or values) begin, [panels + 1]
+    const uint8_t* offsets;    // sell: the input of each entry, from the first of its window on
+    const int64_t* pointers;   // where a panel's blocks (or values, or steps) begin, [panels + 1]
     const std::byte* scales;   // [panels or blocks, groups, rows]
     const uint8_t* zeros;      // as scales; null: the middle code everywhere
     int64_t panels() const { return (out + rows - 1) / rows; }
@@ -42,20 +42,23 @@ struct Weights {
     int64_t first(int64_t panel) const { return pointers ? pointers[panel] : panel; }  // block; a dense panel is one
 };
 
+// Of so many rows those that fill vectors: the last vector may lack a quarter.
+constexpr int64_t in_vectors(int64_t batch, int lanes) { return (batch + lanes / 4) / lanes * lanes; }
+
 // What a kernel wants of x, made ready once for all panels; maps with equal inputs can share it. x is units of four bytes:
 // one float32, two bfloat16 or four codes.
 struct Input {
     Type type;                 // f32 as it is; bf16: rounded, rows filled up to pairs; i8: rounded by groups
     int64_t group;             // i8: inputs that share a scale
     int tile;                  // rows that lie side by side, unit by unit, in a full tile (see `tile_at`); 0: row after row
-    int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, a few vectors together
+    int lanes = 0;             // instead of tiles: rows side by side in vectors of so many, a few vectors together, the rest row after row
     bool full = false;         // full tiles only: rows that fill none lie one after the other
     int side = 1;              // units of a row that stay together in a tile
     int fill = 64;             // i8: zeros behind the last input, up to a multiple of so many
     bool operator==(const Input&) const = default;
     int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + fill - 1) / fill * fill / 4; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
-        if (lanes) return (batch + lanes - 1) / lanes * lanes * in * 4;
+        if (lanes) return in_vectors(batch, lanes) ? std::max(batch, in_vectors(batch, lanes)) * in * 4 : 0;
         if (type == Type::f32 && (!tile || batch == 1 || (full && batch < tile))) return 0;
         return batch * (units(in) * 4 + (type == Type::i8 ? (in + group - 1) / group * 8 : 0));
     }
@@ -79,7 +82,7 @@ struct Kernel {
     int64_t (*scratch)(const Weights&, int64_t batch);
     Run run;
     Prepare prepare;
-    int64_t from = 1;          // rows of x from which it is chosen before the ones above it
+    int64_t until = INT64_MAX; // rows of x up to which it is chosen before the ones above it
 };
 
 struct Ops;                    // ops.h

@@ -70,7 +70,7 @@ const Table& table(const std::string& isa) {
 }
 
 Linear::Linear(const Layout& l, const Buffers& b) {
-    bytes_ = int64_t(b.values.size() + b.bits.size() + b.columns.size() + b.pointers.size() + b.scales.size() + b.zeros.size());
+    bytes_ = int64_t(b.values.size() + b.bits.size() + b.columns.size() + b.pointers.size() + b.windows.size() + b.scales.size() + b.zeros.size());
     if (l.out < 1 || l.in < 1 || l.out > INT32_MAX || l.in > INT32_MAX) bad("a linear map needs 1 to 2^31 - 1 outputs and inputs");
     const Type type = type_of(l.type);
     if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16, i8, i4, i2 and t");
@@ -138,26 +138,27 @@ Linear::Linear(const Layout& l, const Buffers& b) {
             pointers_.push_back(pointers_.back() + kept);
         }
         if (int64_t(b.values.size()) < pointers_.back() * size_of(type) + SLACK) bad("bitmask: fewer values than bits, or no slack behind them");
-    } else if (f == "csr") {
-        if (codes) bad("csr: codes have no kernel");
-        if (l.rows != CSR_ROWS || l.cols != std::min<int64_t>(CSR_COLS, l.in)) bad("csr: tiles are 128 outputs high and 256 inputs wide");
-        const int64_t tiles = up(l.in, CSR_COLS), kept = int64_t(b.columns.size());
-        want(b.pointers, w_.panels() * tiles * CSR_ROWS * 2, "counts");
-        w_.bits = b.pointers.data();
-        want(b.values, kept * size_of(type), "values");
+    } else if (f == "sell") {
+        if (codes) bad("sell: codes have no kernel");
+        if (l.rows != SELL_ROWS || l.cols != std::min<int64_t>(SELL_WINDOW, l.in)) bad("sell: panels are 16 outputs high and windows 128 inputs wide");
+        copy(b.pointers, pointers_, w_.panels() + 1, "pointers");
+        if (pointers_.front() != 0) bad("sell: the first panel does not begin at step 0");
+        for (size_t i = 1; i < pointers_.size(); ++i)
+            if (pointers_[i] < pointers_[i - 1]) bad("sell: pointers fall");
+        const int64_t steps = pointers_.back(), slots = SELL_ROWS * SELL_ENTRIES;
+        if (steps > int64_t(b.windows.size()) / 4) bad("sell: fewer windows than steps");
+        want(b.windows, steps * 4, "windows");
+        want(b.columns, steps * slots, "columns");
+        want(b.values, steps * slots * size_of(type), "values");
+        w_.bits = b.windows.data();
         w_.offsets = reinterpret_cast<const uint8_t*>(b.columns.data());
-        pointers_.assign(1, 0);
-        int64_t at = 0;
-        for (int64_t p = 0; p < w_.panels(); ++p, pointers_.push_back(at))
-            for (int64_t i = 0; i < tiles * CSR_ROWS; ++i) {
-                uint16_t count;
-                std::memcpy(&count, w_.bits + (p * tiles * CSR_ROWS + i) * 2, 2);
-                const int64_t width = std::min<int64_t>(CSR_COLS, l.in - i / CSR_ROWS * CSR_COLS);
-                if (count % CSR_FILL || count > kept - at) bad("csr: an output counts more entries than there are, or no multiple of 4");
-                for (const int64_t until = at + count; at < until; ++at)
-                    if (w_.offsets[at] >= width) bad("csr: an entry lies outside the matrix");
-            }
-        if (at != kept) bad("csr: " + std::to_string(kept) + " entries, and the outputs count " + std::to_string(at));
+        for (int64_t s = 0; s < steps; ++s) {
+            int32_t window;
+            std::memcpy(&window, w_.bits + s * 4, 4);
+            if (window < 0 || window > l.in - l.cols) bad("sell: a window lies outside the matrix");
+        }
+        for (int64_t i = 0; i < steps * slots; ++i)
+            if (w_.offsets[i] >= l.cols) bad("sell: an entry lies outside its window");
     } else if (f == "nm") {
         if (l.m < 2 || l.n < 1 || l.n > l.m || l.in % l.m) bad("nm: want 0 < n <= m, and m to divide the inputs");
         if (l.rows != PANEL) bad("nm: panels are 32 outputs high");
@@ -167,7 +168,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         want(b.values, w_.panels() * size(held), "values");
         want(b.bits, w_.panels() * words * 4 * PANEL, "bits");
     } else {
-        bad("unknown format " + f + "; there are dense, bsr, bitmask, csr and nm");
+        bad("unknown format " + f + "; there are dense, bsr, bitmask, sell and nm");
     }
     if (codes) {
         const int64_t count = scaled * (f == "bsr" ? 1 : w_.groups()) * l.rows;
@@ -178,7 +179,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
             w_.zeros = reinterpret_cast<const uint8_t*>(b.zeros.data());
         }
     }
-    if (f == "bsr" || f == "bitmask" || f == "csr") w_.pointers = pointers_.data();
+    if (f == "bsr" || f == "bitmask" || f == "sell") w_.pointers = pointers_.data();
     for (const Kernel* k : all_kernels()) {
         if (k->format != f || k->type != w_.type || !has(k->isa) || !k->takes(w_)) continue;
         if (k->activation == Type::f32) kernels_[0].push_back(k);
@@ -194,7 +195,7 @@ const std::vector<const Kernel*>& Linear::kernels(Type narrowest) const {
 const Kernel* Linear::best(Type narrowest, int64_t batch) const {
     const Kernel* found = nullptr;
     for (const Kernel* k : kernels(narrowest))
-        if (std::max<int64_t>(batch, 1) >= k->from) found = k;
+        if (batch <= k->until) found = k;
     return found;
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 from trimtab.core.registry import AXES, load_all, near
 from trimtab.core.spec import rows
 from trimtab.core.types import BadInput
+from trimtab.runtime import names
 from trimtab.runtime.native import kernels
 
 
@@ -27,6 +28,14 @@ def catalogue(name: str | None = None, axis: str | None = None) -> dict[str, Any
     return {"methods": methods, "recipes": named}
 
 
+def told(kernels: dict[str, bool]) -> str:
+    """In a word, the weights there are kernels for here."""
+    kinds: dict[str, dict[str, None]] = {}
+    for n in (names.parse(k) for k, here in kernels.items() if here):
+        kinds.setdefault(n.format, {})[n.type] = None
+    return "; ".join(f"{kind} in {', '.join(types)}" for kind, types in kinds.items()) or "no kernel: it saves bytes, not time"
+
+
 def print_catalogue(result: dict[str, Any]) -> None:
     one = len(result["methods"]) + len(result["recipes"]) <= 2
     at = ""
@@ -45,6 +54,8 @@ def print_catalogue(result: dict[str, Any]) -> None:
                 at = m["axis"]
                 print(f"\n{at}")
             print(f"  {key.split('/')[1]:<14}{m['what']}")
+            if "kernels" in m:
+                print(f"  {'':<14}here: {told(m['kernels'])}")
     if result["recipes"] and not one:
         print("\nrecipe")
     for name, r in result["recipes"].items():

@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.report.plots import HALO, Axis, _grid, _ink, _line, _spread, _svg, _text
 
-FAMILIES = ("dense", "blocks", "bitmask", "csr", "2:4", "codes")  # a colour each
+FAMILIES = ("dense", "blocks", "bitmask", "sell", "2:4", "codes")  # a colour each
 XS = ("f32", "bf16", "i8")                                        # a shape each
 ROWS = (1, 16, 512)
 FAINT = 'opacity=".7"'
@@ -49,7 +49,7 @@ class Layer:
         kept = int(share[1]) / 100 if share else 0.5 if kind[1] == "2:4" else 1.0
         weights = kind[2].replace("int", "i")
         asked = re.search(r"x (f32|int8)", name)
-        told = asked[1].replace("int", "i") if asked else "f32" if kind[1] in ("csr", "2:4") else weights
+        told = asked[1].replace("int", "i") if asked else "f32" if kind[1] == "2:4" else weights
         return Layer(name, int(rows[1]), family, weights, row.get("x", told), kept, row["value"] / 1e3,
                      row.get("flops", 2 * entries * kept * int(rows[1])), row["bytes"],
                      entries * {"f32": 32, "bf16": 16, "i8": 8, "i4": 4, "i2": 2}[weights] // 8, row["read_gb_s"] * 1e9,

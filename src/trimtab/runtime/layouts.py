@@ -16,11 +16,11 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import PANEL, TYPES, Packed
 
-VERSION = 2  # of packed directories; 1 laid out n:m and csr otherwise
+VERSION = 2  # of packed directories; 1 laid out n:m otherwise, and had csr
 LARGEST = 2**31 - 1
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64, torch.uint16), "zeros": (torch.uint8,),
+    "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64,), "windows": (torch.int32,), "zeros": (torch.uint8,),
     "scales": (torch.float32, torch.float16),
 }
 

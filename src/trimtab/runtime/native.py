@@ -79,7 +79,7 @@ class Linear:
             try:
                 self._native = core().Linear(
                     packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
-                    *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "scales", "zeros")))
+                    *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "windows", "scales", "zeros")))
             except ValueError as e:
                 raise BadInput(str(e)) from None
             self.kernels = list(dict.fromkeys(k for t in ("f32", "bf16", "i8") for k in self._native.kernels(t)))

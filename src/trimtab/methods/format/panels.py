@@ -52,10 +52,10 @@ class Values:
 class Packed:
     """One linear map [out, in] as a kernel reads it.
 
-    `format`: dense, bsr, bitmask, csr or nm; `type` of the values: f32, bf16, or codes: i8, i4, i2, t; `rows`, `cols` of a block;
+    `format`: dense, bsr, bitmask, sell or nm; `type` of the values: f32, bf16, or codes: i8, i4, i2, t; `rows`, `cols` of a block;
     `n`, `m` of n:m along `dim` (in, or out: the transpose is what is packed); `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint8 of
-    entries), pointers (int64, of csr uint16: counts), scales (float32 or float16), zeros (uint8), those it has.
+    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), those it has.
     """
 
     format: str
