@@ -178,10 +178,13 @@ def agree(p: Packed, batches: tuple[int, ...], stands_for: Tensor | None = None)
     gen = torch.Generator().manual_seed(1)
     for batch in batches:
         x = torch.randn(batch, p.shape[1], generator=gen)
+        wants: dict[str, Tensor] = {}
         for kernel in linear.kernels:
-            want = rounded(x, p, names.parse(kernel).activation) @ w.T  # what it says it multiplies
-            first = None
-            for threads in (1, 3):
+            activation = names.parse(kernel).activation
+            if activation not in wants:
+                wants[activation] = rounded(x, p, activation) @ w.T  # what it says it multiplies
+            want, first = wants[activation], None
+            for threads in (1, 2, 3) if batch == batches[-1] else (1, 3):
                 whole, y = guarded(batch, p.shape[0])
                 linear._native.run(x, y, threads, kernel)
                 assert close(y, want, p.shape[1]) and edges_are_whole(whole), (kernel, p.shape, p.rows, p.cols, p.n, p.m, batch, threads)
@@ -208,6 +211,20 @@ def test_groups_of_long_rows_go_by_in_parts(type_):
     for n, m in ((2, 4), (4, 8)) if type_ in BITS else ((2, 4), (3, 4), (4, 8), (7, 8)):
         t = picked(w, n, m, gen)
         agree(nm(nearest(t, BITS[type_], 4224) if type_ in BITS else t.to(dtype(type_)), n, m), (1, 13))
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("format_", [dense, bitmask, nm])
+def test_long_groups_of_large_codes_do_not_overflow(format_):
+    """Products of codes of a group are summed up in 32 bits, which hold 66,000 of the largest."""
+    codes = torch.full((32, 2 * 98304), 255, dtype=torch.uint8)
+    if format_ is nm:
+        codes.view(32, -1, 4)[..., 1::2] = 128  # the zero point
+    linear = native.Linear(format_(Codes(codes, torch.full((32, 2), 2.0**-7), 256, 98304)))
+    assert linear.kernels
+    for kernel in linear.kernels:
+        got, want = linear(torch.ones(1, 2 * 98304), kernel), float((codes[0].long() - 128).sum()) * 2.0**-7
+        torch.testing.assert_close(got, torch.full((1, 32), want), rtol=1e-2, atol=0)  # a float sums up 196,608
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
@@ -246,7 +263,8 @@ def test_rows_of_x_made_ready_by_several_threads_are_the_same_rows():
     w = torch.randn(64, 2112, generator=torch.Generator().manual_seed(0))
     few, x = w * (w > 1), torch.randn(67, 2112, generator=torch.Generator().manual_seed(1))
     packs = [dense(w), dense(w.bfloat16()), sell(few), dense(nearest(w, 8)), dense(nearest(w, 4, 32)), dense(ternary(w)),
-             bitmask(nearest(few, 8)), *(bsr(w.to(t), rows, 16) for rows in (16, 32, 64) for t in TYPES)]
+             bitmask(nearest(few, 8)), *(bsr(w.to(t), rows, 16) for rows in (16, 32, 64) for t in TYPES),
+             *(bsr(w.to(t), *shape) for shape in ((32, 1), (1, 32)) for t in TYPES), sell(few.bfloat16()), bsr(nearest(w, 8), 32, 1)]
     for linear in map(native.Linear, packs):
         for kernel in linear.kernels:
             y = linear(x, kernel, threads=3)
@@ -276,7 +294,7 @@ def test_packing_loses_nothing(type_):
     for out, inputs in SHAPES:
         w = torch.randn(out, inputs, generator=gen)
         few = w * (torch.rand(w.shape, generator=gen) < 0.3)
-        groups = [(n, m) for n, m in (*GROUPS, (1, 2), (2, 6), (5, 12)) if inputs % m == 0]
+        groups = [(n, m) for n, m in ((1, 2), (2, 4), (3, 4), (4, 8), (7, 8), (5, 12)) if inputs % m == 0]
         if type_ == "t":
             for group in (0, 20, 40):
                 if group < inputs:

@@ -108,7 +108,8 @@ private:
     const Plain tensor(const std::string& name, const std::string& at) {
         if (!tensors_.contains(name.c_str())) bad(at, "tensor " + name + " is missing");
         Plain t;
-        if (!nb::try_cast(tensors_[name.c_str()], t)) bad(at, "tensor " + name + " is not a contiguous array in main memory");
+        if (!nb::try_cast(tensors_[name.c_str()], t, false))  // no converted copy, which would not live on
+            bad(at, "tensor " + name + " is not a contiguous array in main memory");
         if (t.dtype() != nb::dtype<float>() && t.dtype() != nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1})
             bad(at, "tensor " + name + " is neither float32 nor bfloat16");
         return t;

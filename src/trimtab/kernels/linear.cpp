@@ -32,6 +32,9 @@ Type type_of(const std::string& name) {
 int64_t size_of(Type t) { return t == Type::f32 ? 4 : t == Type::i8 ? 1 : 2; }
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Floats that maps give side by side before what follows takes them, out of the second-level cache.
+constexpr int64_t STRETCH = 96 << 10;
+
 template <class T>
 void copy(std::span<const std::byte> from, std::vector<T>& to, int64_t count, const std::string& what) {
     if (int64_t(from.size()) != count * int64_t(sizeof(T)))
@@ -199,47 +202,86 @@ const Kernel* Linear::best(Type narrowest, int64_t batch) const {
     return found;
 }
 
-void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) {
-    if (!batch || jobs.empty()) return;
-    struct Ready { Input input; Prepare prepare; std::byte* at; };
-    thread_local std::vector<std::byte> memory;
-    thread_local std::vector<Ready> ready;
-    ready.clear();
-    const int64_t in = jobs[0].weights->in;
-    int64_t bytes = 0, panels = 0;
-    for (const Job& j : jobs) {
-        panels += j.weights->panels();
-        const Ready r{j.kernel->input(*j.weights), j.kernel->prepare, nullptr};
-        if (std::none_of(ready.begin(), ready.end(), [&](const Ready& o) { return o.input == r.input && o.prepare == r.prepare; })) {
+namespace {
+
+// x, made ready once for every job that wants it alike.
+class Prepared {
+public:
+    Prepared(std::span<const Job> jobs, const float* x, int64_t batch, int threads) : x_(x), batch_(batch) {
+        thread_local std::vector<std::byte> memory;
+        thread_local std::vector<Ready> ready;
+        ready.clear();
+        const int64_t in = jobs[0].weights->in;
+        int64_t bytes = 0;
+        for (const Job& j : jobs) {
+            const Ready r{j.kernel->input(*j.weights), j.kernel->prepare, nullptr};
+            if (std::any_of(ready.begin(), ready.end(), [&](const Ready& o) { return o.input == r.input && o.prepare == r.prepare; })) continue;
             ready.push_back(r);
             bytes += up(r.input.bytes(in, batch), 64) * 64;
         }
+        memory.resize(std::max(memory.size(), size_t(bytes) + 64 + SLACK));
+        std::byte* at = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
+        for (Ready& r : ready) {
+            const int64_t size = r.input.bytes(in, batch);
+            if (!size) continue;
+            r.at = at;
+            at += up(size, 64) * 64;
+            // A few rows are ready before the other threads have woken up.
+            parallel(batch, batch * in < (64 << 10) ? 1 : threads, [&](int64_t begin, int64_t end, int) { r.prepare(r.input, x, in, batch, begin, end, r.at); });
+        }
+        ready_ = ready;
     }
-    memory.resize(std::max(memory.size(), size_t(bytes) + 64 + SLACK));
-    std::byte* at = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
-    for (Ready& r : ready) {
-        const int64_t size = r.input.bytes(in, batch);
-        if (!size) continue;
-        r.at = at;
-        at += up(size, 64) * 64;
-        // A few rows are ready before the other threads have woken up.
-        parallel(batch, batch * in < (64 << 10) ? 1 : threads, [&](int64_t begin, int64_t end, int) { r.prepare(r.input, x, in, batch, begin, end, r.at); });
-    }
-    const std::span<const Ready> these(ready);  // the other threads have none of their own
-    parallel(panels, threads, [&](int64_t begin, int64_t end, int) {
+
+    // Panels from .. to of a job, on this thread.
+    void run(const Job& j, int64_t from, int64_t to) const {
         thread_local std::vector<float> scratch;
+        const Input input = j.kernel->input(*j.weights);
+        const void* its = x_;
+        for (const Ready& r : ready_)
+            if (r.at && r.input == input && r.prepare == j.kernel->prepare) its = r.at;
+        scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch_)) + 16));
+        // On a cache line: a vector that lies across two costs twice.
+        j.kernel->run(*j.weights, its, batch_, j.y, from, to, scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63) / 4);
+    }
+
+private:
+    struct Ready { Input input; Prepare prepare; std::byte* at; };
+    std::span<const Ready> ready_;  // lies with the thread that made it, until that prepares the next
+    const float* x_;
+    int64_t batch_;
+};
+
+}  // namespace
+
+void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) {
+    if (!batch || jobs.empty()) return;
+    const Prepared prepared(jobs, x, batch, threads);
+    int64_t panels = 0;
+    for (const Job& j : jobs) panels += j.weights->panels();
+    parallel(panels, threads, [&](int64_t begin, int64_t end, int) {
         int64_t first = 0;
         for (const Job& j : jobs) {
             const int64_t count = j.weights->panels(), from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
             first += count;
-            if (from >= to) continue;
-            const Input input = j.kernel->input(*j.weights);
-            const void* its = x;
-            for (const Ready& r : these)
-                if (r.at && r.input == input && r.prepare == j.kernel->prepare) its = r.at;
-            scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch)) + 16));
-            // On a cache line: a vector that lies across two costs twice.
-            j.kernel->run(*j.weights, its, batch, j.y, from, to, scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63) / 4);
+            if (from < to) prepared.run(j, from, to);
+        }
+    });
+}
+
+bool side_by_side(std::span<const Job> jobs) {
+    return std::all_of(jobs.begin(), jobs.end(), [&](const Job& j) { return j.weights->rows == jobs[0].weights->rows && j.weights->out == jobs[0].weights->out; });
+}
+
+void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads, const Then& then) {
+    if (!batch) return;
+    const Prepared prepared(jobs, x, batch, threads);
+    const Weights& w = *jobs[0].weights;
+    const int64_t some = std::max<int64_t>(1, STRETCH / (w.rows * batch * int64_t(jobs.size())));
+    parallel(w.panels(), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t p = begin; p < end; p += some) {
+            const int64_t q = std::min(end, p + some);
+            for (const Job& j : jobs) prepared.run(j, p, q);
+            then(p * w.rows, std::min(q * w.rows, w.out));
         }
     });
 }

@@ -1,5 +1,6 @@
 // A linear map whose buffers were checked, and the calls that run it.
 #pragma once
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -43,6 +44,11 @@ private:
 struct Job { const Weights* weights; const Kernel* kernel; float* y; };
 // Maps of the same x [batch, in] in one go: x is made ready once for all that want it alike.
 void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads);
+// The same with maps whose panels are equally high and many (`side_by_side`): `then` gets outputs begin .. end as soon as all of
+// them have given theirs, on the thread that computed them.
+using Then = std::function<void(int64_t begin, int64_t end)>;
+bool side_by_side(std::span<const Job> jobs);
+void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads, const Then& then);
 
 std::vector<const Kernel*> all_kernels();
 // Of the instruction sets this processor has: the best, or the one of this name (std::invalid_argument if there is none).

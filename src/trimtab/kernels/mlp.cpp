@@ -15,13 +15,28 @@ constexpr int64_t TOGETHER = 24;
 // Every thread reads all weights for every so many rows, which pays where they stay in the last-level cache.
 constexpr int64_t CACHED = 16 << 20;
 
+bool plain(const Map& m) { return m.size() == 1 && m[0].bias.empty(); }
+
 void whole(const Mlp& m, const float* x, int64_t rows, float* y, const With& with) {
     thread_local std::vector<float> gates, ups;
     const int64_t width = outputs(m.up);
     float *up = sized(ups, rows * width), *gate = m.gate ? sized(gates, rows * width) : nullptr;
-    if (gate) apply(std::array<Target, 2>{{{&*m.gate, gate}, {&m.up, up}}}, x, rows, with);
-    else apply(std::array<Target, 1>{{{&m.up, up}}}, x, rows, with);
-    each_row(rows, 2 * width, with.threads, [&](int64_t r) { with.ops->activate(m.activation, gate ? gate + r * width : nullptr, up + r * width, width); });
+    const auto activated = [&](int64_t r, int64_t begin, int64_t end) {
+        with.ops->activate(m.activation, gate ? gate + r * width + begin : nullptr, up + r * width + begin, end - begin);
+    };
+    std::vector<Target> targets{{&m.up, up}};
+    if (gate) targets.push_back({&*m.gate, gate});
+    std::vector<Job> jobs;
+    for (const Target& t : targets)
+        if (plain(*t.map)) jobs.push_back({&t.map->front().linear->weights(), t.map->front().linear->best(with.narrowest, rows), t.y});
+    if (jobs.size() == targets.size() && side_by_side(jobs)) {
+        run(jobs, x, rows, with.threads, [&](int64_t begin, int64_t end) {
+            for (int64_t r = 0; r < rows; ++r) activated(r, begin, end);
+        });
+    } else {
+        apply(targets, x, rows, with);
+        each_row(rows, 2 * width, with.threads, [&](int64_t r) { activated(r, 0, width); });
+    }
     apply(std::array<Target, 1>{{{&m.down, y}}}, up, rows, with);
 }
 

@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace trimtab {
@@ -64,6 +66,7 @@ public:
         part(0);
         for (int tries = 0; left_.load(std::memory_order_acquire); ++tries)
             tries > SPIN ? std::this_thread::yield() : breathe();
+        if (failed_) std::rethrow_exception(std::exchange(failed_, nullptr));
     }
 
 private:
@@ -93,7 +96,13 @@ private:
 
     void part(int id) {
         const int64_t begin = count_ * id / parts_, end = count_ * (id + 1) / parts_;
-        if (begin < end) (*work_)(begin, end, id);
+        if (begin >= end) return;
+        try {
+            (*work_)(begin, end, id);
+        } catch (...) {  // no memory: who called hears of it when no thread uses `work_` any more
+            std::lock_guard lock(mutex_);
+            failed_ = std::current_exception();
+        }
     }
 
     std::mutex turn_, mutex_;
@@ -102,6 +111,7 @@ private:
     std::atomic<uint64_t> round_{0};
     std::atomic<int> left_{0};
     const std::function<void(int64_t, int64_t, int)>* work_ = nullptr;
+    std::exception_ptr failed_;
     int64_t count_ = 0;
     int parts_ = 1, caller_ = -1;
 };
