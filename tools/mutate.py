@@ -57,6 +57,7 @@ BUDGETS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "budget")
 UNITS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "unit or select")
 STATS = ("tests/test_laws.py", "-k", "stat")
 SPEC = ("tests/line/test_spec.py",)
+SELL = ("tests/runtime/test_kernels.py", "tests/runtime/test_modules.py", "-k", "few_single or nothing or long_rows_of_few")
 CODES = ("tests/runtime/test_kernels.py", "-k", "ternary or codes")
 QUALITY = ("tests/line/test_proof.py", "-k", "quality or masked or cosine")
 WORDS = ("tests/line/test_proof.py", "-k", "verdict or words or sizes")
@@ -156,6 +157,11 @@ BUGS = [
     Bug("methods/format/nm.py", "if most > n:", "if most > m:", "a group that keeps too many loses the rest"),
     Bug("methods/format/nm.py", "8: ((0, 2), (2, 1))", "8: ((0, 2),)", "places of 8 cut to two bits"),
     Bug("methods/format/nm.py", "zip(planes, PLANES", "zip(planes[::-1], PLANES", "planes of places in the wrong order"),
+    Bug("methods/format/sell.py", "first.clamp(max=max(0, inputs - WINDOW))", "first", "a window reaches beyond the inputs", SELL),
+    Bug("methods/format/sell.py", "at = at + taken.sum(1)", "at = at + EACH", "what lies behind the window is lost"),
+    Bug("methods/format/sell.py", "rows[slot.clamp(min=0)].masked_fill(none, 0)", "rows[slot.clamp(min=0)]", "fill is a weight once more"),
+    Bug("methods/format/sell.py", "column < (window + WINDOW)", "column <= (window + WINDOW)", "an entry just behind its window", SELL),
+    Bug("core/pack.py", "< FEW *", "> FEW *", "many weights in steps, few with bits", SELL),
     Bug("methods/format/bsr.py", "flatten(2).any(-1)", "flatten(2).all(-1)", "a block with one zero is lost"),
     Bug("methods/format/bsr.py", "held.sum(1)", "held.sum(0)", "row pointers count columns"),
     # --- the line

@@ -288,6 +288,19 @@ def test_what_is_not_finite_stays_in_its_row_and_is_not_lost(value):
                 assert torch.isfinite(y[torch.arange(14) != 5]).all(), kernel
 
 
+def test_windows_of_long_rows_of_few_weights_stay_inside():
+    """Entries at both ends, far apart and close together: each is stored once, in a window that ends with the matrix."""
+    for inputs in (129, 200, 257, 1000):
+        w = torch.zeros(40, inputs)
+        w[0, ::3], w[1, -1], w[2, :1], w[3, 127:130], w[17, -128:], w[39, :] = 1, 2, 3, 4, 5, 6
+        for t in (w, w.bfloat16()):
+            p = sell(t)
+            layouts.check(p)
+            assert torch.equal(layouts.restored(p), t) and int(p.buffers["values"].count_nonzero()) == int(w.count_nonzero())
+            if BUILT:
+                agree(p, (1, 3, 20))
+
+
 @pytest.mark.parametrize("type_", names.TYPES)
 def test_packing_loses_nothing(type_):
     gen = torch.Generator().manual_seed(3)

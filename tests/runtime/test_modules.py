@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from trimtab.core.pack import Format
+from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import nearest
 from trimtab.methods.format.bitmask import bitmask
@@ -33,6 +35,16 @@ def test_the_smallest_layout_is_chosen_and_loses_nothing(thin, want):
         assert packed.format == want and torch.equal(layouts.restored(packed), w)
         others = [f(Change(w)) for f in (dense, bitmask, bsr, *([nm] if want == "nm" else []))]
         assert packed.nbytes <= min(p.nbytes for p in others) + 128
+
+
+def test_few_single_weights_lie_in_steps_and_many_have_a_bit_each():
+    w = weight(64, 96)
+    for threshold, want in ((1.0, "format/sell"), (0.0, "format/bitmask")):  # 16 % and half are kept
+        change = Change(w * (weight(64, 96, 1) > threshold))
+        assert Format(Step("format/bitmask")).of(change) == Step(want)
+        assert Format(Step("format/bitmask"), named=True).of(change) == Step("format/bitmask")
+        assert Format(Step("format/nm")).of(change) == Step("format/nm")
+        assert Format(Step("format/bitmask")).of(nearest(change.w, 8).change()) == Step("format/bitmask")  # steps hold no codes
 
 
 def test_a_packed_layer_computes_what_the_layer_did():
