@@ -303,7 +303,7 @@ def turns(these: list[Candidate], rounds: int, threads: int) -> Roof:
         return calls[name][at[name] % len(calls[name])]
 
     with torch.no_grad():
-        for r in range(rounds):
+        for _ in range(rounds):
             for c in these:
                 time.sleep(REST)
                 if c.remote:

@@ -198,7 +198,8 @@ def openvino_codes(w: Tensor, x: Tensor, bits: int, group: int, threads: int) ->
     def make() -> Call:
         p = ops.parameter(list(x.shape), ov.Type.f32)
         held = ops.constant(ov.Tensor(packed.numpy(), ov.Shape(shape), kind))
-        middle = ops.constant(ov.Tensor(np.array([codes.levels // 2 * (17 if bits == 4 else 1)], np.uint8), ov.Shape([1] * len(shape)), kind))
+        zero = np.array([codes.levels // 2], np.uint8)
+        middle = ops.constant(ov.Tensor(zero, ov.Shape([1] * len(shape)), kind))
         half = ops.subtract(ops.convert(held, "f16"), ops.convert(middle, "f16"))
         weight = ops.multiply(half, ops.constant(scales))
         if group:
