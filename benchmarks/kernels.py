@@ -98,6 +98,7 @@ class Candidate:
     error: float | None = None       # ours, of codes: what x loses
     times: list[float] = field(default_factory=list)
     remote: Callable[[int], list[float]] | None = None  # seconds of so many calls in another process, instead of `make`
+    end: Callable[[], None] | None = None               # of that process
 
 
 def cache_bytes() -> int:
@@ -205,8 +206,8 @@ def mlps(w: Tensor, x: Tensor, threads: int, sparse: Path | None) -> list[Candid
 def remote(name: str, ws: list[Tensor], x: Tensor, threads: int, python: Path) -> Candidate:
     """DeepSparse on these zeros, as many copies of it as others have."""
     kept = sum(int((t != 0).sum()) for t in ws)
-    call = deepsparse(python, ws, x, threads, copies(4 * kept))
-    return Candidate(name, lambda: lambda: None, 4 * kept, 2 * kept * len(x), "f32", of="deepsparse", remote=call)
+    call, end = deepsparse(python, ws, x, threads, copies(4 * kept))
+    return Candidate(name, lambda: lambda: None, 4 * kept, 2 * kept * len(x), "f32", of="deepsparse", remote=call, end=end)
 
 
 def copies(size: int) -> int:
@@ -349,6 +350,9 @@ def main() -> int:
             roof = turns(these, a.rounds, a.threads)
             print(f"{table} batch {batch}: {roof}")
             report(these, table, batch, roof, began, a)
+            for c in these:
+                if c.end:
+                    c.end()
     return 0
 
 

@@ -266,10 +266,10 @@ def openvino_mlp(weights: list[Tensor], x: Tensor, threads: int) -> Maker | None
 
 
 # ---- DeepSparse, in a process of its own --------------------------------------------------------
-def deepsparse(python: Path, weights: list[Tensor], x: Tensor, threads: int, copies: int) -> Callable[[int], list[float]]:
-    """A function of a number of calls that gives the seconds of each; weights float32, one or the three of an MLP.
-
-    The process ends with the interpreter. RuntimeError if it does not start.
+def deepsparse(python: Path, weights: list[Tensor], x: Tensor, threads: int,
+               copies: int) -> tuple[Callable[[int], list[float]], Callable[[], None]]:
+    """A function of a number of calls that gives the seconds of each, and one that ends the process; weights float32, one or the
+    three of an MLP. RuntimeError if it does not start.
     """
     folder = tempfile.TemporaryDirectory()
     at = Path(folder.name)
@@ -290,4 +290,8 @@ def deepsparse(python: Path, weights: list[Tensor], x: Tensor, threads: int, cop
         to.write(f"{count}\n")
         to.flush()
         return json.loads(back.readline())
-    return call
+
+    def end() -> None:
+        worker.kill()
+        worker.wait()
+    return call, end

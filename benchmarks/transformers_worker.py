@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from torch import nn
 from trimtab.core.memory import rss
 
 
-def eight_bits(model: nn.Module) -> None:
+def eight_bits(model: Any) -> None:
     """Every linear map with codes, everything else in float32; one block after another, so that float32 weights are few at a time."""
     def converted(part: nn.Module) -> nn.Module:
         with warnings.catch_warnings():

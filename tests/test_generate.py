@@ -177,8 +177,8 @@ def test_a_broken_marker_is_named(root: Path, text: str, why: str) -> None:
 
 
 def layer(recipe: str, batch: int, ms: float, size: int, shape: str = "64x32", **more: Any) -> dict[str, Any]:
-    return {"recipe": recipe, "model": f"one layer {shape}, cold", "shape": shape, "setting": f"zeros-batch-{batch}", "metric": "milliseconds", "value": ms,
-            "seed": 0, "methods": {}, "bytes": size, "read_gb_s": 10.0, **more}
+    return {"recipe": recipe, "model": f"one layer {shape}, cold", "shape": shape, "metric": "milliseconds",
+            "setting": f"zeros-batch-{batch}", "value": ms, "seed": 0, "methods": {}, "bytes": size, "read_gb_s": 10.0, **more}
 
 
 def test_plots_take_what_rows_say_and_else_what_their_names_do() -> None:
