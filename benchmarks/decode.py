@@ -147,7 +147,7 @@ def main() -> int:
                 if a.one_at_a_time:
                     w.start()
                     for prompt, new in SETTINGS.values():
-                        w.turn(prompt, new)
+                        w.turn(prompt, min(new, 8))
                 for key, (prompt, new) in SETTINGS.items():
                     got = w.turn(prompt, new)
                     if r:
