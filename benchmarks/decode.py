@@ -2,10 +2,13 @@
 
     python benchmarks/random_llama.py build/llama-110m --size 110m
     python benchmarks/decode.py build/llama-110m results/decode.jsonl [--llama PYTHON] [--rounds 5] [--only NAME ...]
-                                [--genai PYTHON --openvino DIR ... --onnxruntime DIR ...]
+                                [--genai PYTHON --openvino DIR ... --onnxruntime DIR ...] [--one-at-a-time]
 
 Packs the model with every recipe below into DIR-packed/ (once), then starts one process a candidate; each waits until it is
-its turn. Prompt 64 and 64 new tokens, and a prompt of 512; 2 threads; medians over the rounds, the spread is the quartiles.
+its turn. With `--one-at-a-time` a process lives for its turn only, in which it first runs untimed: for models that do not fit
+into memory together. Prompt 64 and 64 new tokens, and a prompt of 512; 2 threads; medians over the rounds, the spread is the
+quartiles. The decoder's tests run first, and nothing is timed when they are red; the read bandwidth is measured between the
+rounds, and counts at its best. transformers runs in bfloat16 and in torch.ao's dynamic int8 (transformers_worker.py).
 `--llama`: an interpreter with llama-cpp-python, gguf and numpy. `--genai`: one with openvino-genai and onnxruntime-genai, and the
 same model as those want it (genai_worker.py says how to make it): directories named after what the weights are, int8 and so on.
 """
@@ -19,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from measure import Roof, green
 
 PACKED = {
     "dense bf16": ["dense"],
@@ -55,7 +60,33 @@ def serve(path: Path, threads: int) -> None:
             pass
         end = time.perf_counter()
         print(json.dumps({"prefill_tok_s": prompt / (first - start), "decode_tok_s": new / (end - first), "load_s": loaded,
-                          "rss_over_import": rss() - before}), flush=True)
+                          "rss_over_import": rss() - before, "bytes_per_token": decoder.weight_bytes}), flush=True)
+
+
+class Worker:
+    """A candidate in a process of its own, from when it is first asked until `end`."""
+
+    def __init__(self, command: list[str]):
+        self.command = command
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        if self.process.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"{' '.join(self.command)} did not start")
+
+    def turn(self, prompt: int, new: int) -> dict[str, Any]:
+        assert self.process and self.process.stdin and self.process.stdout
+        time.sleep(REST)
+        self.process.stdin.write(f"{prompt} {new}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
 
 
 def main() -> int:
@@ -71,10 +102,14 @@ def main() -> int:
     ask.add_argument("--onnxruntime", type=Path, nargs="+", default=[], metavar="DIR")
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--threads", type=int, default=2)
+    ask.add_argument("--one-at-a-time", action="store_true")
     ask.add_argument("--only", nargs="+", choices=PACKED, default=list(PACKED))
     a = ask.parse_args()
     if (a.openvino or a.onnxruntime) and not a.genai:
         ask.error("--openvino and --onnxruntime want --genai, an interpreter that has them")
+    if not green("decoder"):
+        return 1
+    print(machine(), native.level())
     folder = a.model.with_name(a.model.name + "-packed")
     folder.mkdir(exist_ok=True)
     commands: dict[str, list[str]] = {}
@@ -90,49 +125,55 @@ def main() -> int:
             subprocess.run([a.llama, script, "make", a.model / "config.json", theirs], check=True, stderr=subprocess.DEVNULL)
         for kind in ("bf16", "q8_0", "q4_0"):
             commands[f"llama.cpp {kind}"] = [str(a.llama), str(script), "serve", str(theirs.with_suffix(f".{kind}.gguf")), str(a.threads)]
+    for kind in ("bf16", "int8"):
+        commands[f"transformers {kind}"] = [sys.executable, str(Path(__file__).with_name("transformers_worker.py")), kind, str(a.model),
+                                            str(a.threads)]
     for runtime, places in (("openvino", a.openvino), ("onnxruntime", a.onnxruntime)):
         for at in places:
             commands[f"{runtime} genai {at.name}"] = [str(a.genai), str(Path(__file__).with_name("genai_worker.py")), runtime, str(at),
                                                       str(a.threads)]
-    workers = {n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()}
+    workers = {n: Worker(c) for n, c in commands.items()}
     figures: dict[str, dict[str, list[float]]] = {n: {k: [] for k in SETTINGS} for n in workers}
     extra: dict[str, dict[str, Any]] = {}
-    reads = []
-
-    def turn(name: str, prompt: int, new: int) -> dict[str, Any]:
-        to, back = workers[name].stdin, workers[name].stdout
-        assert to and back
-        time.sleep(REST)
-        to.write(f"{prompt} {new}\n")
-        to.flush()
-        return json.loads(back.readline())
-
-    for w in workers.values():
-        assert w.stdout and w.stdout.readline().strip() == "ready"
-    for r in range(a.rounds + 1):
-        for name in workers:
-            for key, (prompt, new) in SETTINGS.items():
-                got = turn(name, prompt, new)
-                if r:
-                    figures[name][key].append(got[key])
-                extra[name] = {k: got[k] for k in ("load_s", "rss_over_import") if k in got}
-        reads.append(native.core().read_bandwidth(400 << 20, a.threads, 2))
-    for w in workers.values():
-        w.kill()
-    read = statistics.median(reads)
+    began, roof = time.strftime("%Y-%m-%dT%H:%M:%S"), Roof()
+    if not a.one_at_a_time:
+        for w in workers.values():
+            w.start()
+    try:
+        for r in range(a.rounds + 1):
+            for name, w in workers.items():
+                if a.one_at_a_time and r == 0:
+                    continue
+                if a.one_at_a_time:
+                    w.start()
+                    for prompt, new in SETTINGS.values():
+                        w.turn(prompt, min(new, 8))
+                for key, (prompt, new) in SETTINGS.items():
+                    got = w.turn(prompt, new)
+                    if r:
+                        figures[name][key].append(got[key])
+                    extra[name] = {k: got[k] for k in ("load_s", "rss_over_import", "bytes_per_token") if k in got}
+                if a.one_at_a_time:
+                    w.end()
+            roof.look(a.threads)
+    finally:
+        for w in workers.values():
+            w.end()
+    read = roof.gives("bandwidth")
     for name, by in figures.items():
         for key, values in by.items():
             low, mid, high = statistics.quantiles(values, n=4)
             prompt, new = SETTINGS[key]
             row = {"recipe": name, "model": a.model.name, "setting": f"prompt {prompt}, {new} new", "metric": key, "value": round(mid, 2),
                    "quartiles": [round(low, 2), round(high, 2)], "seed": 0, "methods": {}, "rounds": a.rounds, "threads": a.threads,
-                   "read_gb_s": round(read / 1e9, 2), "machine": machine(), "isa": native.level(), "date": time.strftime("%Y-%m-%d"),
+                   "read_gb_s": round(read / 1e9, 2), "one_at_a_time": a.one_at_a_time, "began": began,
+                   "machine": machine(), "isa": native.level(), "date": time.strftime("%Y-%m-%d"),
                    **extra[name]}
             with a.out.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, sort_keys=True) + "\n")
         decode, prefill = (statistics.median(by[k]) for k in SETTINGS)
         print(f"{name:28}{decode:9.1f} decode{prefill:10.1f} prefill  {extra[name]}", flush=True)
-    print(f"read bandwidth {read / 1e9:.1f} GB/s")
+    print(roof)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""DeepSparse's side of kernels.py and mlp.py, run by an interpreter that has deepsparse 1.8 and protobuf below 3.21.
+"""DeepSparse's side of kernels.py, run by an interpreter that has deepsparse 1.8 and protobuf below 3.21.
 
     PYTHON benchmarks/deepsparse_worker.py SPEC.json      a line "CALLS" in, a line of JSON out: seconds of each call
 

@@ -11,12 +11,14 @@ DIR is what their own tools make of the same Hugging Face directory:
 """
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +29,8 @@ def rss() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def openvino(path: str, threads: int) -> Turn:
+def openvino(path: str, threads: int, genai: Any) -> Turn:
     import openvino
-    import openvino_genai as genai
 
     how = genai.SchedulerConfig()
     how.enable_prefix_caching = False  # a second turn would find its prompt there
@@ -39,8 +40,8 @@ def openvino(path: str, threads: int) -> Turn:
     def turn(ids: np.ndarray, new: int) -> list[float]:
         times: list[float] = []
 
-        class Clock(genai.StreamerBase):
-            def write(self, _: object) -> genai.StreamingStatus:
+        class Clock(genai.StreamerBase):  # type: ignore[misc]
+            def write(self, _: object) -> Any:
                 times.append(time.perf_counter())
                 return genai.StreamingStatus.RUNNING
 
@@ -52,9 +53,7 @@ def openvino(path: str, threads: int) -> Turn:
     return turn
 
 
-def onnxruntime(path: str, threads: int) -> Turn:
-    import onnxruntime_genai as genai
-
+def onnxruntime(path: str, threads: int, genai: Any) -> Turn:
     config = genai.Config(path)
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = genai.Model(config)
@@ -73,8 +72,9 @@ def onnxruntime(path: str, threads: int) -> Turn:
 
 
 def main(runtime: str, path: str, threads: int) -> None:
+    genai = importlib.import_module(f"{runtime}_genai")
     before, began = rss(), time.perf_counter()
-    turn = {"openvino": openvino, "onnxruntime": onnxruntime}[runtime](path, threads)
+    turn = {"openvino": openvino, "onnxruntime": onnxruntime}[runtime](path, threads, genai)
     loaded = time.perf_counter() - began
     print("ready", flush=True)
     for line in sys.stdin:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -63,8 +64,14 @@ def make(config: dict[str, Any], out: Path) -> None:
     full.unlink()
 
 
+def rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def serve(path: Path, threads: int) -> None:
+    before, began = rss(), time.perf_counter()
     model = llama_cpp.Llama(str(path), n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    loaded = time.perf_counter() - began
     print("ready", flush=True)
     for line in sys.stdin:
         prompt, new = map(int, line.split())
@@ -76,7 +83,8 @@ def serve(path: Path, threads: int) -> None:
         for i in range(new):
             model.eval([10 + i])
         end = time.perf_counter()
-        print(json.dumps({"prefill_tok_s": prompt / (first - start), "decode_tok_s": new / (end - first)}), flush=True)
+        print(json.dumps({"prefill_tok_s": prompt / (first - start), "decode_tok_s": new / (end - first), "load_s": loaded,
+                          "rss_over_import": rss() - before}), flush=True)
 
 
 if __name__ == "__main__":

@@ -176,20 +176,23 @@ def test_a_broken_marker_is_named(root: Path, text: str, why: str) -> None:
         generate.pages(root)
 
 
-def layer(recipe: str, batch: int, ms: float, size: int, **more: Any) -> dict[str, Any]:
-    return {"recipe": recipe, "model": "one layer 64x32, cold", "setting": f"zeros-batch-{batch}", "metric": "milliseconds", "value": ms,
-            "seed": 0, "methods": {}, "bytes": size, "read_gb_s": 10.0, **more}
+def layer(recipe: str, batch: int, ms: float, size: int, shape: str = "64x32", **more: Any) -> dict[str, Any]:
+    return {"recipe": recipe, "model": f"one layer {shape}, cold", "shape": shape, "metric": "milliseconds",
+            "setting": f"zeros-batch-{batch}", "value": ms, "seed": 0, "methods": {}, "bytes": size, "read_gb_s": 10.0, **more}
 
 
 def test_plots_take_what_rows_say_and_else_what_their_names_do() -> None:
     old = [layer("trimtab sell bf16 20% kept", 16, 2.0, 4000, times_fastest_other=1.5), layer("torch bf16", 16, 2.0, 4096),
            layer("trimtab 2:4 int4 g128, x int8", 1, 1.0, 1000), layer("trimtab something else", 1, 1.0, 1000),
-           layer("trimtab dense f32", 4, 1.0, 8192)]
-    found = speed_plots.layers(old)
+           layer("trimtab dense f32", 4, 1.0, 8192), layer("trimtab 4:8 bf16", 1, 1.0, 2500, x="bf16"),
+           layer("trimtab ternary by row, x int8", 1, 1.0, 500), layer("trimtab low rank bf16 25% (two maps)", 1, 1.0, 500),
+           layer("trimtab dense mlp bf16", 1, 1.0, 500), layer("trimtab dense bf16", 1, 1.0, 4096, shape="32x64")]
+    found = speed_plots.layers(old, "64x32")
     assert [(f.family, f.type, f.x, f.kept, f.rows, f.flops, f.peak) for f in found] == [
-        ("sell", "bf16", "bf16", 0.2, 16, pytest.approx(2 * 64 * 32 * 0.2 * 16), None), ("2:4", "i4", "i8", 0.5, 1, 2048, None)]
+        ("sell", "bf16", "bf16", 0.2, 16, pytest.approx(2 * 64 * 32 * 0.2 * 16), None), ("n:m", "i4", "i8", 0.5, 1, 2048, None),
+        ("n:m", "bf16", "bf16", 0.5, 1, 2048, None), ("codes", "t", "i8", 1.0, 1, 4096, None)]
     new = layer("trimtab sell bf16 20% kept", 16, 1.0, 4000, times_fastest_other=3.0, x="bf16", flops=12345, peak_gflop_s=7.0)
-    last = speed_plots.layers([*old, new])[0]
+    last = speed_plots.layers([*old, new], "64x32")[0]
     assert (last.x, last.flops, last.peak, last.seconds) == ("bf16", 12345, 7e9, 1e-3)
 
 
@@ -198,10 +201,81 @@ def test_plots_are_files_of_their_own() -> None:
 
     rows = [layer(f"trimtab bsr32 {t} {kept}% kept", batch, 0.1 * kept / batch, 100 * kept, times_fastest_other=50 / kept, x=t,
                   flops=kept * 999 * batch, peak_gflop_s=40.0) for t in ("f32", "bf16") for kept in (5, 50) for batch in (1, 16, 512)]
-    found = speed_plots.layers(rows)
+    found = speed_plots.layers(rows, "64x32")
     for draw in (speed_plots.roofline, speed_plots.speed_up):
         text = speed_plots.standalone(draw(found))
         tips = [t.text for t in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}title")]
         assert len([t for t in tips if t and "rows of x" in t]) == len(found) and "var(" not in text
         assert text == speed_plots.standalone(draw(found))
     assert "x float32: 40" in speed_plots.roofline(found) and "x 8 bits" in speed_plots.roofline(found)
+
+
+def kernel(recipe: str, **more: Any) -> dict[str, Any]:
+    return layer(recipe, 1, 2.0, 4096, quartiles=[1.5, 2.5], share_of_read_bandwidth=0.5, **more)
+
+
+def test_shapes_are_told_apart_and_what_is_not_measured_is_said(root: Path) -> None:
+    some = [kernel("trimtab dense bf16"), kernel("torch bf16", shape="32x64", began="1")]
+    (root / "results/a.jsonl").write_text("\n".join(json.dumps({k: v for k, v in r.items() if k != "shape"}) for r in some) + "\n")
+    marked = [f"<!-- begin:kernels shape={s} -->\n<!-- end:kernels -->\n" for s in ("64x32", "32x64", "8x8")]
+    (root / "README.md").write_text("".join(marked))
+    first, second, third = generate.pages(root)[root / "README.md"].split("<!-- end:kernels -->\n")[:3]
+    assert "trimtab dense bf16" in first and "torch" not in first
+    assert "torch bf16" in second and "trimtab" not in second
+    assert third == "<!-- begin:kernels shape=8x8 -->\nNot measured yet.\n"
+
+
+@pytest.mark.parametrize("name", ["kernels", "layers", "decode", "first_token"])
+def test_a_table_of_speed_without_rows_says_so(name: str) -> None:
+    assert generate.TABLES[name]([], {}, {}) == "Not measured yet.\n"
+
+
+def test_a_table_is_of_one_run() -> None:
+    old, new = (kernel(n, began=began) for n, began in (("trimtab gone", "2026-01-01T00:00:00"), ("trimtab here", "2026-01-02T00:00:00")))
+    before = kernel("trimtab older still")
+    other = kernel("trimtab elsewhere", shape="32x64")
+    assert generate.of_last_run([before, new, old, other]) == [new, other]
+
+
+def test_goals_of_a_layer_are_said_with_their_bound_and_their_miss() -> None:
+    goals = [{"than": "the read bandwidth", "target": 0.85, "wanted": 0.85, "got": 0.9, "bound": "target", "met": True},
+             {"than": "torch", "target": 1.3, "wanted": 1.2, "got": 1.1, "bound": "bandwidth", "met": False},
+             {"than": "deepsparse", "target": 1.0, "met": None}]
+    row = kernel("trimtab int4", goals=goals, error=0.0071, times_fastest_other=1.1, fastest_other="torch")
+    said = ("85% of the read bandwidth: met; 1.20 x torch (bandwidth, else 1.30), got 1.100: **missed**; 1.00 x deepsparse: not measured")
+    assert said in generate.kernels_table([row], {}, {}) and "| 7.1e-03 |" in generate.kernels_table([row], {}, {})
+    assert f"| 1 | trimtab int4 | 2.000 | 50% | 1.10 x torch | {said} |" in generate.layers_table([row, kernel("torch")], {}, {})
+    old = kernel("trimtab int4", wanted=1.3, bound="target", met=False)
+    assert "1.30 (target): **missed**" in generate.kernels_table([old], {}, {})
+
+
+def run(model: str, decode: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Rows of a run: tokens a second of decoding and prefill, by recipe."""
+    return [{"recipe": name, "model": model, "setting": metric, "metric": metric, "value": v, "quartiles": [v, v],
+             "seed": 0, "methods": {}, "read_gb_s": 10.0} for name, values in decode.items()
+            for metric, v in zip(("decode_tok_s", "prefill_tok_s"), values, strict=True)]
+
+
+@pytest.mark.parametrize(("ours", "size", "theirs", "want"), [
+    (95.0, None, 100.0, "decode 1.00 x llama.cpp bf16, got 0.950: **missed**"),
+    (100.0, None, 100.0, "decode 1.00 x llama.cpp bf16, got 1.000: met"),
+    (86.0, 1e8, 200.0, "decode 0.42 x llama.cpp bf16 (85% of the read bandwidth, else 1.00), got 0.430: met"),
+    (85.0, 1e8, 86.0, "decode 0.97 x llama.cpp bf16 (at the read bandwidth, else 1.00), got 0.988: met"),
+    (80.0, 1e8, 86.0, "got 0.930: **missed**"),
+])
+def test_what_a_decoder_was_wanted_to_reach(ours: float, size: float | None, theirs: float, want: str) -> None:
+    rows = run("llama-1b", {"trimtab dense bf16": (ours, 100.0), "llama.cpp bf16": (theirs, 90.0)})
+    for r in rows:
+        if size and "trimtab" in r["recipe"]:
+            r["bytes_per_token"] = size
+    text = generate.decode_table(rows, {}, {})
+    assert want in text
+    assert "prefill 1.00 x llama.cpp bf16, got 1.111: met (openvino genai bf16, transformers bf16 not measured)" in text
+
+
+def test_goals_of_one_model_are_not_those_of_another() -> None:
+    rows = {"trimtab int4 g128": (100.0, 1.0), "onnxruntime genai int4": (90.0, 1.0), "llama.cpp q4_0": (50.0, 1.0)}
+    small, large = (generate.decode_table(run(m, rows), {}, {}) for m in ("llama-110m", "llama-1b"))
+    assert "decode 1.20 x onnxruntime genai int4, got 1.111: **missed** (openvino genai int4 not measured)" in small
+    assert "onnxruntime genai int4, got" not in large and "decode 1.30 x llama.cpp q4_0, got 2.000: met" in large
+    assert "prefill 1.10 x (transformers int8, openvino genai int8 not measured)" in large

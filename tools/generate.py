@@ -4,7 +4,8 @@
     python tools/generate.py check     exit 1 and name the pages that differ
 
 Markers, in README.md and docs/**/*.md:  <!-- begin:results model=builtin:lm setting=50% -->  ...  <!-- end:results -->
-The word is one of TABLES; `key=value` words narrow it to the rows with those values.
+The word is one of TABLES; `key=value` words narrow it to the rows with those values, several with commas between. Rows of single
+layers have a shape besides, OUTxIN. A table of speed shows what the last run measured, and says so where nothing was measured yet.
 """
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ from trimtab.report import speed_plots
 from trimtab.runtime import names
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPE = "8192x2048"  # of the layers that the plots show
+NOT_YET = "Not measured yet.\n"
 KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
 QUESTION = {
     "stat": "What must we know about the data?", "unit": "What stands or falls together, compared with whom?",
@@ -42,10 +45,25 @@ def measured(root: Path) -> list[Row]:
                 continue
             try:
                 row = json.loads(line)
-                last[tuple(row[k] for k in (*KEYS[:4], "seed"))] = {k: row[k] for k in KEYS} | row
+                last[tuple(row[k] for k in (*KEYS[:4], "seed"))] = {k: row[k] for k in KEYS} | {"shape": shape_of(row)} | row
             except (ValueError, KeyError, TypeError) as e:
                 raise SystemExit(f"{path.relative_to(root)}:{number}: want a row of {', '.join(KEYS)}: {e!r}") from None
     return list(last.values())
+
+
+def shape_of(row: Row) -> str:
+    """Of a row of a single layer, OUTxIN; else nothing."""
+    found = re.match(r"one layer (\d+x\d+), cold$", str(row["model"]))
+    return found[1] if found else ""
+
+
+def of_last_run(every: list[Row]) -> list[Row]:
+    """Of rows that say when their run began, those of the last one of each model and setting: runs are not compared."""
+    last: dict[tuple[Any, ...], str] = {}
+    for r in every:
+        at = (r["model"], r["setting"])
+        last[at] = max(last.get(at, ""), r.get("began", ""))
+    return [r for r in every if r.get("began", "") == last[r["model"], r["setting"]]]
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -169,36 +187,118 @@ def counts_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
     return table(["axis", "methods", "names"], body)
 
 
+def verdict(goal: Row) -> str:
+    """A goal of a row in words: what came out, of what, what was wanted and why no more."""
+    if goal["met"] is None:
+        return f"{goal['target']:.2f} x {goal['than']}: not measured"
+    met = "met" if goal["met"] else "**missed**"
+    if goal["than"] == "the read bandwidth":
+        return f"{goal['wanted']:.0%} of the read bandwidth: {met}"
+    why = "" if goal["bound"] == "target" else f" ({goal['bound']}, else {goal['target']:.2f})"
+    return f"{goal['wanted']:.2f} x {goal['than']}{why}, got {goal['got']:.3f}: {met}"
+
+
+def wanted_of(r: Row) -> str:
+    if "wanted" in r:  # rows of one target each
+        return f"{r['wanted']:.2f} ({r['bound']}): {'met' if r['met'] else '**missed**'}"
+    return "; ".join(map(verdict, r.get("goals", [])))
+
+
 def kernels_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
-    """Rows of benchmarks/kernels.py: time, spread, bandwidth, peak where it was measured, and the fastest other runtime of the same run."""
-    peaks = any("share_of_peak" in r for r in every)
+    """Rows of benchmarks/kernels.py: time, spread, bandwidth, peak and error of x where they were measured, and the fastest other
+    runtime of the same run."""
+    every = of_last_run(every)
+    if not every:
+        return NOT_YET
+    peaks, errors = (any(k in r for r in every) for k in ("share_of_peak", "error"))
     body = []
     for r in every:
         low, high = r["quartiles"]
-        wanted = f"{r['wanted']:.2f} ({r['bound']}): {'met' if r['met'] else '**missed**'}" if "wanted" in r else ""
         times = f"{r['times_fastest_other']:.2f} x {r['fastest_other']}" if "fastest_other" in r else ""
         peak = [f"{r['share_of_peak']:.0%}" if "share_of_peak" in r else ""] if peaks else []
+        error = [f"{r['error']:.1e}" if "error" in r else ""] if errors else []
         read = f"{r['share_of_read_bandwidth']:.0%}"
-        body.append((r["recipe"], f"{r['value']:.3f}", f"{low:.3f} to {high:.3f}", read, *peak, times, wanted))
-    head = ["layer", "ms", "quartiles", "of the read bandwidth", *(["of the peak"] if peaks else [])]
+        body.append((r["recipe"], f"{r['value']:.3f}", f"{low:.3f} to {high:.3f}", read, *peak, *error, times, wanted_of(r)))
+    head = ["layer", "ms", "quartiles", "of the read bandwidth", *(["of the peak"] if peaks else []), *(["error of x"] if errors else [])]
     return table([*head, "against the fastest other", "wanted"], body)
+
+
+def layers_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """The same rows in short: ours alone, all numbers of rows of x."""
+    body = []
+    for r in of_last_run(every):
+        if "times_fastest_other" in r:
+            rows = re.search(r"-batch-(\d+)$", r["setting"])
+            body.append((rows[1] if rows else "", r["recipe"], f"{r['value']:.3f}", f"{r['share_of_read_bandwidth']:.0%}",
+                         f"{r['times_fastest_other']:.2f} x {r['fastest_other']}", wanted_of(r)))
+    return table(["rows of x", "layer", "ms", "of the read bandwidth", "against the fastest other", "wanted"], body) if body else NOT_YET
+
+
+# What our candidates of benchmarks/decode.py are wanted to reach: of which model (nothing: of every one), in what, which of ours, so
+# many times the best of these.
+DECODE_GOALS: tuple[tuple[str, str, str, float, tuple[str, ...]], ...] = (
+    ("", "decode_tok_s", "dense bf16", 1.0, ("llama.cpp bf16",)),
+    ("", "decode_tok_s", "int8", 1.15, ("llama.cpp q8_0", "onnxruntime genai int8")),
+    ("", "decode_tok_s", "int4 g128", 1.3, ("llama.cpp q4_0",)),
+    ("llama-110m", "decode_tok_s", "int4 g128", 1.2, ("openvino genai int4", "onnxruntime genai int4", "llama.cpp q4_0")),
+    ("", "decode_tok_s", "2:4 int4 g128", 1.25, ("llama.cpp q4_0",)),
+    ("llama-1b", "decode_tok_s", "mlp blocks 20% kept, bf16", 2.0, ("trimtab dense bf16",)),
+    ("llama-1b", "decode_tok_s", "mlp blocks 5% kept, bf16", 2.8, ("trimtab dense bf16",)),
+    ("", "prefill_tok_s", "dense bf16", 1.0, ("openvino genai bf16", "transformers bf16", "llama.cpp bf16")),
+    ("", "prefill_tok_s", "int8", 1.1, ("transformers int8", "openvino genai int8")),
+    ("", "prefill_tok_s", "int4 g128", 1.1, ("transformers int8", "openvino genai int8")),
+    ("llama-1b", "prefill_tok_s", "mlp blocks 20% kept, bf16", 1.6, ("trimtab dense bf16",)),
+    ("llama-1b", "prefill_tok_s", "mlp blocks 5% kept, bf16", 1.9, ("trimtab dense bf16",)),
+)
+NEAR, LIMIT = 0.85, 0.97  # of the read bandwidth counts as reached; times a peer that reaches it counts as level with it
+
+
+def decode_goals(ours: Row, rows: dict[tuple[str, str], Row]) -> list[str]:
+    """What a row was wanted to reach, in words. `rows`: those of the run, by recipe and metric.
+
+    Decoding is bound by reading: 85 % of the bandwidth is enough where that is less. A peer of the same bytes that is there itself
+    is reached at 0.97 times.
+    """
+    said = []
+    metric, what = ours["metric"], ours["metric"].removesuffix("_tok_s")
+    enough = NEAR * ours["read_gb_s"] * 1e9 / ours["bytes_per_token"] if metric == "decode_tok_s" and "bytes_per_token" in ours else None
+    for model, of, name, times, peers in DECODE_GOALS:
+        if of != metric or f"trimtab {name}" != ours["recipe"] or model not in ("", ours["model"]):
+            continue
+        found = {p: rows[p, metric]["value"] for p in peers if (p, metric) in rows}
+        missing = [p for p in peers if p not in found]
+        without = f" ({', '.join(missing)} not measured)" if missing else ""
+        if not found:
+            said.append(f"{what} {times:.2f} x{without}")
+            continue
+        best = max(found, key=lambda p: found[p])
+        factor = LIMIT if times == 1 and enough is not None and found[best] >= enough else times
+        bounded = enough is not None and enough < factor * found[best]
+        goal = enough if enough is not None and bounded else factor * found[best]
+        met = "met" if ours["value"] >= goal else "**missed**"
+        why = f" (85% of the read bandwidth, else {times:.2f})" if bounded else f" (at the read bandwidth, else {times:.2f})" \
+            if factor != times else ""
+        said.append(f"{what} {goal / found[best]:.2f} x {best}{why}, got {ours['value'] / found[best]:.3f}: {met}{without}")
+    return said
 
 
 def decode_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
     """Rows of benchmarks/decode.py: one line a candidate."""
-    by: dict[str, dict[str, Row]] = {}
-    for r in every:
-        if r["metric"] in ("decode_tok_s", "prefill_tok_s"):
-            by.setdefault(r["recipe"], {})[r["metric"]] = r
+    rows = {(r["recipe"], r["metric"]): r for r in of_last_run([r for r in every if r["metric"] in ("decode_tok_s", "prefill_tok_s")])}
+    if not rows:
+        return NOT_YET
 
     def figure(r: Row) -> str:
         return f"{r['value']:,.1f} ({r['quartiles'][0]:,.1f} to {r['quartiles'][1]:,.1f})"
 
     body = []
-    for name, r in by.items():
-        held = r["decode_tok_s"].get("rss_over_import")
-        body.append((name, figure(r["decode_tok_s"]), figure(r["prefill_tok_s"]), f"{held / 1e6:,.0f} MB" if held else ""))
-    return table(["model", "decode, tokens/s", "prefill, tokens/s", "resident over a bare import"], body)
+    for name in dict.fromkeys(recipe for recipe, _ in rows):
+        decode, prefill = rows[name, "decode_tok_s"], rows[name, "prefill_tok_s"]
+        held = decode.get("rss_over_import")
+        share = decode["bytes_per_token"] * decode["value"] / decode["read_gb_s"] / 1e9 if "bytes_per_token" in decode else None
+        body.append((name, figure(decode), "" if share is None else f"{share:.0%}", figure(prefill),
+                     f"{held / 1e6:,.0f} MB" if held else "", "; ".join(decode_goals(decode, rows) + decode_goals(prefill, rows))))
+    return table(["model", "decode, tokens/s", "of the read bandwidth", "prefill, tokens/s", "resident over a bare import", "wanted"], body)
 
 
 def first_token_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
@@ -211,12 +311,12 @@ def first_token_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[st
         wanted = f"at most {r['wanted'] * by:,.0f} {unit}: {'met' if r['met'] else '**missed**'}" if "wanted" in r else ""
         low, high = (f"{x * by:,.2f}" for x in r["quartiles"])
         body.append((f"{r['model']} {r['recipe']}", what, f"{r['value'] * by:,.2f} {unit}", f"{low} to {high}", wanted))
-    return table(["directory", "what", "median", "quartiles", "wanted"], body)
+    return NOT_YET if not body else table(["directory", "what", "median", "quartiles", "wanted"], body)
 
 
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
-    "kernels": kernels_table, "decode": decode_table, "first_token": first_token_table,
+    "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
 }
 
 
@@ -227,7 +327,7 @@ def filled(text: str, where: str, every: list[Row], recipes: dict[str, Recipe], 
         if m[1] not in TABLES:
             raise SystemExit(f"{where}: no table {m[1]!r}; there are {', '.join(TABLES)}")
         want = dict(w.split("=", 1) for w in m[2].split())
-        if odd := set(want) - set(KEYS):
+        if odd := set(want) - {*KEYS, "shape"}:
             raise SystemExit(f"{where}: {m[1]} cannot be narrowed by {sorted(odd)}")
         some = [r for r in every if all(str(r[k]) in v.split(",") for k, v in want.items())]
         return f"<!-- begin:{m[1]}{m[2]} -->\n{TABLES[m[1]](some, recipes, reg)}<!-- end:{m[1]} -->"
@@ -247,7 +347,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     if (root / "src/trimtab/kernels").exists():
         out[root / "docs/catalogue/kernels.md"] = kernels_page(root)
     out[root / "docs/claims.md"] = claims_page(every, recipes, reg)
-    if found := speed_plots.layers(every):
+    if found := speed_plots.layers(of_last_run(every), SHAPE):
         out[root / "docs/roofline.svg"] = speed_plots.standalone(speed_plots.roofline(found))
         out[root / "docs/speed-up.svg"] = speed_plots.standalone(speed_plots.speed_up(found))
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from trimtab.report.plots import HALO, Axis, _grid, _ink, _line, _spread, _svg, _text
 
-FAMILIES = ("dense", "blocks", "bitmask", "sell", "2:4", "codes")  # a colour each
+FAMILIES = ("dense", "blocks", "bitmask", "sell", "n:m", "codes")  # a colour each
 XS = ("f32", "bf16", "i8")                                        # a shape each
+BITS = {"f32": 32.0, "bf16": 16.0, "i8": 8.0, "i4": 4.0, "i2": 2.0, "t": 1.6}  # a weight
 ROWS = (1, 16, 512)
 FAINT = 'opacity=".7"'
 
@@ -38,27 +39,28 @@ class Layer:
 
     @staticmethod
     def of(row: dict[str, Any]) -> Layer | None:
-        """None for what is no layer of ours, or does not say what it multiplied."""
+        """None for what is no single layer of ours in a format of its own (an MLP, two maps), or does not say what it multiplied."""
         name = row["recipe"].removeprefix("trimtab ")
         shape, rows = re.match(r"one layer (\d+)x(\d+)", row["model"]), re.search(r"-batch-(\d+)$", row["setting"])
-        kind = re.match(r"(?:(\S+) )?(f32|bf16|int8|int4|int2)\b", name)
-        family = re.sub(r"bsr\d+", "blocks", kind[1] or "codes") if kind else None
+        kind = re.match(r"(?:(\S+) )?(f32|bf16|int8|int4|int2|ternary)\b", name)
+        family = re.sub(r"\d:\d", "n:m", re.sub(r"bsr\d+", "blocks", kind[1] or "codes")) if kind else None
         if name == row["recipe"] or not (shape and rows and kind) or family not in FAMILIES:
             return None
         entries, share = int(shape[1]) * int(shape[2]), re.search(r"(\d+)% kept", name)
-        kept = int(share[1]) / 100 if share else 0.5 if kind[1] == "2:4" else 1.0
-        weights = kind[2].replace("int", "i")
+        kept = int(share[1]) / 100 if share else 0.5 if family == "n:m" else 1.0
+        weights = "t" if kind[2] == "ternary" else kind[2].replace("int", "i")
         asked = re.search(r"x (f32|int8)", name)
-        told = asked[1].replace("int", "i") if asked else "f32" if kind[1] == "2:4" else weights
+        told = asked[1].replace("int", "i") if asked else "f32" if family == "n:m" else weights
         return Layer(name, int(rows[1]), family, weights, row.get("x", told), kept, row["value"] / 1e3,
                      row.get("flops", 2 * entries * kept * int(rows[1])), row["bytes"],
-                     entries * {"f32": 32, "bf16": 16, "i8": 8, "i4": 4, "i2": 2}[weights] // 8, row["read_gb_s"] * 1e9,
+                     int(entries * BITS[weights] / 8), row["read_gb_s"] * 1e9,
                      row["peak_gflop_s"] * 1e9 if "peak_gflop_s" in row else None, row.get("times_fastest_other"))
 
 
-def layers(rows: list[dict[str, Any]]) -> list[Layer]:
-    """One a name and number of rows of x, the last that was measured."""
-    found = [x for r in rows if r["metric"] == "milliseconds" and (x := Layer.of(r)) is not None and x.rows in ROWS]
+def layers(rows: list[dict[str, Any]], shape: str) -> list[Layer]:
+    """Those of this shape, OUTxIN: one a name and number of rows of x, the last that was measured."""
+    found = [x for r in rows if r["metric"] == "milliseconds" and r["model"].startswith(f"one layer {shape},")
+             and (x := Layer.of(r)) is not None and x.rows in ROWS]
     return list({(x.name, x.rows): x for x in found}.values())
 
 
@@ -153,11 +155,11 @@ def speed_up(found: list[Layer]) -> str:
                 if not line:
                     continue
                 at = [(x.at(f.kept), y.at(f.times or 1), y.at(f.dense_bytes / f.bytes)) for f in line]
-                if len(line) > 1:
+                if line[0].kept < line[-1].kept:
                     out += [_path([(a, c) for a, _, c in at], f"stroke:{_ink(k)};stroke-dasharray:3 3;stroke-opacity:.8"),
                             _path([(a, b) for a, b, _ in at], f"stroke:{_ink(k)};stroke-width:2")]
                 elif line[0].kept < 1:
-                    out.append(_line(at[0][0] - 6, at[0][2], at[0][0] + 6, at[0][2], f"stroke:{_ink(k)};stroke-dasharray:3 3"))
+                    out += [_line(a - 6, c, a + 6, c, f"stroke:{_ink(k)};stroke-dasharray:3 3") for a, _, c in at]
                 out += [_shape("f32", family, a, b, f"{f.name}, {rows} rows of x: {f.times:.2f} x")
                         for (a, b, _), f in zip(at, line, strict=True)]
                 ends.append((at[-1][1], at[-1][0], k, family))
