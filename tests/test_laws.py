@@ -920,9 +920,7 @@ def law_format_knows_what_it_stores(m: Method) -> None:
             elif "windows" in packed.buffers:  # one window holds all inputs: steps of two, as many as the fullest output of 16 fills
                 longest = [int(rows.sum(1).max()) for rows in (new.w != 0 if new.mask is None else new.mask).split(16)]
                 assert new.w.shape[1] <= 128 and m.facts["stored"](packed) == 32 * sum(-(-n // 2) for n in longest) >= kept
-            elif m.facts["holds"] == "mask":
-                assert m.facts["stored"](packed) == kept
-            elif new.mask is not None:
+            elif m.facts["holds"] == "mask" or new.mask is not None:
                 assert m.facts["stored"](packed) == kept
 
 

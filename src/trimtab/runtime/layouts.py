@@ -20,8 +20,8 @@ VERSION = 2  # of packed directories; 1 laid out n:m otherwise, and had csr
 LARGEST = 2**31 - 1
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64,), "windows": (torch.int32,), "zeros": (torch.uint8,),
-    "scales": (torch.float32, torch.float16),
+    "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64,), "windows": (torch.int32,),
+    "scales": (torch.float32, torch.float16), "zeros": (torch.uint8,),
 }
 
 

@@ -68,8 +68,7 @@ def steps(kept: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         slots.append(torch.where(taken, flat[:, None] + column, -1))
         at = at + taken.sum(1)
     if not windows:
-        yield from ((torch.tensor(0), torch.empty(0, dtype=torch.int32), torch.empty(0, ROWS, EACH, dtype=torch.long)),) * (len(kept) // ROWS)
-        return
+        windows, slots = [torch.full((len(kept) // ROWS,), -1, dtype=torch.int32)], [torch.full((len(kept), EACH), -1)]
     begin, slot = torch.stack(windows, 1), torch.stack(slots, 1)  # [panels, steps], [panels * ROWS, steps, EACH]
     for mine, its in zip(begin, slot.view(-1, ROWS, *slot.shape[1:]).transpose(1, 2), strict=True):
         count = (mine >= 0).sum()
