@@ -69,7 +69,7 @@ class Handle:
         """The native decoder, where it was built and runs this model; what it does not run, transformers may."""
         if dtype not in self._decoders:
             names = self._checkpoint.config.get("architectures") or [""]
-            can = str(names[0]).endswith("ForCausalLM") and (self.path / "tokenizer.json").exists() and supported(self._checkpoint)
+            can = names[0].endswith("ForCausalLM") and (self.path / "tokenizer.json").exists() and supported(self._checkpoint)
             try:
                 self._decoders[dtype] = open_decoder(self.path, dtype) if can else None
             except NoKernel:  # torch runs it, and says so

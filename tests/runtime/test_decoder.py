@@ -569,6 +569,10 @@ def test_what_it_does_not_run_is_said(tmp_path):
                         ({"rope_scaling": {"type": "linear"}}, "factor"), ({"num_attention_heads": None}, "save the model again")):
         with pytest.raises(BadInput, match=why):
             graph.describe(llama, {**base, **change})
+    for change, why in (({"model_type": []}, r"model_type \[\] .* is not supported"),
+                        ({"architectures": 5}, "architectures is 5; it is a list"), ({"architectures": [5]}, "it is a list of names")):
+        with pytest.raises(BadInput, match=why):
+            graph.family_of({**base, **change})
     del base["hidden_size"]
     with pytest.raises(BadInput, match="hidden_size"):
         graph.describe(llama, base)
