@@ -1,9 +1,8 @@
 """The library's face: the command line, as functions."""
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import Network
 from trimtab.runtime import torch_decoder
 from trimtab.runtime.decoder import DTYPES, Decoder, NoKernel, check_sampling, open_decoder, supported
-from trimtab.runtime.text import Pieces, open_tokenizer, stop_ids
+from trimtab.runtime.text import Pieces, Until, open_tokenizer, stop_ids
 
 
 def resolve(model: str | Path) -> Path:
@@ -41,8 +40,7 @@ class Handle:
         graph.family_of(self._checkpoint.config, path / "config.json")  # and a family that is not known
         self._modules: dict[str, Any] = {}
         self._decoders: dict[str | None, Decoder | None] = {}
-        notes = path / "trimtab.json"
-        if notes.exists() and json.loads(notes.read_text(encoding="utf-8")).get("proof") in ("failed", "pending"):
+        if line.read_notes(path).get("proof") in ("failed", "pending"):
             warnings.warn(f"{path} did not pass its proof; see its README.md", stacklevel=3)
 
     @property
@@ -71,7 +69,7 @@ class Handle:
         """The native decoder, where it was built and runs this model; what it does not run, transformers may."""
         if dtype not in self._decoders:
             names = self._checkpoint.config.get("architectures") or [""]
-            can = str(names[0]).endswith("ForCausalLM") and (self.path / "tokenizer.json").exists() and supported(self._checkpoint)
+            can = names[0].endswith("ForCausalLM") and (self.path / "tokenizer.json").exists() and supported(self._checkpoint)
             try:
                 self._decoders[dtype] = open_decoder(self.path, dtype) if can else None
             except NoKernel:  # torch runs it, and says so
@@ -79,13 +77,17 @@ class Handle:
         return self._decoders[dtype]
 
     def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, return_ids: bool = False, *,
-                 top_k: int = 0, top_p: float = 1.0, dtype: str | None = None) -> Iterator[Any]:
+                 top_k: int = 0, top_p: float = 1.0, stop: Sequence[str] = (), dtype: str | None = None) -> Iterator[Any]:
         """New pieces of text one by one, or new ids including the stop token. Greedy at temperature 0.
 
+        Text ends before the first of `stop` that is in it (ids behind the token that completes one), at a stop token of the
+        model, after `max_new_tokens`, or where the context does.
         Runs natively where the family is supported and the kernels were built, else with transformers. BadInput where
         there is nothing to continue, or no room to.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        if isinstance(stop, str) or not all(stop):
+            raise BadInput(f"stop is {stop!r}; it is a list of texts, none of them empty")
         dtype = dtype or self.dtype
         if dtype is not None and dtype not in DTYPES:
             raise BadInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -95,10 +97,10 @@ class Handle:
             raise BadInput(f"{self.path} is a {type(self._module(dtype)).__name__}, which does not continue text; give a language model")
         tokenizer = open_tokenizer(self.path)
         if tokenizer is not None:
-            ids, stop = tokenizer.encode(prompt).ids, stop_ids(self.path, tokenizer)
+            ids, last = tokenizer.encode(prompt).ids, stop_ids(self.path, tokenizer)
             decode = partial(tokenizer.decode, skip_special_tokens=False)
         elif self.tokenizer is not None:
-            ids, stop = self.tokenizer(prompt)["input_ids"], {self.tokenizer.eos_token_id}
+            ids, last = self.tokenizer(prompt)["input_ids"], {self.tokenizer.eos_token_id}
             decode = self.tokenizer.decode
         else:
             raise BadInput(f"{self.path} has no tokenizer, so it cannot continue text")
@@ -109,18 +111,31 @@ class Handle:
             if len(ids) > limit:
                 raise BadInput(f"the prompt has {len(ids)} tokens, the model takes at most {limit}; give a shorter one")
             max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)  # the last new token needs no position
-        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": sorted(stop)}
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": sorted(last)}
         if decoder is not None:
             new = decoder.generate(ids, max_new_tokens, **how)
         else:
             new = torch_decoder.generate(self._module(dtype), ids, max_new_tokens, **how)
-        return new if return_ids else _pieces(new, Pieces(decode, ids), stop)
+        return (_ids if return_ids else _pieces)(new, Pieces(decode, ids), last, Until(stop))
 
 
-def _pieces(new: Iterator[int], pieces: Pieces, stop: set[int]) -> Iterator[str]:
+def _pieces(new: Iterator[int], pieces: Pieces, last: set[int], until: Until) -> Iterator[str]:
     for token in new:
-        if token not in stop and (piece := pieces.add(token)):
+        if token not in last and (piece := until.add(pieces.add(token))):
             yield piece
+        if until.reached:
+            return
+    if piece := until.rest():
+        yield piece
+
+
+def _ids(new: Iterator[int], pieces: Pieces, last: set[int], until: Until) -> Iterator[int]:
+    for token in new:
+        yield token
+        if token not in last:
+            until.add(pieces.add(token))
+        if until.reached:
+            return
 
 
 def load(model: str | Path, dtype: str | None = None, trust_remote_code: bool = False) -> Handle:

@@ -48,6 +48,14 @@ def count(text: str) -> int:
     return value
 
 
+def most(text: str) -> int:
+    """A number of things, or 0 for all of them."""
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return value
+
+
 def seed(text: str) -> int:
     value = int(text) if text.isdecimal() else -1
     if not 0 <= value < 2**63:
@@ -154,7 +162,7 @@ def parser() -> Parser:
     p.add_argument("--calib", nargs="+", default=[], metavar="PATH")
     p.add_argument("--samples", type=count, default=16)
     p.add_argument("--seq-len", type=count, default=256)
-    p.add_argument("--verify", action="store_true", help="first compare every packed buffer with its hash")
+    p.add_argument("--verify", action="store_true", help="first compare everything in a packed directory with its hash")
     model_options(p)
 
     p = command("catalogue", "every method and recipe, with formula, source and claim status")
@@ -176,7 +184,7 @@ def parser() -> Parser:
     p.add_argument("--min-recovery", type=share, help="fail when dense / trimmed perplexity is below")
     p.add_argument("--proof-tokens", type=count)
     p.add_argument("--pack", nargs="?", const="recipe", default="", metavar="FORMAT",
-                   help="write for our runtime, in the recipe's own format or in this one: dense, bitmask, bsr, nm")
+                   help="write for our runtime, in the recipe's own format or in this one: dense, bitmask, sell, bsr, nm")
     p.add_argument("--pack-dtype", choices=("float32", "bfloat16"), help="packed weights that are no codes; default: as the model's")
     p.add_argument("--head", choices=("keep", "int8"), help="the packed head: default int8 per row where the recipe leaves codes")
     p.add_argument("--no-speed", action="store_true", help="leave the speed measurement out of the proof")
@@ -208,8 +216,9 @@ def parser() -> Parser:
     p.add_argument("prompt")
     p.add_argument("--max-new-tokens", type=count, default=64)
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    p.add_argument("--top-k", type=count, default=0, help="draw from the K likeliest tokens only")
+    p.add_argument("--top-k", type=most, default=0, help="draw from the K likeliest tokens only; 0: from all")
     p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this share together")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given more than once")
     p.add_argument("--seed", type=seed, default=0)
     model_options(p)
     p.set_defaults(dtype=None)  # as it was packed
@@ -294,7 +303,8 @@ def run_generate(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
         raise BadInput("the prompt is empty; give some text to continue")
     pieces = []
     handle = tt.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
-    for piece in handle.generate(a.prompt, a.max_new_tokens, a.temperature, a.seed, top_k=a.top_k, top_p=a.top_p):
+    for piece in handle.generate(a.prompt, a.max_new_tokens, a.temperature, a.seed, top_k=a.top_k, top_p=a.top_p,
+                                 stop=a.stop):
         pieces.append(piece)
         if not a.json:
             print(piece, end="", flush=True)

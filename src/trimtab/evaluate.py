@@ -25,6 +25,7 @@ def compare(model: Path, against: Path | None, text: tuple[str, ...], tokens: in
     """Quality (and speed) of `model`, beside `against` when given; in a fresh process."""
     from trimtab.prove.proof import run_fresh
 
+    notes = line.read_notes(model)
     opts = Options(text=text, proof_tokens=tokens, seq_len=seq_len, dtype=dtype, max_memory=max_memory, speed=speed,
                    trust_remote_code=trust_remote_code)
     net = Network.open(model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
@@ -35,7 +36,6 @@ def compare(model: Path, against: Path | None, text: tuple[str, ...], tokens: in
         memory.release()
         own = memory.rss()
         result = run_fresh(request, tick)
-    notes = line.read_notes(model)
     result |= {"model": str(model), "against": str(against) if against else None, "recipe": notes.get("recipe"),
                "plan_hash": notes.get("plan_hash"), "peak_rss_bytes": own + result["peak_rss_bytes"]}
     if notes.get("proof") in ("failed", "pending"):
@@ -61,6 +61,7 @@ def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
     if a.out and not a.out.absolute().parent.is_dir():
         raise BadInput(f"{a.out.parent} is no folder; give --out a .jsonl file in one that exists")
     nets = [Network.open(x, dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code) for x in (against, model) if x]
+    recipes = [line.read_notes(net.checkpoint.path).get("recipe") or "dense" for net in nets]
     prompt, new = a.prompt or 64, a.new or 64
     for net in nets:
         places = getattr(net.config.get_text_config(), "max_position_embeddings", None)
@@ -72,11 +73,11 @@ def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
     result = measure(nets[0], nets[1] if against else None, prompt=prompt, new=new, batch=a.batch, threads=threads,
                      dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code, ours=True)
     read = core and max(read, core.read_bandwidth(READ, threads, 2))
-    for side, net, name in zip(("before", "after"), nets, [x for x in (a.against, a.model) if x], strict=False):
+    for side, net, name, recipe in zip(("before", "after"), nets, [x for x in (a.against, a.model) if x], recipes, strict=False):
         steps = (result[side]["decode_tok_s"] or 0) / a.batch
         share = steps * (result[side]["weight_bytes"] or 0) / read if read and steps else None
         result[side] |= {"model": name, "bytes": net.checkpoint.weight_bytes, "share_of_read_bandwidth": share,
-                         "recipe": line.read_notes(net.checkpoint.path).get("recipe") or "dense"}
+                         "recipe": recipe}
     result |= {"machine": machine(), "isa": native.level(), "read_gb_s": read and round(read / 1e9, 2),
                "peak_gflop_s": core and {t: round(core.peak_flops(t, threads, 20) / 1e9, 1) for t in ("f32", "bf16", "i8")}}
     if a.out:
@@ -87,14 +88,14 @@ def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What `bench` found, as rows of results/*.jsonl: one for each model and metric."""
-    shared = {k: result[k] for k in ("threads", "dtype", "repeats", "speed", "machine", "isa", "read_gb_s", "peak_gflop_s")}
+    shared = {k: result[k] for k in ("threads", "repeats", "speed", "machine", "isa", "read_gb_s", "peak_gflop_s")}
     setting = f"prompt {result['prompt']}" + (f", {result['new']} new" if result["new"] else "")
     setting += f", batch {result['batch']}" if result["batch"] > 1 else ""
     rows = []
     for side in (result["before"], result["after"]):
         for metric, quartiles in (side["quartiles"] if side else {}).items():
             if metric != "first_token_s":
-                its = {k: side[k] for k in ("recipe", "runner", "bytes", "weight_bytes", "resident_bytes")}
+                its = {k: side[k] for k in ("recipe", "runner", "dtype", "bytes", "weight_bytes", "resident_bytes")}
                 its |= {"share_of_read_bandwidth": side["share_of_read_bandwidth"]} if metric == "decode_tok_s" else {}
                 rows.append({**shared, **its, "model": Path(side["model"]).name, "setting": setting, "metric": metric,
                              "value": side[metric], "quartiles": quartiles, "seed": 0, "methods": {}, "date": time.strftime("%Y-%m-%d")})
@@ -105,9 +106,12 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     """Sites by role with weight statistics, and how much each sublayer changes the residual stream.
 
     With `a.verify` a packed directory is compared with the hashes it was written with first: BadInput where one differs, and
-    where there are none. `verified` counts them.
+    where there are none. `verified` counts the tensors.
     """
-    verified = sum(len(p.buffers) for p in packed.open(model, verify=True).linears.values()) if a.verify else None
+    notes, verified = line.read_notes(model), None
+    if a.verify:
+        whole = packed.open(model, verify=True)
+        verified = len(whole.tensors) + sum(len(p.buffers) for p in whole.linears.values())
     net = Network.open(model, dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code)
     roles: dict[str, dict[str, Any]] = {}
     cosines: dict[str, list[float]] = {}
@@ -137,4 +141,4 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     return {"model": str(model), "family": net.family.name, "blocks": net.n_blocks, "params": net.n_params,
             "params_in_sites": in_sites, "bytes": net.checkpoint.weight_bytes, "roles": roles, "sublayer_cosine": cosines,
             "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "verified": verified,
-            "recipe": line.read_notes(model).get("recipe")}
+            "recipe": notes.get("recipe")}

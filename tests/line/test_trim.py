@@ -528,6 +528,16 @@ def test_generate_continues(capsys, tiny_lm):
     assert ids == list(tt.load(tiny_lm).generate("def f(", max_new_tokens=5, return_ids=True)) and len(ids) <= 5
 
 
+@pytest.mark.parametrize("notes", ["{", "[]", "[" * 100_000])
+def test_damaged_notes_are_one_line(capsys, tiny_lm, tmp_path, calib, notes):
+    model = copy(tiny_lm, tmp_path / "m")
+    (model / "trimtab.json").write_text(notes)
+    for name, *more in (("generate", "x"), ("bench",), ("eval", "--text", calib), ("inspect",)):
+        code, out, err = run(capsys, name, model, *more)
+        assert (code, out, err.count("\n")) == (2, "", 1), (name, err)
+        assert "trimtab.json is not" in err and "remove it, or write the directory again" in err
+
+
 def test_ready_inputs_are_drawn_by_the_seed(tiny_lm, tmp_path):
     from safetensors.torch import save_file
 

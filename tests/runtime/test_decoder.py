@@ -26,7 +26,7 @@ from trimtab.methods.format.panels import Packed
 from trimtab.network import graph
 from trimtab.runtime import layouts, native, torch_decoder
 from trimtab.runtime.decoder import Decoder, open_plain, wanted
-from trimtab.runtime.text import Pieces, stop_ids
+from trimtab.runtime.text import Pieces, Until, stop_ids
 
 pytestmark = pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
 
@@ -480,6 +480,11 @@ def test_bad_ids_and_options_are_refused():
                     {"max_new_tokens": 0}, {"narrowest": "i4"}):
         with pytest.raises(BadInput, match=options.get("narrowest", next(iter(options)))):
             decoder.generate([1], **options)
+    for chunk in (0, -1):
+        with pytest.raises(BadInput, match=f"chunk is {chunk}; it is at least 1 token"):
+            decoder.generate([1], chunk=chunk)
+        with pytest.raises(BadInput, match="chunk is"):
+            decoder.logits([1], chunk=chunk)
 
 
 def test_a_session_checks_what_it_is_given():
@@ -564,6 +569,10 @@ def test_what_it_does_not_run_is_said(tmp_path):
                         ({"rope_scaling": {"type": "linear"}}, "factor"), ({"num_attention_heads": None}, "save the model again")):
         with pytest.raises(BadInput, match=why):
             graph.describe(llama, {**base, **change})
+    for change, why in (({"model_type": []}, r"model_type \[\] .* is not supported"),
+                        ({"architectures": 5}, "architectures is 5; it is a list"), ({"architectures": [5]}, "it is a list of names")):
+        with pytest.raises(BadInput, match=why):
+            graph.family_of({**base, **change})
     del base["hidden_size"]
     with pytest.raises(BadInput, match="hidden_size"):
         graph.describe(llama, base)
@@ -589,12 +598,13 @@ def test_greedy_text_is_what_transformers_would_write():
 
     handle = tt.load("builtin:lm")
     decoder = open_plain(model_path())
-    for text in corpus.text("validation")[:4]:
-        ids = handle.tokenizer(text[:400])["input_ids"][:100]
-        new = list(decoder.generate(ids, 256))
+    prompts = [handle.tokenizer(text[:400])["input_ids"][:100] for text in corpus.text("validation")[:20]]
+    new = [list(column) for column in zip(*decoder.generate_batch(prompts, 256), strict=True)]
+    assert new[0] == list(decoder.generate(prompts[0], 256)) and len(new) == 20
+    for ids, text in zip(prompts, new, strict=True):
         with torch.no_grad():
-            theirs = handle.module(torch.tensor([ids + new])).logits[0]
-        assert theirs.argmax(-1)[len(ids) - 1:-1].tolist() == new and len(new) == 256
+            theirs = handle.module(torch.tensor([ids + text])).logits[0]
+        assert theirs.argmax(-1)[len(ids) - 1:-1].tolist() == text and len(text) == 256
 
 
 def test_nothing_of_transformers_is_imported_to_generate():
@@ -618,7 +628,7 @@ def test_the_handle_takes_the_native_way_where_there_is_one(monkeypatch, tiny_lm
     assert ids() == ours
     drawn_in_torch = ids(temperature=1.0, top_k=40, top_p=0.9, seed=1)
     assert drawn_in_torch == ids(temperature=1.0, top_k=40, top_p=0.9, seed=1) != ours
-    with pytest.raises(BadInput, match="was not built"):
+    with pytest.raises(BadInput, match=r"no native decoder: .* were not built"):
         NET.decoder()
 
 
@@ -673,6 +683,40 @@ def test_half_a_character_waits():
     assert "".join(said) == "añ€🙂b" and said.count("") == len(raw) - 5
 
 
+def test_text_ends_before_the_first_of_some_texts():
+    for texts, text, want in (
+            (["\n\n"], "a\nb\n\nc", "a\nb"), (["abcd", "bc"], "xabcd", "xa"), (["aab"], "aaab", "a"), (["b"], "aaa", "aaa"),
+            (["ab"], "aaa", "aaa"), ([], "aaa", "aaa"), (["a"], "aaa", ""), (["ab", "b"], "cab", "c")):
+        for size in (1, 2, 3, 9):
+            until, said = Until(texts), []
+            for i in range(0, len(text), size):
+                said.append(until.add(text[i:i + size]))
+                if until.reached:
+                    break
+            assert "".join(said) + until.rest() == want and until.reached == (text != want), (texts, text, size)
+
+
+def test_stop_texts_end_what_is_generated(capsys):
+    import trimtab as tt
+    from trimtab.cli import main
+
+    handle, prompt = tt.load("builtin:lm"), "import os\n\n\ndef "
+    whole = "".join(handle.generate(prompt, 40))
+    stop = whole[20:24]
+    want = whole[:whole.index(stop)]
+    assert want and "".join(handle.generate(prompt, 40, stop=["not in it at all", stop])) == want
+    assert "".join(handle.generate(prompt, 40, stop=["not in it at all", whole[-1] + "never"])) == whole  # what waited comes in the end
+    some, every = (list(handle.generate(prompt, 40, return_ids=True, stop=s)) for s in ([stop], []))
+    assert some == every[:len(some)] and len(some) < 40
+    text = handle.tokenizer.decode(some)
+    assert stop in text and stop not in handle.tokenizer.decode(some[:-1])
+    args = ["generate", "builtin:lm", prompt, "--max-new-tokens", "40", "--top-k", "0", "--json", "--stop"]
+    assert main([*args, "nothing", "--stop", stop]) == 0 and json.loads(capsys.readouterr().out)["text"] == want
+    assert main([*args, ""]) == 2 and "none of them empty" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="it is a list of texts"):
+        handle.generate(prompt, stop="x")
+
+
 def test_stop_tokens_are_found_where_they_are_written(tmp_path: Path):
     from trimtab.runtime.text import open_tokenizer
 
@@ -683,6 +727,15 @@ def test_stop_tokens_are_found_where_they_are_written(tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert stop_ids(tmp_path, tokenizer) == {0, 5, 6}
+    for wrong in (1.5, "</s>", [1, "x"], True, {"id": 3}):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(BadInput, match=r"generation_config.json: eos_token_id is .*; it is a token id or a list of them"):
+            stop_ids(tmp_path, tokenizer)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert stop_ids(tmp_path, tokenizer) == {0}
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 5}')
+    with pytest.raises(BadInput, match=r"tokenizer_config.json: eos_token is 5; it is the text of a token"):
+        stop_ids(tmp_path, tokenizer)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(BadInput, match="not a JSON object"):
         stop_ids(tmp_path, tokenizer)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -20,10 +21,10 @@ from torch import nn
 from tests import tiny
 from trimtab import api, cli
 from trimtab.core import pack
-from trimtab.core.types import BadInput
+from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import Codes, nearest
 from trimtab.methods.format.dense import dense
-from trimtab.network.checkpoint import Checkpoint, SafeFile, write_sharded
+from trimtab.network.checkpoint import Checkpoint, SafeFile
 from trimtab.network.stream import load_module
 from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, native, packed
@@ -189,8 +190,8 @@ def test_every_format_is_read_back_through_memory_maps(every_format):
     model = packed.open(every_format, verify=True)
     kinds = {(p.format, p.type, p.dim, p.m) for p in model.linears.values()}
     assert kinds >= {("nm", "f32", "in", 4), ("nm", "f32", "out", 4), ("nm", "f32", "in", 8), ("bsr", "f32", "in", 1),
-                     ("bitmask", "f32", "in", 1), ("nm", "i4", "in", 4), ("nm", "i4", "in", 8), ("bsr", "i8", "in", 1),
-                     ("dense", "i2", "in", 1), ("bitmask", "i8", "in", 1), ("dense", "t", "in", 1),
+                     ("bitmask", "f32", "in", 1), ("sell", "f32", "in", 1), ("nm", "i4", "in", 4), ("nm", "i4", "in", 8),
+                     ("bsr", "i8", "in", 1), ("dense", "i2", "in", 1), ("bitmask", "i8", "in", 1), ("dense", "t", "in", 1),
                      ("dense", "i8", "in", 1)}
     assert {(p.rows, p.cols, p.type) for p in model.linears.values() if p.format == "bsr"} >= {
         (16, 16, "f32"), (32, 1, "f32"), (32, 1, "i8"), (1, 32, "i8"), (32, 32, "i8")}
@@ -212,12 +213,7 @@ def test_large_models_are_written_in_shards(every_format, tmp_path):
     shutil.copytree(every_format, tmp_path / "o")
     f = SafeFile(every_format / "model.safetensors")
     (tmp_path / "o" / "model.safetensors").unlink()
-    sums = json.loads(f.metadata["trimtab"])["sha256"]
-
-    def about(names: list[str]) -> dict[str, str]:
-        return {"trimtab": json.dumps({"sha256": {n: sums[n] for n in names if n in sums}})}
-
-    write_sharded(tmp_path / "o", {n: (e.dtype, e.shape) for n, e in f.entries.items()}, f.read, about, limit=8_000)
+    fuzz.write(tmp_path / "o", f, 8_000)
     assert len(list((tmp_path / "o").glob("model-*.safetensors"))) > 2
     a, b = packed.open(every_format), packed.open(tmp_path / "o", verify=True)
     assert all(torch.equal(t, b.linears[n].buffers[k]) for n, p in a.linears.items() for k, t in p.buffers.items())
@@ -267,9 +263,9 @@ import trimtab
 from transformers import AutoModel, AutoModelForCausalLM
 from trimtab.runtime.modules import PackedLinear
 model = AutoModelForCausalLM.from_pretrained({str(every_format)!r})
-assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 15
+assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 22
 bare = AutoModel.from_pretrained({str(every_format)!r})
-assert sum(isinstance(m, PackedLinear) for m in bare.modules()) == 14
+assert sum(isinstance(m, PackedLinear) for m in bare.modules()) == 21
 """
     env = {"PYTHONPATH": str(Path(pack.__file__).parents[2]), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -309,13 +305,13 @@ def test_rows_of_a_fused_weight_share_their_format(tmp_path):
     assert list(kinds.values()) == ["dense i4", "dense f32", "nm f32", "dense f32"]
 
 
-@pytest.mark.fresh
 def runners(*measured: dict) -> bool:
     """Whether each was timed by all that can run it, and the faster one counts: which one that is, the machine decides."""
     return all(set(m["runners"]) == {"torch", *(["trimtab"] if native.core() else [])}
                and m["decode_tok_s"] == max(r["decode_tok_s"] for r in m["runners"].values()) for m in measured)
 
 
+@pytest.mark.fresh
 def test_commands_take_a_packed_directory(capsys, tiny_lm, tmp_path, calib):
     small = ("--text", calib, "--json", "-q", "--seq-len", 32, "--proof-tokens", 64)
     code, out, _ = run(capsys, "trim", tiny_lm, "rtn(bits=8)", "-o", tmp_path / "o", "--pack", *small)
@@ -342,6 +338,8 @@ def test_bench_names_the_machine_the_spread_and_what_decoding_reads(capsys, tiny
     whole = sum(t.numel() for t in weights(tiny_lm).values())  # the table is the head too: all of it is read
     assert plain["runners"]["torch"]["weight_bytes"] == whole * 4 and plain["bytes"] == Checkpoint.open(tiny_lm).weight_bytes
     assert ours["recipe"].startswith("rtn") and plain["recipe"] == "dense"
+    assert {k: r["dtype"] for k, r in ours["runners"].items()} == {"torch": "float32", **({"trimtab": "int8"} if native.core() else {})}
+    assert all(side["dtype"] == side["runners"][side["runner"]]["dtype"] for side in (plain, ours))
     for side in (plain, ours):
         assert all(low <= side[k] <= high for k, (low, high) in side["quartiles"].items()) and side["resident_bytes"] >= 0
     if native.core():
@@ -352,6 +350,7 @@ def test_bench_names_the_machine_the_spread_and_what_decoding_reads(capsys, tiny
         assert set(result["peak_gflop_s"]) == {"f32", "bf16", "i8"} and min(result["peak_gflop_s"].values()) > 0
     rows = [json.loads(x) for x in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(r["model"], r["metric"]) for r in rows] == [(n, m) for n in ("tiny", "o") for m in ("decode_tok_s", "prefill_tok_s")]
+    assert [r["dtype"] for r in rows] == [side["dtype"] for side in (plain, ours) for _ in range(2)]
     assert all({"recipe", "setting", "value", "seed", "methods", "quartiles", "machine", "read_gb_s"} <= set(r) for r in rows)
     code, out, _ = run(capsys, *line[:2], "--prompt", 4, "--new", 2)
     assert code == 0 and "decode tokens/s" in out and "resident" in out and result["machine"]["cpu"] in out
@@ -416,6 +415,8 @@ def changed(whole: Path, to: Path, **about: object) -> Path:
 def test_what_is_newer_not_packed_or_not_what_was_written_is_refused(every_format, tiny_lm, tmp_path):
     with pytest.raises(BadInput, match=r"packed by a newer trimtab \(layout 3; this one reads 2\); update trimtab"):
         packed.open(changed(every_format, tmp_path / "new", version=3))
+    with pytest.raises(BadInput, match=r"old was packed by an older trimtab \(layout 1; this one reads 2\); pack it again"):
+        packed.open(changed(every_format, tmp_path / "old", version=1))
     for k, about in enumerate(({"version": "1"}, {"linears": []}, {"linears": {}})):
         with pytest.raises(BadInput, match=r"corrupt|belongs to no packed layer"):
             packed.open(changed(every_format, tmp_path / f"odd{k}", **about))
@@ -431,12 +432,53 @@ def test_what_is_newer_not_packed_or_not_what_was_written_is_refused(every_forma
         packed.open(tmp_path / "flipped", verify=True)
 
 
+def flipped(whole: Path, to: Path, file: str, at: int) -> Path:
+    shutil.copytree(whole, to, dirs_exist_ok=True)
+    raw = bytearray((whole / file).read_bytes())
+    raw[at] ^= 1
+    (to / file).write_bytes(raw)
+    return to
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_flipped_byte_is_seen(every_format, tmp_path, sharded):
+    whole = fuzz.in_shards(every_format, tmp_path / "shards") if sharded else every_format
+    packed.open(whole, verify=True)
+    rng, weights = random.Random(0), sorted(whole.glob("*.safetensors"))
+    table = next(e for f in weights for n, e in SafeFile(f).entries.items() if n == "model.embed_tokens.weight")
+    places = [(f.name, rng.randrange(f.stat().st_size)) for f in weights for _ in range(8)] + [(table.file.name, table.begin + 5)]
+    for name in ("decoder.json", *(["model.safetensors.index.json"] if sharded else [])):
+        places += [(name, rng.randrange((whole / name).stat().st_size)) for _ in range(8)]
+    config = (whole / "config.json").read_text()
+    places += [("config.json", config.index(text) + len(text) - 1) for text in ('"rms_norm_eps": 1', '"group": 3')]
+    for k, (name, at) in enumerate(places):
+        with pytest.raises(BadInput, match=str(tmp_path)) as e:
+            packed.open(flipped(whole, tmp_path / str(k), name, at), verify=True)
+        assert len(str(e.value).splitlines()) == 1
+    packed.open(flipped(whole, tmp_path / "table", table.file.name, table.begin + 5))  # what is large is left to --verify
+
+
+def test_what_says_where_the_rest_lies_is_compared_on_every_load(every_format, tmp_path):
+    with pytest.raises(BadInput, match=r"decoder\.json is not what was written \(its hash differs\); fetch it again"):
+        packed.open(flipped(every_format, tmp_path / "a", "decoder.json", 40))
+    file = SafeFile(every_format / "model.safetensors")
+    linears = packed.open(every_format).linears
+    indices = {f"{n}.packed_{k}": t for n, p in linears.items() for k, t in p.buffers.items() if k in ("pointers", "windows", "columns")}
+    assert {linears[n.rpartition(".packed_")[0]].format for n in indices} == {"bsr", "sell"}
+    for k, name in enumerate(n for n, t in indices.items() if t.dtype != torch.uint8 and t.nbytes):
+        with pytest.raises(BadInput, match=rf"{name} .* is not what was written"):
+            packed.open(flipped(every_format, tmp_path / str(k), "model.safetensors", file.entries[name].begin))
+    with pytest.raises(BadInput, match=r"config\.json does not say what its files hash to; pack or fetch it again"):
+        packed.open(changed(every_format, tmp_path / "none", sha256=None))
+
+
 def test_inspect_verifies_what_is_packed(capsys, tiny_lm, tmp_path, calib):
     assert trim(capsys, tiny_lm, "rtn(bits=4,group=32)", tmp_path / "o", calib, "--pack")[0] == 0
     look = ("inspect", tmp_path / "o", "--verify", "-q", "--samples", 2, "--seq-len", 32)
     code, out, _ = run(capsys, *look)
-    assert code == 0 and "verified: 44 packed buffers are what was written" in out  # values and scales of 3 x 7 layers and the head
-    assert json.loads(run(capsys, *look, "--json")[1])["verified"] == 44
+    assert code == 0 and "verified: 52 tensors and what describes them are what was written" in out
+    # values and scales of 3 x 7 layers and the head; the table and 7 norms
+    assert json.loads(run(capsys, *look, "--json")[1])["verified"] == 52
     file = tmp_path / "o" / "model.safetensors"
     raw = bytearray(file.read_bytes())
     raw[SafeFile(file).entries[f"{UP}.packed_values"].begin + 5] ^= 1
@@ -459,7 +501,7 @@ def test_a_newer_directory_is_one_line_everywhere(capsys, every_format, tmp_path
 
 
 @pytest.mark.parametrize(("recipe", "tensor"), [("dense", f"{UP}.packed_values"), ("rtn(bits=4,group=32)", f"{UP}.packed_scales"),
-                                                ("dense", "model.norm.weight")])
+                                                ("dense", "model.norm.weight"), ("dense", "model.embed_tokens.weight")])
 def test_nan_in_a_packed_directory_is_named(capsys, tiny_lm, tmp_path, calib, recipe, tensor, monkeypatch):
     assert trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, "--pack")[0] == 0
     file = tmp_path / "o" / "model.safetensors"
@@ -481,7 +523,7 @@ def test_what_no_kernel_takes_runs_in_torch_with_one_warning(capsys, tiny_lm, tm
         code, out, err = trim(capsys, tiny_lm, "nm(n=8,m=16) | magnitude", tmp_path / "o", calib, "--pack", "--json")
     told = "no kernel here takes nm bf16 (8:16 along the input): it saves bytes, not time, and runs in torch"
     if native.core() is None:
-        told = native.NONE
+        told = f"{native.NONE}; {native.SLOWLY}"
     assert code == 0 and told in json.loads(out)["warnings"], err  # in the proof, which others read too
     line = [sys.executable, "-m", "trimtab.cli", "generate", str(tmp_path / "o"), "def f(", "--max-new-tokens", "3"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -532,7 +574,8 @@ def test_transformers_is_told_too(every_format, tmp_path):
 
 
 def test_broken_directories_are_refused_or_compute_what_they_say(every_format, tmp_path):
-    seen = fuzz.fuzz(every_format, 300, 1, tmp_path)
+    fast = fuzz.sample(tmp_path, fuzz.RECIPE.replace(fuzz.SLOW, fuzz.FAST))
+    seen = fuzz.fuzz([every_format, fast, fuzz.in_shards(fast, tmp_path / "shards")], 300, 1, tmp_path)
     assert sum(n for what, n in seen.items() if what.endswith("refused")) > 100
     assert sum(n for what, n in seen.items() if what.endswith("ran")) > 20
 
@@ -586,12 +629,53 @@ def test_a_damaged_description_is_one_line(capsys, tiny_lm, tmp_path, calib):
     assert trim(capsys, tiny_lm, "dense", out, calib, "--pack")[0] == 0
     whole = json.loads((out / "decoder.json").read_text())
     for broken in ("{", "[]", json.dumps(whole | {"version": 99}), json.dumps({k: v for k, v in whole.items() if k != "layers"}),
-                   json.dumps(whole | {"head": ["lm_head", "nothing"]}), json.dumps(whole | {"embedding": "nothing"})):
+                   json.dumps(whole | {"head": ["lm_head", "nothing"]}), json.dumps(whole | {"embedding": "nothing"}),
+                   "[" * 100_000, json.dumps(whole).replace('"lm_head"', "[" * 900 + "]" * 900)):
         (out / "decoder.json").write_text(broken)
         code, _, err = run(capsys, "generate", out, "def f(x):")
-        assert code == 2 and len(err.strip().splitlines()) == 1, (broken[:40], err)
+        assert code == 2 and "decoder.json is not what was written (its hash differs)" in err and err.count("\n") == 1
+        fuzz.seal(out, "decoder.json")
+        code, _, err = run(capsys, "generate", out, "def f(x):")
+        assert code == 2 and len(err.strip().splitlines()) == 1 and "hash" not in err, (broken[:40], err)
         assert run(capsys, "bench", out, "--prompt", 4, "--new", 2)[::2] == (code, err)
     (out / "decoder.json").unlink()
     with pytest.raises(BadInput, match=r"decoder\.json"):
         open_decoder(out)
     assert run(capsys, "generate", out, "def f(x):", "--max-new-tokens", "2")[0] == 0  # in torch
+
+
+def test_a_decoder_of_another_dtype_is_one_line(every_format, tiny_lm):
+    for path in (every_format, tiny_lm):
+        with pytest.raises(BadInput, match="dtype 'float16' is not one of float32, bfloat16"):
+            open_decoder(path, "float16")
+
+
+@pytest.mark.skipif(not native.core(), reason="the native kernels were not built")
+def test_too_many_threads_are_bad_input():
+    linear = native.Linear(dense(Change(torch.ones(32, 64))))
+    for wrong in ({"threads": 2000}, {"threads": -1}, {"kernel": "linear_f32_dense-f32_abacus"}, {"narrowest": "i4"}):
+        with pytest.raises(BadInput):
+            linear(torch.ones(64), **wrong)
+    mlp = native.Mlp(None, linear, native.Linear(dense(Change(torch.ones(64, 32)))), "relu")
+    with pytest.raises(BadInput):
+        mlp(torch.ones(64), threads=2000)
+
+
+@pytest.mark.parametrize(("source", "told"), [
+    (None, "the native kernels were not built (no C++ compiler"), ("VERSION = '0.0.1'", "were built for trimtab 0.0.1, this is"),
+    ("raise ImportError('libc is too\\nold')", "were built and do not load here (libc is too old)")])
+def test_why_there_are_no_kernels_is_said(tmp_path, monkeypatch, source, told):
+    if source is None:
+        monkeypatch.setitem(sys.modules, "_trimtab_kernels", None)
+    else:
+        (tmp_path / "_trimtab_kernels.py").write_text(source)
+        monkeypatch.delitem(sys.modules, "_trimtab_kernels", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+    native._found.cache_clear()
+    try:
+        assert native.core() is None and told in native.absent() and "install trimtab again" in native.absent()
+        with pytest.warns(native.RunsInTorch) as said:
+            native.Linear(dense(Change(torch.ones(32, 64))))
+        assert told in str(said[0].message) and "slowly" in str(said[0].message) and "\n" not in str(said[0].message)
+    finally:
+        native._found.cache_clear()

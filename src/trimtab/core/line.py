@@ -33,7 +33,7 @@ from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Failed, Site, Summary
 from trimtab.methods.codes import Codes
 from trimtab.methods.format.panels import pack_bits, unpack_mask
-from trimtab.network.checkpoint import Entry, SafeFile, read, write_like, write_safetensors
+from trimtab.network.checkpoint import Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
 Report = Callable[[str, int, int], None]  # stage, done, of
@@ -387,10 +387,8 @@ def finish(journal: Journal, model: Path, out: Path, header: dict[str, Any], net
 
 def read_notes(out: Path) -> dict[str, Any]:
     """What a trim wrote about itself; empty for any other directory."""
-    try:
-        return json.loads((out / "trimtab.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
+    file = out / "trimtab.json"
+    return read_json(file, "remove it, or write the directory again") if file.exists() else {}
 
 
 def is_of(out: Path, header: dict[str, Any]) -> bool:

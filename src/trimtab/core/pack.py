@@ -1,7 +1,6 @@
 """Which format a site is stored in, and the packed directory: the layers as kernels read them, everything else as it was."""
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from trimtab.network import graph
 from trimtab.network.checkpoint import SafeFile, copy_others, finite, read, write_safetensors, write_sharded
 from trimtab.network.stream import Layer, Network
 from trimtab.runtime.layouts import VERSION, describe
+from trimtab.runtime.packed import DECODER, sealed
 
 AS_RECIPE = "recipe"  # --pack without a format
 ROWS = 4096           # of the head, rounded together
@@ -154,8 +154,7 @@ def in_int8(w: Tensor) -> Codes:
 def stage(path: Path, packed: Mapping[str, Packed]) -> None:
     """Packed layers in a file of their own, with what describes them; atomically."""
     buffers = {f"{name}.packed_{k}": t for name, p in packed.items() for k, t in p.buffers.items()}
-    sums = {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest() for n, t in buffers.items()}
-    about = {"linears": {n: describe(p) for n, p in packed.items()}, "labels": {n: p.label for n, p in packed.items()}, "sha256": sums}
+    about = {"linears": {n: describe(p) for n, p in packed.items()}, "labels": {n: p.label for n, p in packed.items()}}
     tmp = path.with_suffix(".tmp")
     write_safetensors(tmp, {n: (t.dtype, tuple(t.shape)) for n, t in buffers.items()}, buffers.__getitem__,
                       {k: json.dumps(v) for k, v in about.items()})
@@ -207,8 +206,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
             staged.append(SafeFile(path))
         tick("pack", i + 1, net.n_blocks + 1)
 
-    linears, labels, sums = ({k: v for f in staged for k, v in json.loads(f.metadata[what]).items()}
-                             for what in ("linears", "labels", "sha256"))
+    linears, labels = ({k: v for f in staged for k, v in json.loads(f.metadata[what]).items()} for what in ("linears", "labels"))
     untied = net.tied_head and any(x.is_head for x in layers)
     gone = {f"{x.name}.weight" if x.is_head and net.tied_head else x.file for x in layers}
     # A table that is stored under the name of the head alone gets its own.
@@ -222,18 +220,17 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
     def tensor(name: str) -> Tensor:
         return read(buffers[name]) if name in buffers else weight(stay[name])
 
-    def about(names: list[str]) -> dict[str, str]:
-        mine = {n: sums[n] for n in names if n in sums}
-        return {"format": "pt", **({"trimtab": json.dumps({"version": VERSION, "sha256": mine}, sort_keys=True)} if mine else {})}
+    def about(sums: dict[str, str]) -> dict[str, str]:
+        return {"format": "pt", "trimtab": json.dumps({"version": VERSION, "sha256": sums}, sort_keys=True)}
 
     tick("write", 0, 1)
-    write_sharded(out, entries, tensor, about)
+    files = write_sharded(out, entries, tensor, about)
     copy_others(net.checkpoint, out, without=("config.json",))
     config = {**net.checkpoint.config, **({"tie_word_embeddings": False} if untied else {}),
               "quantization_config": {"quant_method": "trimtab", "version": VERSION, "linears": linears}}
-    write_json(out / "config.json", config)
     if (description := description_of(net)) is not None:
-        write_json(out / "decoder.json", description)
+        write_json(out / DECODER, description)
+    write_json(out / "config.json", sealed(out, files, config))
     sizes = {name: sum(buffers[b].end - buffers[b].begin for b in buffers if b.rpartition(".packed_")[0] == name) for name in linears}
     return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, dtype)}
 

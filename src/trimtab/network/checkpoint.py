@@ -24,6 +24,8 @@ LINE = 64       # bytes of a cache line: where the data of a file of ours begins
 SHARD = 5 << 30
 PACKED = ".packed_"  # between the name of a packed layer and that of its buffer
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MOST = 2**60  # entries of a tensor: their bytes can still be counted in 64 bits
+NOT_JSON = (ValueError, RecursionError)  # JSON and UTF-8 errors; lists in lists in lists
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # Other copies of the weights: an edited checkpoint that carried them along would contradict itself.
 COPIES = PICKLES | {".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
@@ -34,6 +36,9 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }
+
+
+About = Callable[[dict[str, str]], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class SafeFile:
             raise BadInput(f"{path} is missing") from None
         except OSError as e:
             raise BadInput(f"{path} cannot be read ({e.strerror or e}); give a readable safetensors file") from None
-        except ValueError:  # JSON and UTF-8 errors
+        except NOT_JSON:
             raise self._bad("corrupt: its header is not JSON") from None
         if not isinstance(header, dict):
             raise self._bad("corrupt: its header is not a JSON object")
@@ -97,6 +102,8 @@ class SafeFile:
             kind, shape, (begin, end) = e["dtype"], tuple(e["shape"]), e["data_offsets"]
             if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
                 raise ValueError
+            if math.prod(n or 1 for n in shape) > MOST:  # of an empty tensor the bytes do not bound it
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise self._bad(f"corrupt: the header entry of tensor {name} is malformed") from None
         if kind not in DTYPES:
@@ -112,7 +119,7 @@ class SafeFile:
 class Checkpoint:
     """A directory of `config.json`, safetensors weights and whatever else belongs to the model.
 
-    path, config; `tensors`: {name: Entry} in file order; `files`: the weight files; `other_files`: what to carry over
+    path, config; `tensors`: {name: Entry} in file order; `files`: the weight files; `metadata` of each; `other_files`: what to carry over
     (tokenizer and the like, no pickles, no second copies of the weights). Of a packed directory, `packed` describes its
     layers by name; their weights are among the tensors as what they stand for, an Entry that lies nowhere.
     """
@@ -120,8 +127,11 @@ class Checkpoint:
     def __init__(self, path: Path, config: dict[str, Any], files: list[Path]):
         self.path, self.config, self.files = path, config, files
         self.tensors: dict[str, Entry] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
         for f in files:
-            for name, e in SafeFile(f).entries.items():
+            inside = SafeFile(f)
+            self.metadata[f] = inside.metadata
+            for name, e in inside.entries.items():
                 if name in self.tensors:
                     raise BadInput(f"tensor {name} is in both {self.tensors[name].file.name} and {f.name} of {path}; keep one")
                 self.tensors[name] = e
@@ -135,8 +145,10 @@ class Checkpoint:
         if not isinstance(about, dict) or about.get("quant_method") != "trimtab":
             return {}, {}
         version, linears = about.get("version"), about.get("linears")
-        if isinstance(version, int) and version > VERSION:
+        if type(version) is int and version > VERSION:
             raise BadInput(f"{self.path} was packed by a newer trimtab (layout {version}; this one reads {VERSION}); update trimtab")
+        if type(version) is int and 0 < version < VERSION:
+            raise BadInput(f"{self.path} was packed by an older trimtab (layout {version}; this one reads {VERSION}); pack it again")
         if version != VERSION or not isinstance(linears, dict):
             raise BadInput(f"{self.path / 'config.json'} does not say what is packed: its quantization_config is corrupt; fetch it again")
         buffers: dict[str, dict[str, Entry]] = {name: {} for name in linears}
@@ -164,7 +176,7 @@ class Checkpoint:
         if not path.is_dir():
             raise BadInput(f"{path} is {'not a directory' if path.exists() else 'missing'}; give a directory with config.json "
                            "and safetensors weights")
-        config = _json(path / "config.json", "give a Hugging Face model directory")
+        config = read_json(path / "config.json", "give a Hugging Face model directory")
         if (path / SINGLE).exists():
             return Checkpoint(path, config, [path / SINGLE])
         if not (path / INDEX).exists():
@@ -173,7 +185,7 @@ class Checkpoint:
                 raise BadInput(f"{path} holds only pickles ({pickles[0]}); trimtab reads safetensors: re-save with "
                                "save_pretrained(safe_serialization=True)")
             raise BadInput(f"{path} has no weights; {SINGLE}, or {INDEX} and its shards, would be right")
-        where = _json(path / INDEX, "save the model again").get("weight_map")
+        where = read_json(path / INDEX, "save the model again").get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(s, str) and Path(s).name == s for s in where.values()):
             raise BadInput(f"{path / INDEX} has no weight_map of tensor names to files beside it; save the model again")
         shards = sorted(set(where.values()))
@@ -316,49 +328,71 @@ def _write(fd: int, view: memoryview, at: int) -> None:
         view, at = view[n:], at + n
 
 
-def _json(path: Path, right: str) -> dict[str, Any]:
+def read_json(path: Path, right: str = "fetch or save it again") -> dict[str, Any]:
+    """The object in a file of a model; BadInput says which file holds none, and what would be `right`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path.parent} has no {path.name}; {right}") from None
     except OSError as e:
         raise BadInput(f"{path} cannot be read ({e.strerror or e}); {right}") from None
-    except ValueError:
+    except NOT_JSON:
         raise BadInput(f"{path} is not JSON; {right}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} is not a JSON object; {right}")
     return value
 
 
+def raw(t: Tensor) -> memoryview:
+    """The bytes of a tensor as they lie in a file."""
+    return t.detach().contiguous().view(-1).view(torch.uint8).numpy().data if t.numel() else memoryview(b"")
+
+
+def _head(header: dict[str, Any]) -> bytes:
+    head = json.dumps(header, sort_keys=False, separators=(",", ":")).encode()
+    head += b" " * (-(8 + len(head)) % LINE)
+    return len(head).to_bytes(8, "little") + head
+
+
 def write_safetensors(path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensor: Callable[[str], Tensor],
-                      metadata: dict[str, str]) -> None:
-    """A safetensors file of the dtypes and shapes in `entries`, in their order; one tensor in memory at a time."""
+                      metadata: dict[str, str] | About) -> None:
+    """A safetensors file of the dtypes and shapes in `entries`, in their order; one tensor in memory at a time.
+
+    `metadata` may be a function of the tensors' sha256 by name, taken while they are written; its length must not depend on them.
+    """
     code = {v: k for k, v in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    sums = dict.fromkeys(entries, "0" * 64)
+    about = metadata if callable(metadata) else lambda _: metadata
+    header: dict[str, Any] = {"__metadata__": said} if (said := about(sums)) else {}
     at = 0
     for name, (dtype, shape) in entries.items():
         header[name] = {"dtype": code[dtype], "shape": list(shape), "data_offsets": [at, at + math.prod(shape) * dtype.itemsize]}
         at = header[name]["data_offsets"][1]
-    head = json.dumps(header, sort_keys=False, separators=(",", ":")).encode()
-    head += b" " * (-(8 + len(head)) % LINE)
+    head = _head(header)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        begin = 8 + len(head)
-        _write(fd, memoryview(len(head).to_bytes(8, "little") + head), 0)
         for name, (dtype, shape) in entries.items():
             t = tensor(name)
             if t.dtype != dtype or tuple(t.shape) != tuple(shape):
                 raise ValueError(f"{name}: got {t.dtype} {tuple(t.shape)}, announced {dtype} {tuple(shape)}")
-            if t.numel():
-                _write(fd, t.detach().contiguous().view(-1).view(torch.uint8).numpy().data, begin + header[name]["data_offsets"][0])
+            view = raw(t)
+            if callable(metadata):
+                sums[name] = hashlib.sha256(view).hexdigest()
+            _write(fd, view, len(head) + header[name]["data_offsets"][0])
+        if callable(metadata):
+            header["__metadata__"] = metadata(sums)
+        if len(last := _head(header)) != len(head):
+            raise ValueError(f"{path}: its metadata changed their length")
+        _write(fd, memoryview(last), 0)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
 def write_sharded(out: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensor: Callable[[str], Tensor],
-                  about: Callable[[list[str]], dict[str, str]], limit: int = SHARD) -> None:
-    """The weights of a directory: one file, or shards of about `limit` bytes with their index. `about`: a file's metadata.
+                  about: About, limit: int = SHARD) -> list[Path]:
+    """The weights of a directory: one file, or shards of about `limit` bytes with their index. `about`: a file's metadata, from
+    the sha256 of its tensors by name, as `write_safetensors` has it. Returns the files.
 
     Tensors that fill whole cache lines come first, the others by item size, so that all but a few small ones begin on one
     and every one on its own item size: they can be mapped.
@@ -376,8 +410,9 @@ def write_sharded(out: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int,
     for k, names in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{k:05d}-of-{len(files):05d}.safetensors"
         names.sort(key=lambda n: (sizes[n] % LINE != 0, -entries[n][0].itemsize if sizes[n] % LINE else 0))
-        write_safetensors(out / file, {n: entries[n] for n in names}, tensor, about(names))
+        write_safetensors(out / file, {n: entries[n] for n in names}, tensor, about)
         where |= dict.fromkeys(names, file)
     if len(files) > 1:
         write_json(out / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
     sync(out)
+    return [out / file for file in sorted(set(where.values()))]

@@ -141,7 +141,10 @@ FAMILIES = {f.name: f for f in (
 
 def family_of(config: dict[str, Any], where: Any = "config.json") -> Family:
     """The declaration for a config.json; BadInput lists what was found and what is supported."""
-    if (found := config.get("model_type")) not in FAMILIES:
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise BadInput(f"{where}: architectures is {names!r}; it is a list of names")
+    if not isinstance(found := config.get("model_type"), str) or found not in FAMILIES:
         raise BadInput(f"{where}: model_type {found!r} (architectures {config.get('architectures')}) is not supported; "
                        f"trimtab knows {', '.join(sorted(FAMILIES))}")
     return FAMILIES[found]

@@ -23,6 +23,7 @@ from trimtab.runtime.decoder import Decoder, NoKernel, open_decoder, supported
 from trimtab.runtime.modules import PackedLinear
 
 KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
+NAMES = {"f32": "float32", "bf16": "bfloat16", "i8": "int8"}
 SLACK = 128 << 20  # activations, caches, the allocator
 Run = Callable[[int], dict[str, float]]  # a timed pass that makes so many tokens, or goes so many times
 
@@ -33,6 +34,7 @@ class Candidate:
 
     of: int                        # which checkpoint
     runner: str
+    dtype: str                     # what x is multiplied in
     run: Run
     weight_bytes: int | None       # that a step of decoding reads
     warm: dict[str, float]         # a first run
@@ -40,18 +42,18 @@ class Candidate:
     rows: list[dict[str, float]] = field(default_factory=list)
 
     @staticmethod
-    def load(of: int, runner: str, load: Callable[[], tuple[Run, int | None] | None], each: int) -> Candidate | None:
+    def load(of: int, runner: str, load: Callable[[], tuple[Run, int | None, str] | None], each: int) -> Candidate | None:
         release()
         before = rss()
         if (found := load()) is None:
             return None
-        run, weights = found
+        run, weights, dtype = found
         warm = run(each)
         release()
-        return Candidate(of, runner, run, weights, warm, max(0, rss() - before))
+        return Candidate(of, runner, dtype, run, weights, warm, max(0, rss() - before))
 
     def figures(self) -> dict[str, Any]:
-        return _figures(self.rows) | {"weight_bytes": self.weight_bytes, "resident_bytes": self.resident_bytes}
+        return _figures(self.rows) | {"dtype": self.dtype, "weight_bytes": self.weight_bytes, "resident_bytes": self.resident_bytes}
 
 
 def _free() -> int:
@@ -219,7 +221,8 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
     family, all of them in our decoder too, so that what is not packed has its chance there. Of a checkpoint the faster runner counts.
 
     Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
-    generate), prefill_tok_s, first_token_s, `spread` {key: [min, max]}, `quartiles` {key: [first, third]}, `weight_bytes` that
+    generate), prefill_tok_s, first_token_s, `spread` {key: [min, max]}, `quartiles` {key: [first, third]}, `dtype` that x is multiplied in
+    (int8: where the weights are codes), `weight_bytes` that
     a step of decoding reads, `resident_bytes` that it added to the process, `runner` and `runners` (the same of each), and
     `ratio` {key: {median, min, max}} of after to before, taken pair by pair. In `dtype`, or the stored dtype if that does
     not fit; when the two do not fit
@@ -248,8 +251,8 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         how = None
     if how is None:
         rows = _estimators(nets, prompt, batch, repeats)
-        figures = [_figures(r) | {"weight_bytes": None, "resident_bytes": None, "runner": "trimtab" if n.checkpoint.packed else "torch",
-                                  "runners": {}} for r, n in zip(rows, nets, strict=True)]
+        none = {"dtype": str(nets[0].dtype).removeprefix("torch."), "weight_bytes": None, "resident_bytes": None, "runners": {}}
+        figures = [_figures(r) | none | {"runner": "trimtab" if n.checkpoint.packed else "torch"} for r, n in zip(rows, nets, strict=True)]
         held = rss()
     else:
         inputs = _inputs(nets[0], prompt, batch)
@@ -257,13 +260,14 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         candidates: list[Candidate] = []
         few = min(new, 8) if kind == "lm" else 2
 
-        def in_torch(net: Network) -> tuple[Run, int | None]:
+        def in_torch(net: Network) -> tuple[Run, int | None, str]:
             model = _load(net, how, trust_remote_code)
-            return partial(_generate if kind == "lm" else _forward, model, inputs), _weight_bytes(net, model)
+            run = partial(_generate if kind == "lm" else _forward, model, inputs)
+            return run, _weight_bytes(net, model), str(how).removeprefix("torch.")
 
-        def in_ours(net: Network) -> tuple[Run, int] | None:
+        def in_ours(net: Network) -> tuple[Run, int, str] | None:
             decoder = _native(net, how)
-            return decoder and (partial(_decode, decoder, inputs), decoder.weight_bytes)
+            return decoder and (partial(_decode, decoder, inputs), decoder.weight_bytes, NAMES[decoder.narrowest])
 
         for k, net in enumerate(nets):
             for runner, load in (("torch", in_torch), ("trimtab", in_ours))[:1 + ours]:

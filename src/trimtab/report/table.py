@@ -163,7 +163,7 @@ def print_inspect(result: dict[str, Any]) -> None:
     if result.get("most_redundant"):
         out.print(f"changes its input least: {escape(', '.join(result['most_redundant']))}", soft_wrap=True)
     if result.get("verified") is not None:
-        out.print(f"verified: {result['verified']} packed buffers are what was written")
+        out.print(f"verified: {result['verified']} tensors and what describes them are what was written")
     if result.get("recipe"):
         out.print(f"already trimmed: {escape(str(result['recipe']))}", soft_wrap=True)
 

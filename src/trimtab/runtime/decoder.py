@@ -1,7 +1,6 @@
 """The native decoder: a described network on packed weights, from token ids to logits or to further ids."""
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from trimtab.methods.codes import LEVELS
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.panels import Packed
 from trimtab.network import graph
-from trimtab.network.checkpoint import Checkpoint, finite
+from trimtab.network.checkpoint import Checkpoint, finite, read_json
 from trimtab.runtime import native, packed
 
 CHUNK = 256  # tokens of prompts that pass through the layers together
@@ -51,7 +50,7 @@ class Decoder:
                  narrowest: str = "f32"):
         core = native.core()
         if core is None:
-            raise BadInput("the native decoder was not built (there was no C++ compiler); install trimtab again where there is one")
+            raise BadInput(f"there is no native decoder: {native.absent()}")
         try:
             maps = {name: _mapped(name, w) for name, w in linears.items()}
             plain = {name: _plain(t) for name, t in tensors.items()}
@@ -67,6 +66,7 @@ class Decoder:
     def logits(self, ids: Sequence[int] | Tensor, *, narrowest: str = "", chunk: int = CHUNK) -> Tensor:
         """What comes after each of `ids`: [len(ids), vocabulary] float32."""
         prompt = self._prompts([ids])[0]
+        check_chunk(chunk)
         session = self._begin(1, narrowest)
         out = torch.empty(len(prompt), self.vocabulary)
         for part, to in zip(prompt.split(chunk), out.split(chunk), strict=True):
@@ -86,8 +86,10 @@ class Decoder:
         iterator ends when all sequences did, or the longest one fills the context. Dropping it frees its keys and values.
         """
         given = self._prompts(prompts)
+        check_chunk(chunk)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        session = self._begin(len(given), narrowest, temperature, top_k, top_p, seed, [int(s) for s in stop])
+        session = self._begin(len(given), narrowest, temperature, top_k, top_p, seed,
+                              [int(s) for s in stop if 0 <= s < self.vocabulary])
         # The last new token is not fed back, so it needs no position.
         steps = min(max_new_tokens, self.context - max(map(len, given)) + 1)
         return self._steps(session, given, steps, chunk)
@@ -161,6 +163,11 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
         raise BadInput(f"the seed is {seed}; it is a whole number from 0 to 2**64 - 1")
 
 
+def check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise BadInput(f"chunk is {chunk}; it is at least 1 token")
+
+
 def _plain(t: Tensor) -> Tensor:
     t = t.detach()
     return (t if t.dtype in (torch.float32, torch.bfloat16) else t.float()).contiguous()
@@ -208,7 +215,7 @@ def supported(c: Checkpoint) -> bool:
     if native.core() is None:
         return False
     if c.packed:
-        return (c.path / "decoder.json").exists()
+        return (c.path / packed.DECODER).exists()
     try:
         graph.describe(graph.family_of(c.config, c.path / "config.json"), c.config)
     except BadInput:
@@ -226,19 +233,33 @@ def open_decoder(path: Path, dtype: str | None = None) -> Decoder:
     return open_packed(path, dtype) if Checkpoint.open(Path(path)).packed else open_plain(path, dtype or "float32")
 
 
+def _narrowest(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _dense(name: str, where: Path, t: Tensor) -> Packed:
+    try:
+        return dense(Change(t))
+    except BadInput as e:
+        raise BadInput(f"tensor {name} of {where}: {e}") from None
+
+
 def open_packed(path: Path, dtype: str | None = None) -> Decoder:
     """A packed directory, on the memory it is mapped to; `dtype` as `open_decoder` has it."""
+    asked = _narrowest(dtype) if dtype else None
     model = packed.open(path)
-    file = model.path / "decoder.json"
+    file = model.path / packed.DECODER
     if not file.exists():
         raise BadInput(f"{path} has no decoder.json: its family has no native decoder; open it with transformers, after import trimtab")
+    description = read_json(file, "pack or fetch it again")
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
         linears, tensors = wanted(description)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"{file} is no description of a decoder; fetch it again") from None
     types = {p.type for p in model.linears.values()}
-    narrowest = DTYPES[dtype] if dtype else "i8" if types & set(LEVELS) else "bf16" if "bf16" in types else "f32"
+    narrowest = asked or ("i8" if types & set(LEVELS) else "bf16" if "bf16" in types else "f32")
 
     def tensor(name: str) -> Tensor:
         if name not in model.tensors:
@@ -250,7 +271,8 @@ def open_packed(path: Path, dtype: str | None = None) -> Decoder:
             return model.linears[name]
         # A map that was not packed: outside the recipe's scope, or a head that is the table of embeddings.
         is_table = name == description["head"] and f"{name}.weight" not in model.tensors
-        return dense(Change(_plain(tensor(description["embedding"] if is_table else f"{name}.weight"))))
+        stored = description["embedding"] if is_table else f"{name}.weight"
+        return _dense(stored, model.path, _plain(tensor(stored)))
 
     return Decoder(description, {n: linear(n) for n in linears}, {n: tensor(n) for n in tensors}, narrowest=narrowest)
 
@@ -261,6 +283,7 @@ def open_plain(path: Path, dtype: str = "float32") -> Decoder:
     Weights stored as bfloat16 stay so in either case: that loses nothing. BadInput where the directory is damaged or the
     native decoder does not run its family.
     """
+    narrowest = _narrowest(dtype)
     c = Checkpoint.open(Path(path))
     family = graph.family_of(c.config, c.path / "config.json")
     description = graph.describe(family, c.config)
@@ -276,7 +299,6 @@ def open_plain(path: Path, dtype: str = "float32") -> Decoder:
         return t.to(torch.bfloat16 if t.dtype == torch.bfloat16 or dtype == "bfloat16" else torch.float32)
 
     linears, tensors = wanted(description)
-    return Decoder(
-        description,
-        {n: dense(Change(read(description["embedding"] if tied and n == description["head"] else f"{n}.weight"))) for n in linears},
-        {n: read(n) for n in tensors}, narrowest=DTYPES[dtype])
+    stored = {n: description["embedding"] if tied and n == description["head"] else f"{n}.weight" for n in linears}
+    return Decoder(description, {n: _dense(name, c.path, read(name)) for n, name in stored.items()}, {n: read(n) for n in tensors},
+                   narrowest=narrowest)

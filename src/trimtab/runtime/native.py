@@ -14,7 +14,9 @@ from trimtab.methods.codes import BITS
 from trimtab.methods.format.panels import Packed
 from trimtab.runtime import layouts
 
-NONE = "the native kernels were not built (no C++ compiler when trimtab was installed); packed weights run in torch, slowly"
+AGAIN = "install trimtab again (pip install, or make setup in a checkout)"
+NONE = f"the native kernels were not built (no C++ compiler when trimtab was installed); where there is one, {AGAIN}"
+SLOWLY = "packed weights run in torch, slowly"
 
 
 class RunsInTorch(UserWarning):
@@ -22,13 +24,27 @@ class RunsInTorch(UserWarning):
 
 
 @cache
-def core() -> Any | None:
-    """The extension module, or None; one of another version is as good as none."""
+def _found() -> tuple[Any | None, str]:
+    """The extension module, or why there is none; one of another version is as good as none."""
     try:
-        import _trimtab_kernels
-    except ImportError:
-        return None
-    return _trimtab_kernels if trimtab.__version__ == _trimtab_kernels.VERSION else None
+        import _trimtab_kernels as built
+    except ModuleNotFoundError:
+        return None, NONE
+    except ImportError as e:
+        return None, f"the native kernels were built and do not load here ({' '.join(str(e).split())}); {AGAIN}"
+    if trimtab.__version__ != built.VERSION:
+        return None, f"the native kernels were built for trimtab {built.VERSION}, this is {trimtab.__version__}; {AGAIN}"
+    return built, ""
+
+
+def core() -> Any | None:
+    """The extension module, or None."""
+    return _found()[0]
+
+
+def absent() -> str:
+    """Why there are no kernels, and what to do."""
+    return _found()[1] or NONE
 
 
 def isas() -> list[str]:
@@ -85,8 +101,8 @@ class Linear:
             self.kernels = list(dict.fromkeys(k for t in ("f32", "bf16", "i8") for k in self._native.kernels(t)))
         if not self.kernels:
             p = packed
-            warnings.warn(NONE if core() is None else f"no kernel here takes {kind(p)}: it saves bytes, not time, and runs in torch",
-                          RunsInTorch, stacklevel=2)
+            told = f"no kernel here takes {kind(p)}: it saves bytes, not time, and runs in torch" if core() else f"{absent()}; {SLOWLY}"
+            warnings.warn(told, RunsInTorch, stacklevel=2)
             self._weight = layouts.restored(packed).float()
 
     @property
@@ -98,7 +114,8 @@ class Linear:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
         `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs where
-        the weights are codes, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said.
+        the weights are codes, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said. BadInput for what does not
+        run here.
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
@@ -107,8 +124,10 @@ class Linear:
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.packed.shape[0])
         narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
-        # As NumPy sees them: a tensor takes microseconds to be handed over.
-        self._native.run(rows.detach().numpy(), y.numpy(), threads or torch.get_num_threads(), kernel, narrowest)
+        try:  # as NumPy sees them: a tensor takes microseconds to be handed over
+            self._native.run(rows.detach().numpy(), y.numpy(), threads or torch.get_num_threads(), kernel, narrowest)
+        except ValueError as e:
+            raise BadInput(str(e)) from None
         return y.view(*x.shape[:-1], self.packed.shape[0])
 
 
@@ -135,5 +154,8 @@ class Mlp:
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.shape[0])
         narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
-        self._native.run(rows.detach().numpy(), y.numpy(), threads or torch.get_num_threads(), narrowest)
+        try:
+            self._native.run(rows.detach().numpy(), y.numpy(), threads or torch.get_num_threads(), narrowest)
+        except ValueError as e:
+            raise BadInput(str(e)) from None
         return y.view(*x.shape[:-1], self.shape[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from trimtab.core.types import BadInput
 from trimtab.methods.format.panels import Packed
-from trimtab.network.checkpoint import LINE, PACKED, Checkpoint, Entry, SafeFile
+from trimtab.network.checkpoint import INDEX, LINE, NOT_JSON, PACKED, Checkpoint, Entry, raw
 from trimtab.runtime.layouts import described
+
+DECODER = "decoder.json"
+INDICES = (torch.int32, torch.int64)  # of blocks, windows and steps: a few bytes that say where the others lie
+CHANGED = "is not what was written (its hash differs); fetch it again"
 
 
 @dataclass(frozen=True)
@@ -34,41 +39,73 @@ def _mapped(e: Entry, memory: mmap.mmap, line: int) -> Tensor:
     """The tensor where it lies, or a copy of it where it does not begin on a multiple of `line` bytes."""
     if e.begin == e.end:
         return torch.empty(e.shape, dtype=e.dtype)
-    raw = torch.frombuffer(memory, dtype=torch.uint8, offset=e.begin, count=e.end - e.begin)
-    return (raw if e.begin % line == 0 else raw.clone()).view(e.dtype).view(e.shape)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, offset=e.begin, count=e.end - e.begin)
+    return (flat if e.begin % line == 0 else flat.clone()).view(e.dtype).view(e.shape)
 
 
 def open(path: str | Path, *, verify: bool = False) -> PackedModel:
-    """Map a packed directory. Every length and index is checked, and with `verify` the hash of every packed buffer.
+    """Map a packed directory. Every length and index is checked.
 
-    BadInput for a directory that is not packed, is packed by a newer version, or is corrupt.
+    Hashes are compared of what is small and says where the rest lies: decoder.json and the indices (int32 and int64). With
+    `verify` of everything: all tensors, the headers of the weight files, the index of shards, decoder.json and config.json. That
+    reads every byte, which opening otherwise leaves to its first use. BadInput for a directory that is not packed, was packed by
+    another version, or is corrupt.
     """
     c = Checkpoint.open(Path(path))
     if not c.packed:
         raise BadInput(f"{path} is not packed; write it with trimtab trim ... --pack")
+    said = c.config["quantization_config"].get("sha256")
+    if not isinstance(said, dict):
+        raise BadInput(f"{c.path / 'config.json'} does not say what its files hash to; pack or fetch it again")
+    found = _files(c.path, c.files, c.config) if verify else _decoder(c.path)
+    for name in sorted(found.keys() | (said if verify else {})):
+        if found.get(name) != said.get(name):
+            raise BadInput(f"{c.path / name} {CHANGED}")
     memory: dict[Path, mmap.mmap] = {}
     for file in c.files:
         with file.open("rb") as f:
             memory[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory it could write to; nobody does
-    linears = {}
-    for name, about in c.packed.items():
-        linears[name] = described(name, about, {k: _mapped(e, memory[e.file], LINE) for k, e in c.buffers[name].items()})
     plain = {n: e for n, e in c.tensors.items() if n.removesuffix(".weight") not in c.packed}
     tensors = {n: _mapped(e, memory[e.file], e.dtype.itemsize) for n, e in plain.items()}
-    if verify:
-        _verify(c, linears)
+    buffers = {name: {k: _mapped(e, memory[e.file], LINE) for k, e in its.items()} for name, its in c.buffers.items()}
+    hashed = {f"{name}{PACKED}{k}": t for name, its in buffers.items() for k, t in its.items() if verify or t.dtype in INDICES}
+    sums = _tensors(c)
+    for full, t in (hashed | (tensors if verify else {})).items():
+        if sums.get(full) != hashlib.sha256(raw(t)).hexdigest():
+            raise BadInput(f"tensor {full} of {c.path} {CHANGED}")
+    linears = {name: described(name, about, buffers[name]) for name, about in c.packed.items()}
     return PackedModel(c.path, c.config, tensors, linears)
 
 
-def _verify(c: Checkpoint, linears: dict[str, Packed]) -> None:
+def sealed(path: Path, files: list[Path], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a packed directory whose other files are written, with what those and itself hash to."""
+    return {**config, "quantization_config": {**config["quantization_config"], "sha256": _files(path, files, config)}}
+
+
+def _decoder(path: Path) -> dict[str, str]:
+    file = path / DECODER
+    return {DECODER: hashlib.sha256(file.read_bytes()).hexdigest()} if file.exists() else {}
+
+
+def _files(path: Path, files: list[Path], config: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of what describes the tensors: of a weight file its header, of config.json what it says but for these."""
+    about = {k: v for k, v in config["quantization_config"].items() if k != "sha256"}
+    sums = {"config.json": hashlib.sha256(json.dumps({**config, "quantization_config": about}, sort_keys=True).encode()).hexdigest()}
+    for file in files:
+        with file.open("rb") as f:
+            head = f.read(8)
+            sums[file.name] = hashlib.sha256(head + f.read(int.from_bytes(head, "little"))).hexdigest()
+    if len(files) > 1:
+        sums[INDEX] = hashlib.sha256((path / INDEX).read_bytes()).hexdigest()
+    return sums | _decoder(path)
+
+
+def _tensors(c: Checkpoint) -> dict[str, str]:
+    """sha256 of every tensor, as the weight files say."""
     sums: dict[str, str] = {}
-    for file in c.files:
+    for file, metadata in c.metadata.items():
         try:
-            sums |= json.loads(SafeFile(file).metadata.get("trimtab", "{}"))["sha256"]
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{file} does not say what its buffers hash to; fetch it again") from None
-    for name, p in linears.items():
-        for buffer, t in p.buffers.items():
-            full = f"{name}{PACKED}{buffer}"
-            if sums.get(full) != hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest():
-                raise BadInput(f"tensor {full} of {c.path} is not what was written (its hash differs); fetch it again")
+            sums |= json.loads(metadata["trimtab"])["sha256"]
+        except (*NOT_JSON, KeyError, TypeError):
+            raise BadInput(f"{file} does not say what its tensors hash to; pack or fetch it again") from None
+    return sums

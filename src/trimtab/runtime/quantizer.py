@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trimtab.core.types import BadInput
 from trimtab.methods.format.panels import Packed
 from trimtab.runtime import packed
+from trimtab.runtime.layouts import VERSION
 from trimtab.runtime.modules import PackedLinear
 
 METHOD = "trimtab"
@@ -22,7 +23,7 @@ METHOD = "trimtab"
 class TrimtabConfig(QuantizationConfigMixin):
     """`version` of the layout; `linears`: the description of every packed layer by the name of its module."""
 
-    def __init__(self, version: int = 1, linears: dict[str, Any] | None = None, **_: Any):
+    def __init__(self, version: int = VERSION, linears: dict[str, Any] | None = None, **_: Any):
         self.quant_method = METHOD
         self.version, self.linears = version, linears or {}
 

@@ -1,12 +1,12 @@
 """Between text and token ids, read from a model's own files: no class of transformers is needed."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.types import BadInput
+from trimtab.network.checkpoint import read_json
 
 TAIL = 8  # tokens of the prompt that new ones are decoded behind: some decoders treat a first token differently
 
@@ -32,23 +32,42 @@ def stop_ids(path: Path, tokenizer: Any) -> set[int]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (path / name).exists():
-            end = _json(path / name).get("eos_token_id")
-            found |= {end} if isinstance(end, int) else set(end or ())
+            end = read_json(path / name).get("eos_token_id")
+            ids = end if isinstance(end, list) else [] if end is None else [end]
+            if not all(type(i) is int for i in ids):
+                raise BadInput(f"{path / name}: eos_token_id is {end!r}; it is a token id or a list of them")
+            found |= set(ids)
             break
     settings = path / "tokenizer_config.json"
-    end = _json(settings).get("eos_token") if settings.exists() else None
-    token = tokenizer.token_to_id(end["content"] if isinstance(end, dict) else end) if end else None
+    end = read_json(settings).get("eos_token") if settings.exists() else None
+    end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str | None):
+        raise BadInput(f"{settings}: eos_token is {end!r}; it is the text of a token")
+    token = tokenizer.token_to_id(end) if end else None
     return found if token is None else found | {token}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} is not a JSON object; fetch or save it again")
-    return value
+class Until:
+    """A stream of text up to the first of some texts; what may be the beginning of one waits."""
+
+    def __init__(self, texts: Sequence[str]):
+        self._texts, self._waiting, self.reached = texts, "", False
+
+    def add(self, piece: str) -> str:
+        """What is sure not to belong to one of the texts. `reached`: one is complete; nothing follows."""
+        text = self._waiting + piece
+        ends = [(at + len(t), at) for t in self._texts if (at := text.find(t)) >= 0]
+        self.reached = bool(ends)
+        if ends:
+            sure = min(ends)[1]
+        else:
+            sure = next(i for i in range(len(text) + 1) if i == len(text) or any(t.startswith(text[i:]) for t in self._texts))
+        self._waiting = "" if ends else text[sure:]
+        return text[:sure]
+
+    def rest(self) -> str:
+        """What waited when the stream ended."""
+        return self._waiting
 
 
 class Pieces:
