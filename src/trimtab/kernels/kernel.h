@@ -42,8 +42,8 @@ struct Weights {
     int64_t first(int64_t panel) const { return pointers ? pointers[panel] : panel; }  // block; a dense panel is one
 };
 
-// Of so many rows those that fill vectors: the last vector may lack a quarter.
-constexpr int64_t in_vectors(int64_t batch, int lanes) { return (batch + lanes / 4) / lanes * lanes; }
+// Of so many rows those that go by in vectors: the last of them may lack three quarters.
+constexpr int64_t in_vectors(int64_t batch, int lanes) { return (batch + lanes * 3 / 4) / lanes * lanes; }
 
 // What a kernel wants of x, made ready once for all panels; maps with equal inputs can share it. x is units of four bytes:
 // one float32, two bfloat16 or four codes.

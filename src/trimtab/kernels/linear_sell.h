@@ -77,31 +77,34 @@ inline void both(const uint16_t* p, Vec& first, Vec& second) {
 #endif
 }
 
-// Steps begin .. end for one output and V vectors of rows, which lie side by side from one input to the next.
+// Outputs whose sums registers hold, for V vectors of rows each.
+template <int V>
+constexpr int TOGETHER = (Vec::N == 16 ? 16 : 8) / V;
+
+// Steps begin .. end for some outputs, from `first` on, and V vectors of rows, which lie side by side from one input to the next.
 template <class T, int V>
-inline void sell_part(const T* values, const uint8_t* at, const std::byte* windows, int64_t begin, int64_t end, const float* x, float* sums) {
-    constexpr int WIDTH = V * Vec::N;
-    Vec sum[4][V];
-    unrolled<4>(EACH(u) { unrolled<V>(EACH(v) { sum[u][v] = Vec::zero(); }); });
-    const auto step = [&](int64_t s, auto u) __attribute__((always_inline)) {
-        const float* window = x + int64_t(peek<int32_t>(windows + s * 4)) * WIDTH;
-        const float *one = window + at[s * SLOTS] * WIDTH, *two = window + at[s * SLOTS + 1] * WIDTH;
-        Vec first, second;
-        both(values + s * SLOTS, first, second);
-        unrolled<V>(EACH(v) {
-            sum[u][v] = sum[u][v].fma(first, Vec::load(one + v * Vec::N));
-            sum[u + 1][v] = sum[u + 1][v].fma(second, Vec::load(two + v * Vec::N));
+inline void sell_part(const Weights& w, int64_t begin, int64_t end, int64_t first, const float* x, float* sums) {
+    constexpr int O = TOGETHER<V>, WIDTH = V * Vec::N;
+    Vec sum[O][V];
+    unrolled<O>(EACH(o) { unrolled<V>(EACH(v) { sum[o][v] = Vec::load(sums + o * WIDTH + v * Vec::N); }); });
+    const T* values = reinterpret_cast<const T*>(w.values) + begin * SLOTS + first * SELL_ENTRIES;
+    const uint8_t* at = w.offsets + begin * SLOTS + first * SELL_ENTRIES;
+    for (int64_t s = begin; s < end; ++s, values += SLOTS, at += SLOTS) {
+        // What this panel needs in its next stretch: the hardware does not follow so many short ones.
+        for (int k = 0; k < O * SELL_ENTRIES * int(sizeof(T)); k += 64) __builtin_prefetch(reinterpret_cast<const std::byte*>(values) + AHEAD + k);
+        __builtin_prefetch(at + AHEAD / int(sizeof(T)));
+        const float* window = x + int64_t(peek<int32_t>(w.bits + s * 4)) * WIDTH;
+        unrolled<O>(EACH(o) {
+            Vec one, two;
+            both(values + o * SELL_ENTRIES, one, two);
+            const float *first_x = window + at[o * SELL_ENTRIES] * WIDTH, *second_x = window + at[o * SELL_ENTRIES + 1] * WIDTH;
+            unrolled<V>(EACH(v) {
+                sum[o][v] = sum[o][v].fma(one, Vec::load(first_x + v * Vec::N));
+                sum[o][v] = sum[o][v].fma(two, Vec::load(second_x + v * Vec::N));
+            });
         });
-    };
-    int64_t s = begin;
-    for (; s + 2 <= end; s += 2) {
-        step(s, std::integral_constant<int, 0>());
-        step(s + 1, std::integral_constant<int, 2>());
     }
-    if (s < end) step(s, std::integral_constant<int, 0>());
-    unrolled<V>(EACH(v) {
-        ((sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]) + Vec::load(sums + v * Vec::N)).store(sums + v * Vec::N);
-    });
+    unrolled<O>(EACH(o) { unrolled<V>(EACH(v) { sum[o][v].store(sums + o * WIDTH + v * Vec::N); }); });
 }
 
 constexpr int64_t PANELS = 8;  // that go through a stretch of the inputs together, while its x is in the first-level cache
@@ -118,9 +121,8 @@ inline void sell_lanes(const Weights& w, const float* x, int64_t p, int64_t pane
         for (int64_t k = 0; k < panels; ++k) {
             int64_t end = begin[k];
             while (end < w.pointers[p + k + 1] && peek<int32_t>(w.bits + end * 4) < edge) ++end;
-            for (int64_t i = 0; i < SELL_ROWS; ++i)
-                sell_part<T, V>(reinterpret_cast<const T*>(w.values) + i * SELL_ENTRIES, w.offsets + i * SELL_ENTRIES, w.bits, begin[k], end, x,
-                                sums + (k * SELL_ROWS + i) * V * Vec::N);
+            if (begin[k] < end)
+                for (int64_t i = 0; i < SELL_ROWS; i += TOGETHER<V>) sell_part<T, V>(w, begin[k], end, i, x, sums + (k * SELL_ROWS + i) * V * Vec::N);
             begin[k] = end;
         }
 }
@@ -129,16 +131,15 @@ template <class T>
 void linear_sell(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* sums) {
     const float* x = static_cast<const float*>(ready);
     const int64_t beside = in_vectors(batch, Vec::N);
-    for (int64_t row = 0, width; row < beside; row += width) {
-        width = lanes_at(row, batch).rows;
-        const int64_t rows = std::min(width, batch - row);
-        for (int64_t p = begin; p < end; p += PANELS) {
-            const int64_t first = p * SELL_ROWS, panels = std::min(PANELS, end - p), some = std::min(panels * SELL_ROWS, w.out - first);
+    for (int64_t p = begin; p < end; p += PANELS) {  // whose weights stay in the second-level cache while all rows go by
+        const int64_t first = p * SELL_ROWS, panels = std::min(PANELS, end - p), some = std::min(panels * SELL_ROWS, w.out - first);
+        for (int64_t row = 0, width; row < beside; row += width) {
+            width = lanes_at(row, batch).rows;
             if (width == 2 * Vec::N) sell_lanes<T, 2>(w, x + row * w.in, p, panels, sums);
             else if (width == 3 * Vec::N) sell_lanes<T, 3>(w, x + row * w.in, p, panels, sums);
             else if (width == 4 * Vec::N) sell_lanes<T, 4>(w, x + row * w.in, p, panels, sums);
             else sell_lanes<T, 1>(w, x + row * w.in, p, panels, sums);
-            for (int64_t r = 0; r < rows; ++r)
+            for (int64_t r = 0; r < std::min(width, batch - row); ++r)
                 for (int64_t i = 0; i < some; ++i) y[(row + r) * w.out + first + i] = sums[i * width + r];
         }
     }
