@@ -82,17 +82,17 @@ template <int V>
 constexpr int TOGETHER = (Vec::N == 16 ? 16 : 8) / V;
 
 // Steps begin .. end for some outputs, from `first` on, and V vectors of rows, which lie side by side from one input to the next.
+// Those `ahead` are asked of memory: the hardware does not follow stretches that are so short.
 template <class T, int V>
-inline void sell_part(const Weights& w, int64_t begin, int64_t end, int64_t first, const float* x, float* sums) {
+inline void sell_part(const Weights& w, int64_t begin, int64_t end, int64_t ahead, int64_t first, const float* x, float* sums) {
     constexpr int O = TOGETHER<V>, WIDTH = V * Vec::N;
     Vec sum[O][V];
     unrolled<O>(EACH(o) { unrolled<V>(EACH(v) { sum[o][v] = Vec::load(sums + o * WIDTH + v * Vec::N); }); });
     const T* values = reinterpret_cast<const T*>(w.values) + begin * SLOTS + first * SELL_ENTRIES;
     const uint8_t* at = w.offsets + begin * SLOTS + first * SELL_ENTRIES;
     for (int64_t s = begin; s < end; ++s, values += SLOTS, at += SLOTS) {
-        // What this panel needs in its next stretch: the hardware does not follow so many short ones.
-        for (int k = 0; k < O * SELL_ENTRIES * int(sizeof(T)); k += 64) __builtin_prefetch(reinterpret_cast<const std::byte*>(values) + AHEAD + k);
-        __builtin_prefetch(at + AHEAD / int(sizeof(T)));
+        for (int k = 0; k < O * SELL_ENTRIES; k += 64 / int(sizeof(T))) __builtin_prefetch(values + ahead * SLOTS + k);
+        __builtin_prefetch(at + ahead * SLOTS);
         const float* window = x + int64_t(peek<int32_t>(w.bits + s * 4)) * WIDTH;
         unrolled<O>(EACH(o) {
             Vec one, two;
@@ -121,8 +121,9 @@ inline void sell_lanes(const Weights& w, const float* x, int64_t p, int64_t pane
         for (int64_t k = 0; k < panels; ++k) {
             int64_t end = begin[k];
             while (end < w.pointers[p + k + 1] && peek<int32_t>(w.bits + end * 4) < edge) ++end;
+            const int64_t ahead = begin[(k + 1) % panels] - begin[k];  // what comes next
             if (begin[k] < end)
-                for (int64_t i = 0; i < SELL_ROWS; i += TOGETHER<V>) sell_part<T, V>(w, begin[k], end, i, x, sums + (k * SELL_ROWS + i) * V * Vec::N);
+                for (int64_t i = 0; i < SELL_ROWS; i += TOGETHER<V>) sell_part<T, V>(w, begin[k], end, ahead, i, x, sums + (k * SELL_ROWS + i) * V * Vec::N);
             begin[k] = end;
         }
 }
