@@ -38,5 +38,5 @@ class Roof:
 
     def __str__(self) -> str:
         peaks = ", ".join(f"{self.gives(x) / 1e9:.0f} ({x})" for x in ("f32", "bf16", "i8"))
-        reads = self.found["bandwidth"]
-        return f"reads {min(reads) / 1e9:.1f} to {max(reads) / 1e9:.1f} GB/s, {self.gives('bandwidth') / 1e9:.1f} in the middle; peak GFLOP/s by x: {peaks}"
+        low, middle, high = (f(self.found["bandwidth"]) / 1e9 for f in (min, statistics.median, max))
+        return f"reads {low:.1f} to {high:.1f} GB/s, {middle:.1f} in the middle; peak GFLOP/s by x: {peaks}"
