@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -661,16 +662,23 @@ def test_too_many_threads_are_bad_input():
         mlp(torch.ones(64), threads=2000)
 
 
-@pytest.mark.parametrize(("source", "told"), [
-    (None, "the native kernels were not built (no C++ compiler"), ("VERSION = '0.0.1'", "were built for trimtab 0.0.1, this is"),
-    ("raise ImportError('libc is too\\nold')", "were built and do not load here (libc is too old)")])
-def test_why_there_are_no_kernels_is_said(tmp_path, monkeypatch, source, told):
-    if source is None:
-        monkeypatch.setitem(sys.modules, "_trimtab_kernels", None)
-    else:
-        (tmp_path / "_trimtab_kernels.py").write_text(source)
+class Unloadable:
+    """Finds the extension first, and that it does not load."""
+
+    def find_spec(self, name, *_):
+        if name == "_trimtab_kernels":
+            raise ImportError("libc is too\nold")
+
+
+@pytest.mark.parametrize(("found", "told"), [
+    (None, "the native kernels were not built (no C++ compiler"), (SimpleNamespace(VERSION="0.0.1"), "were built for trimtab 0.0.1, this is"),
+    (Unloadable(), "were built and do not load here (libc is too old)")])
+def test_why_there_are_no_kernels_is_said(monkeypatch, found, told):
+    if isinstance(found, Unloadable):
         monkeypatch.delitem(sys.modules, "_trimtab_kernels", raising=False)
-        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(sys, "meta_path", [found, *sys.meta_path])
+    else:
+        monkeypatch.setitem(sys.modules, "_trimtab_kernels", found)
     native._found.cache_clear()
     try:
         assert native.core() is None and told in native.absent() and "install trimtab again" in native.absent()

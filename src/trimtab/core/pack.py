@@ -25,7 +25,7 @@ from trimtab.runtime.packed import DECODER, sealed
 
 AS_RECIPE = "recipe"  # --pack without a format
 ROWS = 4096           # of the head, rounded together
-FEW = 0.35            # kept: fewer single weights take the kernels less time as `sell` than as `bitmask` (docs/speed.md)
+FEW = 0.25            # kept: fewer single weights take the kernels less time as `sell` than as `bitmask` (docs/speed.md)
 PART = "trimtab:"     # how a block of the journal marks what is no tensor of the checkpoint
 
 

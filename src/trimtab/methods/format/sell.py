@@ -79,9 +79,9 @@ def steps(kept: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def sell(new: Change) -> Packed:
     """Sliced rows of entries: every step holds two of each of 16 outputs, all from a window of 128 inputs that moves along.
 
-    Registers hold the window, so that one instruction looks up what 32 entries meet: the layout of single weights where about
-    a third or fewer are kept. Above that `bitmask` takes fewer bytes. A window begins with the first entry that is left of
-    any output of its panel; an output with less than two entries in it is filled up with zeros.
+    Registers hold the window, so that one instruction looks up what 32 entries meet: the layout of single weights where a quarter
+    or fewer are kept. Above that `bitmask` takes fewer bytes, and with one row of x less time. A window begins with the first
+    entry that is left of any output; an output with less than two entries in it is filled up with zeros.
 
     Panels lie one after the other: `values` [steps, 16, 2], `columns` uint8 [steps, 16, 2] from the first input of the window
     on, `windows` int32 [steps]: that input, `pointers` int64 [panels + 1]: the steps of each panel. A dropped entry is restored
