@@ -671,7 +671,8 @@ class Unloadable:
 
 
 @pytest.mark.parametrize(("found", "told"), [
-    (None, "the native kernels were not built (no C++ compiler"), (SimpleNamespace(VERSION="0.0.1"), "were built for trimtab 0.0.1, this is"),
+    (None, "the native kernels were not built (no C++ compiler"),
+    (SimpleNamespace(VERSION="0.0.1"), "were built for trimtab 0.0.1, this is"),
     (Unloadable(), "were built and do not load here (libc is too old)")])
 def test_why_there_are_no_kernels_is_said(monkeypatch, found, told):
     if isinstance(found, Unloadable):
