@@ -40,7 +40,7 @@ def openvino(path: str, threads: int, genai: Any) -> Turn:
     def turn(ids: np.ndarray, new: int) -> list[float]:
         times: list[float] = []
 
-        class Clock(genai.StreamerBase):  # type: ignore[misc]
+        class Clock(genai.StreamerBase):
             def write(self, _: object) -> Any:
                 times.append(time.perf_counter())
                 return genai.StreamingStatus.RUNNING
