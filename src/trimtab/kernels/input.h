@@ -49,9 +49,9 @@ inline void place(const void* row, int64_t units, TileAt tile, int64_t r, int64_
     for (int64_t u = 0; u < units; ++u) std::memcpy(at + u * tile.rows * 4, from + u * 4, 4);
 }
 
-// Rows of x that a kernel of lanes takes together: 256 inputs of them are what the first-level cache holds. Of the last of them
-// those that fill vectors, and then one after the other.
-constexpr int64_t LANES = std::min(4 * Vec::N, 32);
+// Rows of x that a kernel of lanes takes together: the more, the fewer times its weights are gone through, and 128 inputs of them
+// are what the first-level cache holds. Of the last of them those that fill vectors, and then one after the other.
+constexpr int64_t LANES = 4 * Vec::N;
 inline TileAt lanes_at(int64_t row, int64_t batch) {
     const int64_t first = row / LANES * LANES, beside = in_vectors(batch, Vec::N);
     return row < beside ? TileAt{first, int(std::min(LANES, beside - first))} : TileAt{row, 1};

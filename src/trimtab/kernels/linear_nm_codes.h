@@ -29,23 +29,27 @@ struct Steps {
     // Calls f(step, vector, codes, places) for `count` steps, at most four, from step t on, a multiple of four: a byte a code.
     template <class F>
     void some(int64_t t, int count, const F& f) const {
-        Ints two[VECTORS], one[VECTORS], word[VECTORS];  // what is next has the lowest bits
+        Ints two[VECTORS], one[VECTORS], word[VECTORS];  // what is next has the lowest bits, in `one` bit 2
         for (int v = 0; v < VECTORS; ++v) {
             const std::byte* at = low + (t / 4 * PANEL + v * Vec::N) * 4;
             __builtin_prefetch(at + AHEAD / 2);
             two[v] = Ints::load(at);
-            if constexpr (M == 8) one[v] = Ints::load(third + (t / 8 * PANEL + v * Vec::N) * 4) >> int(t % 8);
+            if constexpr (M == 8) {
+                at = third + (t / 8 * PANEL + v * Vec::N) * 4;
+                __builtin_prefetch(at + AHEAD / 2);
+                one[v] = t % 8 ? Ints::load(at) >> 2 : Ints::load(at) << 2;
+            }
         }
         for (int i = 0; i < count; ++i)
             for (int v = 0; v < VECTORS; ++v) {
                 if (i % FIELDS == 0) {
                     const std::byte* at = values + ((t + i) / FIELDS * PANEL + v * Vec::N) * 4;
-                    __builtin_prefetch(at + AHEAD);
+                    if constexpr (BITS != 8) __builtin_prefetch(at + AHEAD);  // of eight bits each its own word: the hardware does it better
                     word[v] = Ints::load(at);
                 }
                 Ints places = two[v] & 0x03030303;
                 if constexpr (M == 8) {
-                    places = places | (one[v] & 0x01010101) << 2;
+                    places = places | (one[v] & 0x04040404);
                     one[v] = one[v] >> 1;
                 } else {
                     places = places | 0x04040000;  // the first two codes are those of the first four inputs
@@ -89,6 +93,7 @@ inline bool fit(const Weights& w, int64_t p) {
 template <int BITS, int M, bool FIT, int ROWS>
 inline void add_steps(Tile<PANEL, ROWS>& tile, const Weights& w, const Codes& x, int64_t row, int64_t p, int64_t group) {
     constexpr int MIDDLE = 1 << (BITS - 1), VECTORS = together<ROWS>();
+    const int8_t* rows = x.x + row * x.stride;
     pieces(w.in, group, [&](int64_t begin, int64_t end, int64_t g) {
         const int64_t from = begin / 8, until = (end + 7) / 8;
         for (int first = 0; first < PANEL / Vec::N; first += VECTORS) {
@@ -102,7 +107,7 @@ inline void add_steps(Tile<PANEL, ROWS>& tile, const Weights& w, const Codes& x,
             Steps<BITS, M, VECTORS>(w, p, first).each(from, until, [&](int64_t t, int v, Ints codes, Ints places) {
                 codes = codes.less(zero[v]);
                 raised[v] = raised[v].template dot<BITS>(Ints::all(int(0x80808080)), codes);
-                const int8_t* at = x.x + row * x.stride + t * 8 * ROWS;
+                const int8_t* at = rows + t * 8 * ROWS;
                 for (int r = 0; r < ROWS; ++r) {
                     const Ints its = Ints::pick(at + r * 8, places);
                     sum[v][r] = sum[v][r].template dot<BITS>(its, codes);

@@ -77,9 +77,9 @@ inline void both(const uint16_t* p, Vec& first, Vec& second) {
 #endif
 }
 
-// Outputs whose sums registers hold, for V vectors of rows each.
+// Outputs whose sums registers hold, for V vectors of rows each: a step is a multiple of them.
 template <int V>
-constexpr int TOGETHER = (Vec::N == 16 ? 16 : 8) / V;
+constexpr int TOGETHER = std::bit_floor(unsigned(Vec::N == 16 ? 16 : 8) / V);
 
 // Steps begin .. end for some outputs, from `first` on, and V vectors of rows, which lie side by side from one input to the next.
 // Those `ahead` are asked of memory: the hardware does not follow stretches that are so short.
@@ -97,7 +97,7 @@ inline void sell_part(const Weights& w, int64_t begin, int64_t end, int64_t ahea
         unrolled<O>(EACH(o) {
             Vec one, two;
             both(values + o * SELL_ENTRIES, one, two);
-            const float *first_x = window + at[o * SELL_ENTRIES] * WIDTH, *second_x = window + at[o * SELL_ENTRIES + 1] * WIDTH;
+            const float *first_x = window + size_t(at[o * SELL_ENTRIES]) * WIDTH, *second_x = window + size_t(at[o * SELL_ENTRIES + 1]) * WIDTH;
             unrolled<V>(EACH(v) {
                 sum[o][v] = sum[o][v].fma(one, Vec::load(first_x + v * Vec::N));
                 sum[o][v] = sum[o][v].fma(two, Vec::load(second_x + v * Vec::N));
