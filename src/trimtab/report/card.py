@@ -1,7 +1,7 @@
 """The README.md every output directory gets: what was done to the model, what it cost, what it bought."""
 from __future__ import annotations
 
-from trimtab.report.table import Run, name, percent, rows, zeros
+from trimtab.report.table import Run, name, percent, ranks, rows, zeros
 
 
 def _cell(text: str) -> str:
@@ -16,8 +16,10 @@ def card(run: Run, base: str, commands: list[str]) -> str:
     """Markdown for one trim. `base` names the model it came from; `commands` reproduce and use it, one a line."""
     state = run.get("proof", "pending")
     words = {"passed": "passed", "failed": "**failed: do not serve this model**", "pending": "not yet measured"}
+    trimmed = (f"Ranks of the trimmed layers: {ranks(run)}, with {percent(run['factored_share'])} of their parameters  "
+               if run.get("ranks") else f"Zeros in the trimmed layers: {percent(zeros(run))}  ")
     out = ["---", "library_name: transformers", "tags: [trimtab, pruned]", "---", "", f"# {base}, trimmed", "",
-           f"Recipe: {_code(str(run['recipe']))}  ", f"Zeros in the trimmed layers: {percent(zeros(run))}  ",
+           f"Recipe: {_code(str(run['recipe']))}  ", trimmed,
            f"Proof: {words.get(state, state)}", ""]
     if state != "pending":
         out += [f"| | dense | {_cell(name(run))} |", "|---|---:|---:|"]
@@ -30,7 +32,8 @@ def card(run: Run, base: str, commands: list[str]) -> str:
             "- Perplexity and agreement do not see all a model may lose: rare facts, long contexts, other languages.",
             "- The layers are packed for trimtab's kernels: transformers opens the files after `import trimtab`, and not without it."
             if "pack" in run.get("header", {}) else
-            "- The zeros are stored as ordinary numbers here, so that plain transformers opens the files; "
+            f"- The {'products of the factors' if run.get('ranks') else 'zeros'} are stored as ordinary numbers here, so that plain "
+            "transformers opens the files; "
             "the lines above say what that does to bytes and seconds.",
             "- License and intended use are those of the model it came from.", ""]
     return "\n".join(out)
