@@ -84,7 +84,7 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
     if run.get("packed"):
         out.append((f"bytes as {run['packed']['format']}", "", mb(run["packed"]["bytes"])))
     if run.get("ranks"):
-        out += [("rank", "", ranks(run)), ("parameters of the trimmed layers", "", percent(run["factored_share"]))]
+        out += [("rank", "", ranks(run)), ("parameters left in factors", "", percent(run["factored_share"]))]
     out += [(what, "", f) for what, f in (
         ("recovery", percent(run.get("recovery"))), ("KL, nats per token", number(run.get("kl"), 3)),
         ("top-1 agreement", percent(run.get("top1_agreement")))) if f != "—"]
