@@ -51,7 +51,7 @@ def editing(p: Pass, site: Site, speed: float) -> float:
     """Seconds for one site, roughly: sorting and copying it, solving with its Gram matrix where one is asked for, and decomposing it
     where that is the edit."""
     out, inside = site.shape
-    decomposing = 100 * min(out, inside) ** 2 * max(out, inside) / speed * bool(p.steps["edit"].method.facts["factors"])
+    decomposing = 30 * min(out, inside) ** 2 * max(out, inside) / speed * bool(p.steps["edit"].method.facts["factors"])
     return site.size * 2e-7 + (4 * inside**3 + 20 * out * inside**2) / speed * ("gram" in p.needs) + decomposing
 
 
@@ -78,6 +78,8 @@ def peak(net: Network, plan: Sweeps, samples: list[data.Batch], opts: Options) -
     work = 4 * largest
     if "gram" in needs:
         work += 2 * 8.0 * widest**2  # its inverse, in double
+    if any(p.steps["edit"].method.facts["factors"] for sweep in plan for p, _ in sweep):
+        work += 4 * largest  # singular vectors on both sides, and room to find them
     if needs & {"grads", "grad", "grad_sq"}:
         hidden *= net.n_blocks + 2
         work += block * (len(samples) if "grads" in needs else 2)

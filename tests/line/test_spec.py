@@ -101,7 +101,7 @@ def test_refused_with_one_line(text, words):
 def test_keep_where_nothing_is_free_and_keep_twice():
     with pytest.raises(BadInput, match="fixes its own share"):
         spec.load("wanda(unit=2:4)").limited(None, 0.5)
-    with pytest.raises(BadInput, match="fixes its own share .*rank"):
+    with pytest.raises(BadInput, match=r"fixes its own share .*rank"):
         spec.load("svd(rank=8)").limited(None, 0.5)
     assert spec.load("svd").limited(None, 0.25).passes[0].keep == 0.25
     with pytest.raises(BadInput, match="use one of the two"):

@@ -9,9 +9,9 @@ from trimtab.core.pack import Format
 from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import nearest
+from trimtab.methods.factors import Factors
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.bsr import bsr
-from trimtab.methods.factors import Factors
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.nm import nm

@@ -219,7 +219,8 @@ def test_factors_are_packed_as_the_recipe_left_them(capsys, tiny_lm, tmp_path, c
     assert result["after"]["params"] == result["after"]["nonzero"] == result["before"]["params"] - gone + entries
     assert result["factored_share"] == entries / gone < 0.6 and said["packed"]["format"] == "lowrank"
     low, high = min(notes["ranks"].values()), max(notes["ranks"].values())
-    assert f"Ranks of the layers in factors: {low} to {high}, with {100 * entries / gone:.1f}%" in (tmp_path / "plain" / "README.md").read_text()
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert f"Ranks of the layers in factors: {low} to {high}, with {100 * entries / gone:.1f}%" in card
     ours, ids = load_module(tmp_path / "packed"), torch.arange(3, 40)[None]
     with torch.no_grad():
         got, want = ours(ids).logits, load_module(tmp_path / "plain")(ids).logits
