@@ -22,8 +22,6 @@ from trimtab.runtime import native, packed
 CHUNK = 256  # tokens of prompts that pass through the layers together
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # of a sublayer
-
-
 NOT_DESCRIBED = (KeyError, TypeError, AttributeError, RecursionError)
 
 
