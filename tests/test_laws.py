@@ -22,6 +22,7 @@ from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.methods import select
 from trimtab.methods.codes import LEVELS, Codes, nearest
+from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.panels import Packed
 from trimtab.runtime.layouts import check
 
@@ -649,14 +650,37 @@ def law_edit_keeps_all_at_one(m: Method) -> None:
 
 
 def law_edit_parts_are_the_truth(m: Method) -> None:
-    """Where an edit leaves codes, its weight is what they decode to, to the last bit of its type."""
+    """Where an edit leaves codes or factors, its weight is what they decode to, to the last bit of its type."""
     for name in THREE:
         for dtype in (torch.float32, torch.bfloat16):
             new = pruned(m, name, plain(), 0.5, dtype=dtype)
-            codes = Codes.of(new)
-            assert (codes is not None) == m.facts["codes"]
-            if codes is not None:
-                assert torch.equal(codes.weight().to(dtype), new.w)
+            for kind, parts in (("codes", Codes.of(new)), ("factors", Factors.of(new))):
+                assert (parts is not None) == m.facts[kind]
+                if parts is not None:
+                    assert torch.equal(parts.weight().to(dtype), new.w)
+
+
+def law_edit_factors_have_the_share(m: Method) -> None:
+    """As many parameters as the share allows and no rank more; or the rank that was asked for, between 1 and the shorter side."""
+    if m.facts["factors"]:
+        for name in THREE:
+            out, inputs = SITES[name].shape
+            for keep in (0.01, *SHARES, 1.0):
+                rank = Factors.of(pruned(m, name, plain(), keep)).rank
+                assert rank == rank_of((out, inputs), keep) == max(1, int(keep * out * inputs / (out + inputs)))
+                assert rank == 1 or rank * (out + inputs) <= keep * out * inputs < (rank + 1) * (out + inputs)
+            for rank in (1, 3, min(out, inputs)):
+                new = call(m, env(m, name), rank=rank)
+                assert Factors.of(new).rank == rank >= int(torch.linalg.matrix_rank(new.w))
+            for rank in (-1, min(out, inputs) + 1):
+                with pytest.raises(BadInput, match="a rank is 1 to"):
+                    call(m, env(m, name), rank=rank)
+
+
+def law_edit_factors_are_the_whole_at_full_rank(m: Method) -> None:
+    if m.facts["factors"]:
+        for name in THREE:
+            close(call(m, env(m, name), rank=min(SITES[name].shape)).w, weight(name), 1e-4)
 
 
 def law_edit_codes_are_the_nearest(m: Method) -> None:
@@ -830,6 +854,11 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
     for name in THREE:
         w = weight(name).to(dtype)
         kind, mask = m.facts["holds"], w.float().abs() > 0.05
+        if kind == "factors":
+            for rank in (1, 2, 7):
+                yield Factors(w[:, :rank], w[:rank]).change()
+            yield Factors(w[:, :3] * mask[:, :3], (w * mask).T.contiguous().T[:3]).change()
+            continue
         if kind == "nm":
             lines = w.T if knobs["dim"] == "out" else w
             mask = torch.zeros(lines.shape, dtype=torch.bool)
@@ -875,6 +904,7 @@ def awkward(dtype: torch.dtype) -> Iterator[Change]:
         yield nearest(w, 4, 4).change()
         yield nearest(w * loose, 8).change(loose)
         yield nearest(w, 2, 4, ternary=True).change()
+        yield Factors(w[:, :1], w[:1]).change()
 
 
 def restores(m: Method, new: Change, packed: Packed) -> None:
@@ -902,7 +932,7 @@ def law_format_bytes(m: Method) -> None:
         for new in [*held(m, knobs, torch.float32), *held(m, knobs, torch.bfloat16), *coded(m, knobs)]:
             kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
             packed = m.fn(new, **knobs)
-            if m.facts["holds"] in ("block", "mask"):  # a block is kept whole; others may fill up
+            if m.facts["holds"] in ("block", "mask", "factors"):  # a block is kept whole; others may fill up
                 kept = m.facts["stored"](packed)
             want = m.facts["bytes"](tuple(new.w.shape), packed.entries, kept, knobs)
             assert {k: b.nbytes for k, b in packed.buffers.items()} == want, knobs
@@ -915,7 +945,9 @@ def law_format_knows_what_it_stores(m: Method) -> None:
             kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
             whole = {"any": new.w.numel(), "nm": new.w.numel() // knobs.get("m", 1) * knobs.get("n", 1)}
             packed = m.fn(new, **knobs)
-            if m.facts["holds"] in whole:
+            if (factors := Factors.of(new)) is not None:
+                assert m.facts["stored"](packed) == factors.left.numel() + factors.right.numel()
+            elif m.facts["holds"] in whole:
                 assert m.facts["stored"](packed) == whole[m.facts["holds"]]
             elif "windows" in packed.buffers:  # one window holds all inputs: steps of two, as many as the fullest output of 16 fills
                 longest = [int(rows.sum(1).max()) for rows in (new.w != 0 if new.mask is None else new.mask).split(16)]

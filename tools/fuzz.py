@@ -44,7 +44,8 @@ RECIPE = (f"0.*.q: nm(n=2,m=4) | magnitude ; {SLOW} ; 0.*.k: block(b=16) | magni
           "0.*.up: rtn(bits=8,group=32,asymmetric=true) ; 1.*.up: nm(n=4,m=8) | magnitude ; 1.*.up: rtn(bits=4,group=32,asymmetric=true) ; "
           "0.*.down: rtn(bits=2,group=32) ; "
           "1.*.down: block(rows=1,cols=32) | magnitude ; 1.*.down: rtn(bits=8,group=32) ; "
-          "2.*.q: row(keep=0.2) | magnitude")  # few enough for sell
+          "2.*.q: row(keep=0.2) | magnitude ; "  # few enough for sell
+          "2.*.o: svd(rank=8) ; 2.*.gate,2.*.down: svd(keep=0.5)")
 ODD = (0, 1, -1, 2, 3, 16, 31, 33, 64, 1024, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, math.nan, True, None, "", "bsr", "nm", "bitmask",
        "dense", "i4", "i8", "t", "f32", "bf16", "out", [], [32, 32], {}, [1, 2, 3], "F32", "U8", "I64", [0, 0], [0, 2**40])
 LARGE = 1 << 24  # entries beyond which a description is believed and not run
@@ -238,8 +239,9 @@ def runs(where: Path, verify: bool, decodes: bool, talks: bool) -> bool:
             if p.shape[0] * p.shape[1] > LARGE:
                 continue
             x = torch.linspace(-1, 1, p.shape[1])[None]
-            y, w = native.Linear(p)(x).double(), layouts.restored(p).double()
-            want, room = x.double() @ w.T, 1e-4 * (x.double().abs() @ w.abs().T) + 1e-30
+            y, want, room = native.Linear(p)(x).double(), x.double(), 1e-4 * x.double().abs()
+            for w in (layouts.restored(f).double() for f in p.factors or (p,)):
+                want, room = want @ w.T, room @ w.abs().T + 1e-30
             sound = y.isfinite() & want.isfinite() & (room < 1e30)
             assert bool(((y - want).abs() <= room)[sound].all()), f"{name} ({p.format} {p.type}) does not compute what it says"
         handle = api.load(where)

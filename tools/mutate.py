@@ -164,6 +164,9 @@ BUGS = [
     Bug("core/pack.py", "< FEW *", "> FEW *", "many weights in steps, few with bits", SELL),
     Bug("methods/format/bsr.py", "flatten(2).any(-1)", "flatten(2).all(-1)", "a block with one zero is lost"),
     Bug("methods/format/bsr.py", "held.sum(1)", "held.sum(0)", "row pointers count columns"),
+    Bug("methods/edit/svd.py", "root[:, None] * vt[:r]", "vt[:r]", "singular values on one side only"),
+    Bug("methods/format/lowrank.py", "each = (dense(Change(factors.right)), dense(Change(factors.left)))",
+        "each = (dense(Change(factors.right * 2)), dense(Change(factors.left)))", "a factor is not what was given"),
     # --- the line
     Bug("core/spec.py", "/ (100 if text.endswith", "/ (1 if text.endswith", "per cent read as a share", SPEC),
     Bug("core/spec.py", 'scope in ("all", site.group)', 'scope in ("all",)', "a scope that covers nothing", SPEC),

@@ -184,7 +184,7 @@ def parser() -> Parser:
     p.add_argument("--min-recovery", type=share, help="fail when dense / trimmed perplexity is below")
     p.add_argument("--proof-tokens", type=count)
     p.add_argument("--pack", nargs="?", const="recipe", default="", metavar="FORMAT",
-                   help="write for our runtime, in the recipe's own format or in this one: dense, bitmask, sell, bsr, nm")
+                   help="write for our runtime, in the recipe's own format or in this one: dense, bitmask, sell, bsr, nm, lowrank")
     p.add_argument("--pack-dtype", choices=("float32", "bfloat16"), help="packed weights that are no codes; default: as the model's")
     p.add_argument("--head", choices=("keep", "int8"), help="the packed head: default int8 per row where the recipe leaves codes")
     p.add_argument("--no-speed", action="store_true", help="leave the speed measurement out of the proof")

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from trimtab.core import data, line, memory
+from trimtab.core import data, line, memory, pack
 from trimtab.core.calibrate import Collector, Walk
 from trimtab.core.line import Options, Report
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe
 from trimtab.core.types import Failed, Site
+from trimtab.methods.factors import Factors
 from trimtab.network.checkpoint import SafeFile
 from trimtab.network.stream import Network
 
@@ -47,9 +48,11 @@ def walks(sweep: list[tuple[Pass, list[Site]]]) -> float:
 
 
 def editing(p: Pass, site: Site, speed: float) -> float:
-    """Seconds for one site, roughly: sorting and copying it, and solving with its Gram matrix where one is asked for."""
+    """Seconds for one site, roughly: sorting and copying it, solving with its Gram matrix where one is asked for, and decomposing it
+    where that is the edit."""
     out, inside = site.shape
-    return site.size * 2e-7 + (4 * inside**3 + 20 * out * inside**2) / speed * ("gram" in p.needs)
+    decomposing = 30 * min(out, inside) ** 2 * max(out, inside) / speed * bool(p.steps["edit"].method.facts["factors"])
+    return site.size * 2e-7 + (4 * inside**3 + 20 * out * inside**2) / speed * ("gram" in p.needs) + decomposing
 
 
 def proving(net: Network, opts: Options, speed: float, edit: float) -> float:
@@ -75,6 +78,8 @@ def peak(net: Network, plan: Sweeps, samples: list[data.Batch], opts: Options) -
     work = 4 * largest
     if "gram" in needs:
         work += 2 * 8.0 * widest**2  # its inverse, in double
+    if any(p.steps["edit"].method.facts["factors"] for sweep in plan for p, _ in sweep):
+        work += 4 * largest  # singular vectors on both sides, and room to find them
     if needs & {"grads", "grad", "grad_sq"}:
         hidden *= net.n_blocks + 2
         work += block * (len(samples) if "grads" in needs else 2)
@@ -138,7 +143,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
             walk.forward(module, 0, collect, False, lambda: None)
             walk.close()
             forward = clock() - began
-        began = clock()
+        began, ranks = clock(), {}
         if not gradients:  # gradient statistics need the whole forward walk: only their storage is tried here
             for s in net.sites_of(0):
                 if s.name in owner:
@@ -146,6 +151,8 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
                     change = line.edit_site(p, s, net.weight(module, s).float(), p.keep or opts.keep,
                                             collect.of(s) if collect else {}, None)
                     net.set_weight(module, s, change.w.to(net.stored_dtype(s)))
+                    if (factors := Factors.of(change)) is not None:
+                        ranks[s.name] = factors.rank
         from safetensors.torch import save_file
 
         stored, path = net.stored(module, 0), Path(scratch) / "block.safetensors"
@@ -162,5 +169,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     tick(f"one block, saved and reloaded equal: {reading + forward + editing_one:.1f} s, {projected['memory'] / 1e9:.2f} GB peak; "
          f"projected {projected['minutes']:.1f} minutes; the estimate was off by {off['memory']:+.0%} in memory, "
          f"{off['minutes']:+.0%} in time", 0, 0)
+    if ranks:
+        tick(f"ranks of block 0: {', '.join(f'{name} {rank}' for name, rank in ranks.items())}", 0, 0)
     return {"estimate": guess, "measured": {**projected, "block_seconds": round(reading + forward + editing_one, 3)}, "off_by": off,
-            "recipe": recipe.text, "written": False}
+            "recipe": recipe.text, "written": False, **pack.ranked(ranks, net.sites)}

@@ -42,6 +42,9 @@ CASES = {
     # Inputs that do not correlate: the l1 norm takes the same off every weight, 1.5 if the 2 is to stay and the 1 to go.
     "edit/nettrim": Case(site([[3.0, 1.0, -2.0, 0.5]], torch.eye(4).tolist()), [[1.5, 0, -0.5, 0]],
                          {"damp": 0.0, "rho": 1.0}, differs="edit/admm"),
+    # Two orthogonal rows, so the singular values are their lengths, 6 and 3: of rank 1 the longer row is left.
+    "edit/svd": Case(site([[2.0, 4.0, 4.0], [2.0, 1.0, -2.0]], torch.eye(3).tolist()), [[2, 4, 4], [0, 0, 0]], {"rank": 1},
+                     differs="edit/mask"),
     # Groups of two, two bits, symmetric: the scale is the largest of each pair, and what is below half of it is zero.
     "edit/rtn": Case(site([[4.0, 1.5, -1.0, 0.6]], torch.eye(4).tolist()), [[4, 0, -1, 1]], {"bits": 2, "group": 2},
                      differs="edit/mask"),

@@ -5,6 +5,7 @@ import torch
 from tests.cases import Case
 from trimtab.core.types import Change
 from trimtab.methods.codes import Codes
+from trimtab.methods.factors import Factors
 
 # A pattern that is at once 2:4 along the input and one block of 1 x 2 in each row.
 W = torch.tensor([[0.0, 0.0, 5.0, -7.0], [2.0, 3.0, 0.0, 0.0]])
@@ -13,6 +14,10 @@ PAIRS = Change(W, mask=W != 0)
 THIN = Change(torch.tensor([[0.0, 0.0, 4.0, 0.0], [6.0, 0.0, 0.0, 1.0]]))
 # Four bits: inputs 0 to 3 are the low halves of the bytes of a word, inputs 4 to 7 the high halves.
 FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), torch.tensor([[0.5]]), 16, 8).change()
+
+
+# Rank 1: (3, 4)^T (5, 6, 7).
+PAIR = Factors(torch.tensor([[3.0], [4.0]]), torch.tensor([[5.0, 6.0, 7.0]])).change()
 
 
 def panel(*inputs: list[float]) -> torch.Tensor:
@@ -24,6 +29,8 @@ CASES = {
     "format/dense": Case({"new": FOUR}, {
         "values": torch.cat([torch.tensor([[[[0x51, 0x62, 0x88, 0x88]]]]), torch.zeros(1, 1, 31, 4)], 2), "scales": panel([0.5])},
         differs="format/nm"),
+    # Of three inputs one output, the rank; of that two.
+    "format/lowrank": Case({"new": PAIR}, {"right_values": panel([5], [6], [7]), "left_values": panel([3, 4])}, differs="format/dense"),
     # Input by input: output 1 keeps its inputs 0 and 1, output 0 its inputs 2 and 3; four bytes an input. 64 bytes behind the
     # four values of 16 bytes, filled up to 128: 32 numbers.
     "format/bitmask": Case({"new": PAIRS}, {"bits": [2, 0, 0, 0] * 2 + [1, 0, 0, 0] * 2, "values": [2, 3, 5, -7] + [0] * 28},

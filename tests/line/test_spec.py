@@ -29,6 +29,7 @@ def test_a_row_spelled_out_parses_back_to_itself(name):
 @pytest.mark.parametrize("text", [
     "row | wanda | owl(outlier=3.5) | mask | admm | bitmask", "mlp: nm(n=2,m=4) | wanda ; attn: sparsegpt(keep=0.7)",
     "*.down: wanda(unit=4:8)", "site | edit/admm(iters=3)", "block(rows=1,cols=32) | magnitude(keep=30%)",
+    "mlp: svd(keep=0.4) | owl ; attn: svd(rank=8)",
 ])
 def test_text_round_trips(text):
     first = spec.load(text)
@@ -82,6 +83,9 @@ def test_scope_option_limits_a_row_to_its_part():
     ("wanda(keep=0)", ["keep is 0"]),
     ("wanda(keep=1.5)", ["keep is 1.5"]),
     ("wanda(unit=2:4,keep=0.5)", ["fixes its own share"]),
+    ("svd(rank=8,keep=0.5)", ["edit/svd(rank=8) fixes its own share"]),
+    ("svd | least_squares", ["both decide repair"]),
+    ("row | svd", ["both decide unit"]),
     ("row | uniform", ["no score"]),
     ("row | wanda(", ["unbalanced"]),
     ("head: wanda", ["head", "not supported yet"]),
@@ -97,6 +101,9 @@ def test_refused_with_one_line(text, words):
 def test_keep_where_nothing_is_free_and_keep_twice():
     with pytest.raises(BadInput, match="fixes its own share"):
         spec.load("wanda(unit=2:4)").limited(None, 0.5)
+    with pytest.raises(BadInput, match=r"fixes its own share .*rank"):
+        spec.load("svd(rank=8)").limited(None, 0.5)
+    assert spec.load("svd").limited(None, 0.25).passes[0].keep == 0.25
     with pytest.raises(BadInput, match="use one of the two"):
         spec.load("wanda(keep=0.4)").limited(None, 0.5)
     with pytest.raises(BadInput, match="use one of the two"):

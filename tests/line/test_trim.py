@@ -146,7 +146,8 @@ def test_gradient_recipes_run(capsys, tiny_lm, tmp_path, calib):
 
 
 @pytest.mark.parametrize("recipe", ["sparsegpt", "gblm", "2.*: row | gblm ; 0.*,1.*: row | wanda",
-                                    "row | magnitude(keep=0.7) ; site | sparsegpt(keep=0.4)", "wanda_owl"])
+                                    "row | magnitude(keep=0.7) ; site | sparsegpt(keep=0.4)", "wanda_owl",
+                                    "mlp: svd | owl ; attn: row | wanda"])
 def test_killed_at_random_and_resumed_gives_the_same_bytes(capsys, tiny_lm, tmp_path, calib, recipe):
     assert trim(capsys, tiny_lm, recipe, tmp_path / "whole", calib)[0] == 0
     want = hashes(tmp_path / "whole")

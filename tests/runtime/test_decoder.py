@@ -20,7 +20,9 @@ from tests import tiny
 from trimtab.builtin import corpus, model_path
 from trimtab.core.types import BadInput, Change, Failed
 from trimtab.methods.codes import nearest
+from trimtab.methods.edit.svd import svd
 from trimtab.methods.format import dense as dense_format
+from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import Packed
 from trimtab.network import graph
@@ -270,6 +272,33 @@ def test_codes_run_with_rounded_inputs():
     assert not close(rounded := decoder.logits(LONG, narrowest="i8"), want, 1e-4) and close(rounded, want, 0.1)
     halves = Decoder(net.description, {n: dense(w.bfloat16()) for n, w in net.weights.items()}, net.tensors)
     assert torch.equal(halves.logits(LONG, narrowest="i8"), halves.logits(LONG, narrowest="bf16"))  # only codes take eight bits
+
+
+@pytest.mark.parametrize("some", [slice(None), slice(0, None, 2), slice(1, None, 3)])
+def test_any_of_the_maps_may_be_factors(some):
+    """In attention, in gated and plain MLPs, in parallel, as a factor of a map, with a bias, as the head."""
+    net = Net(3)
+    packed = {n: dense(w) for n, w in net.weights.items()}
+    for n in list(net.weights)[some]:
+        w = net.weights[n]
+        p = lowrank(svd(w, 1.0, rank=max(1, min(w.shape) // 2)))
+        net.weights[n], packed[n] = layouts.restored(p), p
+    description = json.loads(json.dumps(net.description))
+    decoder = Decoder(net.description, packed, net.tensors)
+    assert net.description == description and decoder.weight_bytes == sum(p.nbytes for p in packed.values())
+    assert close(decoder.logits(LONG), net.logits(LONG), 1e-5) and close(decoder.logits(LONG, chunk=7), net.logits(LONG), 1e-5)
+    assert next(decoder.generate(LONG[:130], 1)) == int(net.logits(LONG[:130])[-1].argmax())
+
+
+def test_what_is_no_map_is_refused_beside_factors_too():
+    whole = Net(3)
+    packed = {n: lowrank(svd(w, 0.5)) for n, w in whole.weights.items()}
+    for broken in ({"layers": [5]}, {"layers": [["q"]]}, {"layers": None}, {"head": None}, {"head": [[whole.description["head"]]]},
+                   {"head": {"linear": ["x"]}}, {"head": {}}, {"head": []}, {"layers": [[{"op": "parallel", "branches": 3}]]},
+                   {"head": [whole.description["head"], 3]}):
+        with pytest.raises(BadInput) as e:
+            Decoder({**whole.description, **broken}, packed, whole.tensors)
+        assert "\n" not in str(e.value), broken
 
 
 # ---- drawing ------------------------------------------------------------------------------------

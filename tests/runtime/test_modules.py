@@ -9,13 +9,16 @@ from trimtab.core.pack import Format
 from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import nearest
+from trimtab.methods.factors import Factors
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.bsr import bsr
 from trimtab.methods.format.dense import dense
+from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import TYPES
-from trimtab.runtime import layouts
+from trimtab.runtime import layouts, native
 from trimtab.runtime.modules import PackedLinear, pack_linears
+from trimtab.runtime.native import Linear, Mlp, kind
 
 
 def weight(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +58,31 @@ def test_a_packed_layer_computes_what_the_layer_did():
         torch.testing.assert_close(ours(x), nn.functional.linear(x, layer.weight, bias), rtol=1e-5, atol=1e-5)
         assert ours(x.bfloat16()).dtype == torch.bfloat16 and ours(x[:0]).shape == (0, 5, 64)
     assert "dense f32" in repr(ours)
+
+
+def test_a_layer_of_factors_runs_them_in_turn(monkeypatch):
+    for dtype in TYPES:
+        factors = Factors(weight(64, 12), weight(12, 96, 1)).to(dtype)
+        p, w, bias = lowrank(factors.change()), factors.weight(), weight(1, 64, 3)[0]
+        assert torch.equal(layouts.restored(p), w)
+        ours, x = PackedLinear(p, bias), torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2))
+        assert f"64, lowrank {p.type}" in repr(ours) and ours.linear.weight_bytes == p.nbytes and kind(p) == f"lowrank {p.type} (rank 12)"
+        want = nn.functional.linear(x, w, bias)
+        torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-4)
+        assert ours(x.bfloat16()).dtype == torch.bfloat16 and ours(x[:0]).shape == (0, 5, 64)
+        for name in ours.linear.kernels:
+            assert float((ours.linear(x, name) + bias - want).norm() / want.norm()) < (1e-2 if "linear_bf16" in name else 1e-6), name
+        with pytest.raises(BadInput, match="takes 96"):
+            ours(x[..., :95])
+        if ours.linear.kernels:
+            with pytest.raises(BadInput, match="takes no factors"):
+                Mlp(None, ours.linear, Linear(dense(Change(weight(96, 64)))), "silu")
+        with monkeypatch.context() as m:
+            m.setattr(native, "core", lambda: None)
+            with pytest.warns(native.RunsInTorch) as said:
+                plain = PackedLinear(p, bias)
+            assert len({str(s.message) for s in said}) == 1 and not plain.linear.kernels
+            torch.testing.assert_close(plain(x), want, rtol=1e-5, atol=1e-4)
 
 
 def test_a_packed_model_says_what_the_model_says(tiny_lm):

@@ -24,6 +24,7 @@ from trimtab import api, cli
 from trimtab.core import pack
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import Codes, nearest
+from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.dense import dense
 from trimtab.network.checkpoint import Checkpoint, SafeFile
 from trimtab.network.stream import load_module
@@ -187,13 +188,71 @@ def test_four_of_eight_is_packed_and_run_as_such(capsys, tiny_lm, tmp_path, cali
     assert native.core() is None or any("nm8" in k for k in native.Linear(p).kernels)  # and without a warning
 
 
+def test_factors_are_packed_as_the_recipe_left_them(capsys, tiny_lm, tmp_path, calib):
+    recipe = "svd | owl"
+    code, out, err = trim(capsys, tiny_lm, recipe, tmp_path / "packed", calib, "--pack", "--keep", "60%", "--json")
+    assert code == 0, err
+    result, notes = json.loads(out), json.loads((tmp_path / "packed" / "trimtab.json").read_text())
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "plain", calib, "--keep", "60%")[0] == 0
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "dense", calib, "--keep", "60%", "--pack", "dense")[0] == 0
+    source, plain, parts = weights(tiny_lm), weights(tmp_path / "plain"), SafeFile(tmp_path / "plain" / "trimtab.safetensors")
+    said, whole = (json.loads((tmp_path / n / "trimtab.json").read_text()) for n in ("plain", "dense"))
+    assert said["ranks"] == notes["ranks"] == result["ranks"] == whole["ranks"] and len(set(notes["shares"].values())) > 1
+    model, stored = packed.open(tmp_path / "packed", verify=True), packed.open(tmp_path / "dense").linears
+    entries = 0
+    for block in range(3):
+        for site, name in (("mlp.up", "mlp.up_proj"), ("mlp.down", "mlp.down_proj"), ("attn.k", "self_attn.k_proj")):
+            site, name = f"{block}.{site}", f"model.layers.{block}.{name}"
+            p, w = model.linears[name], source[f"{name}.weight"].float()
+            rank = rank_of(w.shape, notes["shares"][site])
+            assert (p.format, p.type, p.shape, p.label) == ("lowrank", "bf16", tuple(w.shape), "lowrank") and notes["ranks"][site] == rank
+            right, left = (layouts.restored(f) for f in p.factors)
+            assert torch.equal(right, parts.read(f"{site}:right").bfloat16()) and torch.equal(left, parts.read(f"{site}:left").bfloat16())
+            product = Factors(parts.read(f"{site}:left"), parts.read(f"{site}:right")).weight()
+            assert torch.equal(plain[f"{name}.weight"], product.bfloat16())  # the ordinary directory holds the product
+            u, s, vt = torch.linalg.svd(w)
+            torch.testing.assert_close(product, u[:, :rank] * s[:rank] @ vt[:rank], rtol=1e-4, atol=1e-5)
+            assert said["formats"][site] == "lowrank" and said["packed_bytes"][site] == p.nbytes == notes["packed_bytes"][name]
+            assert stored[name].format == "dense" and torch.equal(layouts.restored(stored[name]), plain[f"{name}.weight"])
+    entries = sum(f.shape[0] * f.shape[1] for p in model.linears.values() for f in p.factors)
+    gone = sum(p.shape[0] * p.shape[1] for p in model.linears.values())
+    assert result["after"]["params"] == result["after"]["nonzero"] == result["before"]["params"] - gone + entries
+    assert result["factored_share"] == entries / gone < 0.6 and said["packed"]["format"] == "lowrank"
+    low, high = min(notes["ranks"].values()), max(notes["ranks"].values())
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert f"Ranks of the layers in factors: {low} to {high}, with {100 * entries / gone:.1f}%" in card
+    ours, ids = load_module(tmp_path / "packed"), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        got, want = ours(ids).logits, load_module(tmp_path / "plain")(ids).logits
+    assert float((got - want).norm() / want.norm()) < 0.02  # factors, products and what lies between rounded to bfloat16
+    assert isinstance(ours.model.layers[0].mlp.up_proj, PackedLinear)
+
+
+def test_factors_in_float32_say_what_the_unpacked_model_says(capsys, tmp_path):
+    """Nothing is rounded: transformers on the packed directory and the decoder agree with it in ordinary tensors, and in text."""
+    save_file({"input_ids": torch.arange(3, 23).view(2, 10)}, tmp_path / "x.safetensors")
+    how = {"speed": False, "fresh": False, "seq_len": 10, "text": (str(tmp_path / "x.safetensors"),), "keep": 0.7}
+    model, ids = tiny.save("llama_tied", tmp_path / "a"), torch.arange(3, 40)
+    api.trim(model, "mlp: svd ; *.q,*.o: svd(rank=5)", tmp_path / "plain", **how)
+    api.trim(model, "mlp: svd ; *.q,*.o: svd(rank=5)", tmp_path / "packed", pack="recipe", **how)
+    module, ours = load_module(tmp_path / "plain"), load_module(tmp_path / "packed")
+    assert sum(bool(m.linear.factors) for m in ours.modules() if isinstance(m, PackedLinear)) == 2 * 5
+    with torch.no_grad():
+        want = module(ids[None]).logits[0]
+        torch.testing.assert_close(ours(ids[None]).logits[0], want, rtol=1e-4, atol=1e-4)
+    if native.core():
+        decoder = open_decoder(tmp_path / "packed")
+        assert decoder.narrowest == "f32" and float((decoder.logits(ids) - want).abs().max()) < 1e-4 * float(want.abs().max())
+        assert list(decoder.generate(ids, 8)) == list(open_decoder(tmp_path / "plain").generate(ids, 8))
+
+
 def test_every_format_is_read_back_through_memory_maps(every_format):
     model = packed.open(every_format, verify=True)
     kinds = {(p.format, p.type, p.dim, p.m) for p in model.linears.values()}
     assert kinds >= {("nm", "f32", "in", 4), ("nm", "f32", "out", 4), ("nm", "f32", "in", 8), ("bsr", "f32", "in", 1),
                      ("bitmask", "f32", "in", 1), ("sell", "f32", "in", 1), ("nm", "i4", "in", 4), ("nm", "i4", "in", 8),
                      ("bsr", "i8", "in", 1), ("dense", "i2", "in", 1), ("bitmask", "i8", "in", 1), ("dense", "t", "in", 1),
-                     ("dense", "i8", "in", 1)}
+                     ("dense", "i8", "in", 1), ("lowrank", "f32", "in", 1)}
     assert {(p.rows, p.cols, p.type) for p in model.linears.values() if p.format == "bsr"} >= {
         (16, 16, "f32"), (32, 1, "f32"), (32, 1, "i8"), (1, 32, "i8"), (32, 32, "i8")}
     c = Checkpoint.open(every_format)
@@ -295,7 +354,7 @@ def test_rows_of_a_fused_weight_share_their_format(tmp_path):
     save_file(x, tmp_path / "x.safetensors")
     model, kinds = tiny.save("phi3", tmp_path / "a"), {}
     for recipe in ("rtn(bits=4,group=32)", "*.q: rtn(bits=4,group=32)", "nm(n=2,m=4) | magnitude",
-                   "*.q: rtn(bits=4,asymmetric=true) ; *.k,*.v: rtn(bits=4)"):
+                   "*.q: rtn(bits=4,asymmetric=true) ; *.k,*.v: rtn(bits=4)", "svd(rank=5)"):
         out = tmp_path / str(len(kinds))
         api.trim(model, recipe, out, pack="recipe", speed=False, fresh=False, seq_len=10, text=(str(tmp_path / "x.safetensors"),))
         p = packed.open(out).linears["model.layers.0.self_attn.qkv_proj"]
@@ -303,7 +362,11 @@ def test_rows_of_a_fused_weight_share_their_format(tmp_path):
         api.trim(model, recipe, plain, speed=False, fresh=False, seq_len=10, text=(str(tmp_path / "x.safetensors"),))
         assert torch.equal(layouts.restored(p), Checkpoint.open(plain).read("model.layers.0.self_attn.qkv_proj.weight"))
         kinds[recipe] = f"{p.format} {p.type}"
-    assert list(kinds.values()) == ["dense i4", "dense f32", "nm f32", "dense f32"]
+        if "svd" in recipe:  # factors of some rows are none of the whole
+            assert packed.open(out).linears["model.layers.0.self_attn.o_proj"].format == "lowrank"
+            said = [json.loads((d / "trimtab.json").read_text()) for d in (out, plain)]
+            assert said[1]["formats"]["0.attn.q"] == said[0]["formats"]["model.layers.0.self_attn.qkv_proj"] == "dense"
+    assert list(kinds.values()) == ["dense i4", "dense f32", "nm f32", "dense f32", "dense f32"]
 
 
 def runners(*measured: dict) -> bool:
@@ -375,6 +438,18 @@ def test_bench_names_the_machine_the_spread_and_what_decoding_reads(capsys, tiny
     ("rtn(ternary=true,asymmetric=true)", (), "cannot be asymmetric"),
     ("ternary", ("--pack", "bsr"), "holds no codes of type t"),
     ("rtn", ("--keep", "0.5"), "fixes its own share"),
+    ("svd(rank=33)", (), "a rank is 1 to 32 here .* not 33"),
+    ("svd(rank=-1)", ("--pack",), "a rank is 1 to 32 here .* not -1"),
+    ("*.k: svd(rank=17)", (), r"0.attn.k \[16, 32\]: a rank is 1 to 16"),
+    ("svd(rank=8)", ("--keep", "0.5"), "fixes its own share"),
+    ("svd ; rtn", ("--pack",), "edit/svd leaves factors, .* no pass after it keeps; give it sites of its own"),
+    ("svd ; mlp: row | wanda", (), "0.mlp.* leaves factors"),
+    ("row | wanda ; svd", (), "leaves factors, which hold nothing of the passes before it"),
+    ("svd ; svd", (), "leaves factors"),
+    ("rtn ; svd", (), "would leave its grid"),
+    ("svd", ("--pack", "nm"), "use the unit of that name"),
+    ("wanda", ("--pack", "lowrank"), r"holds factors alone, .*; factorise it \(svd\)"),
+    ("rtn", ("--pack", "lowrank"), "holds factors alone, no codes"),
 ])
 def test_bad_input_is_one_line_and_nothing_written(capsys, tiny_lm, tmp_path, calib, recipe, more, told):
     code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "o", calib, *more)
@@ -431,6 +506,30 @@ def test_what_is_newer_not_packed_or_not_what_was_written_is_refused(every_forma
     packed.open(tmp_path / "flipped")
     with pytest.raises(BadInput, match="its hash differs"):
         packed.open(tmp_path / "flipped", verify=True)
+
+
+def test_factors_that_do_not_meet_are_refused(every_format, tmp_path):
+    about = json.loads((every_format / "config.json").read_text())["quantization_config"]["linears"]
+    name = "model.layers.2.self_attn.o_proj"
+    whole = about[name]
+    right, left = whole["factors"]
+    assert (whole["shape"], right["shape"], left["shape"]) == ([32, 32], [8, 32], [32, 8])
+    odd = [[], [right], [right, left, left], [left, right], [right, None], None, 5, [right, {**left, "shape": [32, 9]}],
+           [{**right, "shape": [9, 32], "cols": 32}, left], [right, {**left, "shape": [64, 8]}], [right, {**left, "type": "bf16"}],
+           [{**right, "format": "bitmask"}, left], [right, {**left, "format": "lowrank", "factors": [right, left]}],
+           [right, {k: v for k, v in left.items() if k != "cols"}], [{**right, "rows": 16}, left], [right, {**left, "shape": 5}]]
+    said = [{**whole, "factors": f} for f in odd]
+    said += [{**whole, "shape": [32, 64]}, {**whole, "type": "bf16"}, {**whole, "format": "dense", "cols": 32},
+             {k: v for k, v in whole.items() if k != "factors"}]
+    for k, wrong in enumerate(said):
+        at = changed(every_format, tmp_path / str(k), linears={**about, name: wrong})
+        for use in (packed.open, lambda p: list(api.load(p).generate("w3", 1)), lambda p: Checkpoint.open(p).read(f"{name}.weight")):
+            with pytest.raises(BadInput, match=f"packed layer {name}") as e:
+                use(at)
+            assert "\n" not in str(e.value), wrong
+    at = changed(every_format, tmp_path / "swapped", linears={**about, "model.layers.2.self_attn.v_proj": whole})
+    with pytest.raises(BadInput, match=r"v_proj .*is not stored as its config.json says"):
+        packed.open(at)
 
 
 def flipped(whole: Path, to: Path, file: str, at: int) -> Path:
@@ -586,6 +685,18 @@ def test_parts_that_are_not_the_weight_are_a_failure(capsys, tiny_lm, tmp_path, 
     monkeypatch.setattr(Codes, "change", lambda self, mask=None: replace(change(self, mask), w=self.weight() * 2))
     code, _, err = trim(capsys, tiny_lm, "rtn", tmp_path / "o", calib)
     assert code == 1 and "parts that do not decode to its weight" in err and not (tmp_path / "o").exists()
+    product = Factors.change
+    monkeypatch.setattr(Factors, "change", lambda self: replace(product(self), w=self.weight() * 2))
+    code, _, err = trim(capsys, tiny_lm, "svd", tmp_path / "p", calib)
+    assert code == 1 and "parts that do not decode to its weight" in err and not (tmp_path / "p").exists()
+
+
+def test_a_dry_run_names_the_ranks(capsys, tiny_lm, tmp_path, calib):
+    code, out, err = trim(capsys, tiny_lm, "mlp: svd", tmp_path / "o", calib, "--dry-run", "--keep", "0.5", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["ranks"] == dict.fromkeys(("0.mlp.down", "0.mlp.gate", "0.mlp.up"), 10)  # 0.5 * 32 * 64 / 96
+    assert result["factored_share"] == 10 * 96 / (32 * 64) and list(tmp_path.iterdir()) == []
 
 
 # ---- the decoder ------------------------------------------------------------------------------
@@ -595,6 +706,7 @@ def test_parts_that_are_not_the_weight_are_a_failure(capsys, tiny_lm, tmp_path, 
     (COLUMNS, ("--keep", "40%"), "bf16"), (COLUMNS + " ; *.gate,*.up: rtn(bits=8,group=0) ; *.down: rtn(bits=8,group=32)", (), "i8"),
 
 
+    ("svd", ("--pack-dtype", "float32", "--keep", "80%"), "f32"), ("svd(rank=12)", (), "bf16"), ("mlp: svd ; attn: rtn(bits=8)", (), "i8"),
     ("ternary", (), "i8"), ("magnitude ; rtn(bits=8,group=32)", ("--pack", "bitmask"), "i8"),
     ("mlp: magnitude(unit=2:4)", ("--head", "keep"), "bf16"),  # attention and a tied head are outside the recipe's scope
 ])

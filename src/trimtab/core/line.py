@@ -32,6 +32,7 @@ from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Failed, Site, Summary
 from trimtab.methods.codes import Codes
+from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits, unpack_mask
 from trimtab.network.checkpoint import Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
@@ -114,8 +115,7 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
         raise Failed(f"{site.name}: {p.steps['edit'].key} returned a weight of wrong shape or with NaN; please report this")
     if mask is not None and bool((change.w[~mask] != 0).any()):
         raise Failed(f"{site.name}: {p.steps['edit'].key} left weights outside its own mask; please report this")
-    codes = Codes.of(change)
-    if codes is not None and not torch.equal(codes.weight(), change.w):
+    if any(p is not None and not torch.equal(p.weight(), change.w) for p in (Codes.of(change), Factors.of(change))):
         raise Failed(f"{site.name}: {p.steps['edit'].key} returned parts that do not decode to its weight; please report this")
     if prior is not None and bool((change.w[~prior] != 0).any()):
         raise Failed(f"{site.name}: {p.steps['edit'].key} brought back weights an earlier pass dropped; please report this")
@@ -177,6 +177,9 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         passes = [p for p in recipe.passes if p.covers(s)]
         if gridded := [p for p in passes[:-1] if p.steps["edit"].method.facts["codes"]]:
             raise BadInput(f"{s.name}: a pass after {gridded[0]} would leave its grid; put what rounds to codes last")
+        if len(passes) > 1 and (factored := [p for p in passes if p.steps["edit"].method.facts["factors"]]):
+            raise BadInput(f"{s.name}: {factored[0]} leaves factors, which hold nothing of the passes before it and which no pass after "
+                           f"it keeps; give it sites of its own, such as mlp: or *.down:")
         step = formats[s.name].step
         case = (s.shape, str(step), *map(str, passes))
         if case in tried:
@@ -186,7 +189,7 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             for p in passes:
                 if "unit" in p.steps:
                     Unit(p.steps["unit"])(torch.empty(s.shape, device="meta"), 0.5)
-            if opts.pack or any("format" in p.steps or p.steps["edit"].method.facts["codes"] for p in passes):
+            if opts.pack or any("format" in p.steps or p.steps["edit"].method.facts[k] for p in passes for k in ("codes", "factors")):
                 pack.try_format(step, passes, s.shape, opts.keep)
         except BadInput as e:
             raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
@@ -509,9 +512,10 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                 change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
                 net.set_weight(module, s, change.w)
                 if not opts.pack and k == final[s.name]:  # counted here, where it is not written
-                    values = change if change.parts else replace(change, w=change.w.to(pack.value_dtype(change.w.dtype)))
-                    packed = pack.pack(formats[s.name], values, s.name)
+                    packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
                     notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
+                if (factors := Factors.of(change)) is not None:
+                    notes.setdefault("ranks", {})[s.name] = factors.rank
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
                 parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
@@ -532,8 +536,9 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     out = journal.dir / "finished"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    starved = [f"{i}.{n}" for i in range(net.n_blocks) if last >= 0
-               for n in json.loads(SafeFile(journal.block_path(last, i)).metadata["notes"])["starved"]]
+    said = [json.loads(SafeFile(journal.block_path(last, i)).metadata["notes"]) for i in range(net.n_blocks) if last >= 0]
+    starved = [f"{i}.{n}" for i, its in enumerate(said) for n in its["starved"]]
+    ranks = {name: rank for its in said for name, rank in its.get("ranks", {}).items()}
     warnings = [f"no calibration token reached {len(starved)} inputs ({', '.join(starved[:3])}...)"] if starved else []
     if opts.pack:
         notes = pack.write_packed(net, recipe, journal, last, out, asked=opts.pack.removeprefix(pack.AS_RECIPE), dtype=opts.pack_dtype,
@@ -545,7 +550,8 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
     result = {
         "proof": "pending", "recipe": recipe.name, "pipeline": recipe.text, "plan_hash": plan_hash(header, shares),
-        "header": header, "shares": shares, "free": any(p.free and p.keep is None for p in recipe.passes) and opts.keep < 1, **notes,
+        "header": header, "shares": shares, "free": any(p.free and p.keep is None for p in recipe.passes) and opts.keep < 1,
+        **pack.ranked(ranks, net.sites), **notes,
     }
     write_json(out / "trimtab.json", result)
     sync(out)
@@ -660,7 +666,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
             "packed_format": " + ".join(formats), "min_recovery": opts.min_recovery,
             "seconds": opts.speed_seconds or max(10.0, notes.get("edit_seconds") or 0.0),  # no longer than the work it judges
         }, tick)
-    result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash")}
+    result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash", "ranks", "factored_share") if k in notes}
     result["warnings"] = [*notes["warnings"], *result["warnings"]]
     result["peak_rss_bytes"] = max(notes.get("edit_peak_rss_bytes", 0), own + result["peak_rss_bytes"])
     if opts.max_memory and result["peak_rss_bytes"] > opts.max_memory:

@@ -15,6 +15,7 @@ from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
 from trimtab.methods.codes import Codes, nearest
+from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.panels import Packed
 from trimtab.network import graph
@@ -36,6 +37,10 @@ class Format:
 
     step: Step
     named: bool = False
+
+    @property
+    def factored(self) -> bool:
+        return bool(self.step.method.facts["factors"])
 
     def of(self, change: Change) -> Step:
         """Single weights that nobody named a format for lie in steps where few are left."""
@@ -59,8 +64,8 @@ def codes_of(p: Pass) -> str:
 
 
 def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
-    """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for the last
-    pattern, or dense where that does not store the codes that the site has."""
+    """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for factors or for
+    the last pattern, or dense where that does not store the codes that the site has."""
     found, named, codes = Step("format/dense"), False, ""
     for p in passes:
         codes = codes_of(p) or codes
@@ -72,6 +77,8 @@ def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
             found, named = of_unit(p, p.steps["format"]), True
         elif "unit" in p.steps and not named:
             found = of_unit(p, Step(f"format/{p.steps['unit'].method.facts['format']}"))
+        elif p.steps["edit"].method.facts["factors"] and not named:
+            found = Step("format/lowrank")
     fits = named or not codes or codes in found.method.facts["codes"]
     return Format(found, named) if fits else Format(Step("format/dense"))
 
@@ -99,15 +106,31 @@ def try_format(step: Step, passes: list[Pass], shape: tuple[int, int], keep: flo
             knobs = p.steps["edit"].bound
             how = {k: knobs[k] for k in ("asymmetric", "ternary") if k in knobs}
             change = nearest(w * mask, knobs["bits"], knobs["group"], **how).change(change.mask)
+        if p.steps["edit"].method.facts["factors"]:
+            rank = rank_of(shape, p.keep or keep, p.steps["edit"].bound["rank"])
+            change = Change(change.w, Factors(w[:, :rank], w[:rank]).parts())
     step.method({"new": change}, **step.bound)
 
 
+def valued(how: Format, change: Change) -> Change:
+    """What is packed of a site: codes as they are, else values that take no more bytes than those of its weight."""
+    dtype, factors = value_dtype(change.w.dtype), Factors.of(change)
+    if factors is not None and how.factored:
+        return factors.to(dtype).change()
+    return change if Codes.of(change) is not None else Change(change.w.to(dtype), mask=change.mask)
+
+
 # ---- layers -----------------------------------------------------------------------------------
-def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Change:
+def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype, factored: bool = False) -> Change:
     """A layer's change, from its weight [out, in] and the parts of its sites, which may be rows of it.
 
-    Codes where all its sites have them on one grid, else the weight in `dtype`; what was dropped is zero in both.
+    Codes where all its sites have them on one grid, factors where the format wants those, else the weight in `dtype`; what was
+    dropped is zero in all.
     """
+    if factored:
+        left, right = (parts[f"{layer.sites[0].name}:{part}"] for part in ("left", "right"))
+        return Factors(left, right).to(dtype).change()
+
     def merged(part: str) -> Tensor | None:
         have = [parts.get(f"{s.name}:{part}") for s in layer.sites]
         out: Tensor | None = None
@@ -189,7 +212,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
             else:
                 same = {steps[s.name] for s in layer.sites}
                 how = same.pop() if len(same) == 1 else Format(Step("format/dense"))
-                made[layer.name] = pack(how, whole(layer, w, parts, values), layer.name)
+                made[layer.name] = pack(how, whole(layer, w, parts, values, how.factored), layer.name)
         return made
 
     layers = to_pack(net, recipe, head)
@@ -258,5 +281,13 @@ def told(net: Network, layers: list[Layer], dtype: str | None) -> list[str]:
 
 
 def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Format]:
-    """The format of every site; dense where no pass went over it."""
-    return {s.name: format_of([p for p in recipe.passes if p.covers(s)], asked) for s in sites}
+    """The format of every site; dense where no pass went over it, and where its factors are those of some rows of a weight."""
+    found = {s.name: format_of([p for p in recipe.passes if p.covers(s)], asked) for s in sites}
+    return found | {s.name: Format(Step("format/dense")) for s in sites if s.rows is not None and found[s.name].factored}
+
+
+def ranked(ranks: Mapping[str, int], sites: list[Site]) -> dict[str, Any]:
+    """What a run says of these sites' ranks: each, and the share of the sites' parameters that is in the factors; nothing of none."""
+    some = [s for s in sites if s.name in ranks]
+    share = sum(ranks[s.name] * sum(s.shape) for s in some) / max(1, sum(s.size for s in some))
+    return {"ranks": dict(sorted(ranks.items())), "factored_share": share} if some else {}

@@ -41,6 +41,7 @@ KNOBS = {
     "bits": "bits of a code", "group": "inputs that share a scale, 0 for the whole row",
     "asymmetric": "whether a grid has a zero point of its own",
     "ternary": "whether a grid is -1, 0 and 1, whatever the bits",
+    "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
 SECTIONS = ("Formula", "Source", "Deviations")
@@ -107,13 +108,15 @@ FACTS: dict[str, dict[str, Any]] = {
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores).
     "budget": {"mean": "weight", "of": None},
     "rewrite": {},
-    # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep.
-    "edit": {"drops": True, "codes": False},
+    # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep; factors: whether
+    # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`.
+    "edit": {"drops": True, "codes": False, "factors": False},
     "repair": {},
-    # holds: what it can store: "any", "mask", "nm", "block"; codes: the types of codes it stores; bytes: the size of every buffer as
-    # (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that number,
-    # from the buffers of a packed weight, every index of which it checks.
-    "format": {"holds": "any", "codes": (), "bytes": None, "stored": None},
+    # holds: what it can store: "any", "mask", "nm", "block", "factors"; codes: the types of codes it stores; bytes: the size of every
+    # buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
+    # number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose
+    # kernels run it.
+    "format": {"holds": "any", "codes": (), "bytes": None, "stored": None, "factors": ""},
 }
 
 

@@ -50,7 +50,10 @@ class Pass:
     @property
     def free(self) -> bool:
         """Whether the share kept is the user's to choose."""
-        return "unit" in self.steps and bool(self.steps["unit"].method.facts["free"])
+        if "unit" in self.steps:
+            return bool(self.steps["unit"].method.facts["free"])
+        edit = self.steps["edit"]
+        return bool(edit.method.facts["factors"]) and not edit.bound["rank"]
 
     @property
     def needs(self) -> set[str]:
@@ -127,7 +130,7 @@ class Recipe:
             if any(p.keep is not None for p in passes):
                 raise BadInput("--keep is given, but the recipe names its own keep: use one of the two")
             if not any(p.free for p in passes):
-                raise BadInput(f"--keep is given, but {self.name!r} fixes its own share (n:m, bits): leave --keep out")
+                raise BadInput(f"--keep is given, but {self.name!r} fixes its own share (n:m, bits, rank): leave --keep out")
             passes = [replace(p, keep=keep) if p.free else p for p in passes]
         return replace(self, passes=tuple(passes))
 

@@ -158,10 +158,12 @@ class Checkpoint:
                 raise BadInput(f"tensor {full} of {self.path} belongs to no packed layer of its config.json; fetch it again")
             buffers[name][buffer] = self.tensors.pop(full)
         for name, about in linears.items():
-            values, shape = buffers[name].get("values"), about.get("shape") if isinstance(about, dict) else None
+            said = about if isinstance(about, dict) else {}
+            factored, shape = "factors" in said, said.get("shape")
+            values = buffers[name].get("left_values" if factored else "values")
             if values is None or f"{name}.weight" in self.tensors or not isinstance(shape, list):
                 raise BadInput(f"packed layer {name} of {self.path} is not stored as its config.json says; fetch it again")
-            dtype = values.dtype if values.dtype.is_floating_point else torch.float32
+            dtype = values.dtype if values.dtype.is_floating_point and not factored else torch.float32
             self.tensors[f"{name}.weight"] = Entry(values.file, dtype, tuple(shape), 0, 0)
         return linears, buffers
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from trimtab.network.checkpoint import Checkpoint, Entry, SafeFile
+from trimtab.runtime.layouts import restored
 
 CHUNK = 16 << 20
 _SIGNLESS = {1: (torch.int8, 0x7F), 2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF),
@@ -22,12 +23,22 @@ def parameters(c: Checkpoint) -> int:
     """Floating point entries stored, without reading them; tied tensors are stored once and counted once, of packed layers
     what they stand for."""
     packed = sum(c.tensors[f"{name}.weight"].shape[0] * c.tensors[f"{name}.weight"].shape[1] for name in c.packed)
-    return packed + sum((e.end - e.begin) // e.dtype.itemsize for f in c.files for e in _weights(c, f))
+    return packed + _plain(c)
+
+
+def _plain(c: Checkpoint) -> int:
+    return sum((e.end - e.begin) // e.dtype.itemsize for f in c.files for e in _weights(c, f))
 
 
 def sizes(c: Checkpoint) -> dict[str, int]:
-    """`bytes` (os.stat), `params`, `nonzero` of the weight files, read 16 MB or a packed layer at a time. Minus zero is a zero."""
-    nonzero = sum(int(torch.count_nonzero(c.read(f"{name}.weight"))) for name in c.packed)
+    """`bytes` (os.stat), `params`, `nonzero` of the weight files, read 16 MB or a packed layer at a time. Minus zero is a zero; of
+    factors each one's entries count."""
+    params, nonzero = _plain(c), 0
+    for name in c.packed:
+        linear = c.linear(name)
+        for w in map(restored, linear.factors or (linear,)):
+            params += w.numel()
+            nonzero += int(torch.count_nonzero(w))
     for file in c.files:
         with open(file, "rb") as f:
             for e in _weights(c, file):
@@ -40,4 +51,4 @@ def sizes(c: Checkpoint) -> dict[str, int]:
                         raise OSError(f"{file}: ends {len(part) - (got or 0)} bytes early")
                     nonzero += int(torch.count_nonzero(torch.frombuffer(part, dtype=dtype) & magnitude))
                     left -= len(part)
-    return {"bytes": c.weight_bytes, "params": parameters(c), "nonzero": nonzero}
+    return {"bytes": c.weight_bytes, "params": params, "nonzero": nonzero}

@@ -51,5 +51,7 @@ recipe("blocks", "block(b=32) | magnitude | uniform | mask", source="arXiv:2507.
        note="The paper trains through the sparsification; one shot at 95 % is an honest zero point, not its result.")
 recipe("rtn", "rtn(bits=4,group=128)", source="common practice; the baseline of arXiv:2210.17323 (GPTQ)",
        note="Round to nearest. After a pruning pass it keeps the zeros: `nm(n=2,m=4) | wanda ; rtn(bits=4)`.")
+recipe("svd", "svd", source="Eckart and Young 1936; the baseline of arXiv:2403.07378 (SVD-LLM)",
+       note="`--keep` is the share of parameters; above `out * in / (out + in)` a rank takes more than the weight did.")
 recipe("ternary", "rtn(group=0,ternary=true)", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",
        note="Below two bits a weight, for a model that was trained to be ternary; of any other it is an honest zero point.")

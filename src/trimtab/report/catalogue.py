@@ -6,6 +6,7 @@ from typing import Any
 from trimtab.core.registry import AXES, load_all, near
 from trimtab.core.spec import rows
 from trimtab.core.types import BadInput
+from trimtab.methods.format.panels import TYPES
 from trimtab.runtime import names
 from trimtab.runtime.native import kernels
 
@@ -19,7 +20,9 @@ def catalogue(name: str | None = None, axis: str | None = None) -> dict[str, Any
                for k, m in reg.items() if (axis in (None, m.axis)) and (name is None or name in (k, m.name))}
     for m in methods.values():
         if m["axis"] == "format":
-            mine = [k for k in kernels() if k["format"] == m["name"]]
+            facts = reg[f"format/{m['name']}"].facts
+            runs, types = facts["factors"] or m["name"], (*TYPES.values(), *facts["codes"])
+            mine = [k for k in kernels() if k["format"] == runs and k["type"] in types]
             m["kernels"] = {k["name"]: k["here"] for k in mine}
     named = {n: {"pipeline": r.text, "source": r.source, "note": r.note, "claims": [c.text for c in r.claims]}
              for n, r in recipes.items() if axis in (None, "recipe") and (name is None or name == n)}

@@ -46,6 +46,12 @@ def zeros(run: Run) -> float | None:
     return run.get("zero_share", sum(shares) / len(shares) if shares else None)
 
 
+def ranks(run: Run) -> str:
+    """Of the layers that are factors: the least and the greatest."""
+    low, high = min(run["ranks"].values()), max(run["ranks"].values())
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def stored(run: Run) -> int:
     """Bytes of the model in the recipe's own format, or on disk where none was measured."""
     return (run.get("packed") or run["after"])["bytes"]
@@ -77,6 +83,8 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
     out = [r for r in out if r[1:] != ("—", "—")]
     if run.get("packed"):
         out.append((f"bytes as {run['packed']['format']}", "", mb(run["packed"]["bytes"])))
+    if run.get("ranks"):
+        out += [("rank", "", ranks(run)), ("parameters left in factors", "", percent(run["factored_share"]))]
     out += [(what, "", f) for what, f in (
         ("recovery", percent(run.get("recovery"))), ("KL, nats per token", number(run.get("kl"), 3)),
         ("top-1 agreement", percent(run.get("top1_agreement")))) if f != "—"]

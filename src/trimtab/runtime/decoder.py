@@ -13,6 +13,7 @@ from torch import Tensor
 from trimtab.core.types import BadInput, Change, Failed
 from trimtab.methods.codes import LEVELS
 from trimtab.methods.format.dense import dense
+from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.panels import Packed
 from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint, finite, read_json
@@ -20,21 +21,47 @@ from trimtab.runtime import native, packed
 
 CHUNK = 256  # tokens of prompts that pass through the layers together
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # of a sublayer
+NOT_DESCRIBED = (KeyError, TypeError, AttributeError, RecursionError)
 
 
 class NoKernel(BadInput):
     """A map that no kernel here takes: a decoder runs on kernels alone."""
 
 
-def _mapped(name: str, w: Packed | native.Linear) -> Any:
-    """The map as the kernels have it. NoKernel where none takes it: a decoder does not run in torch."""
+def _runnable(name: str, w: Packed | native.Linear) -> native.Linear:
+    """The map on its kernels. NoKernel where none takes it: a decoder does not run in torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what follows says the same, and more
         linear = w if isinstance(w, native.Linear) else native.Linear(w)
     if not linear.kernels:
         raise NoKernel(f"{name}: no kernel here takes {native.kind(linear.packed)}, and a decoder runs on kernels alone; open the model "
                        "with transformers, which runs it in torch")
-    return linear._native
+    return linear
+
+
+def _in_turn(m: Any, chains: Mapping[str, list[str]]) -> Any:
+    """A map of a description whose linears may be `chains` of several: the bias is the last one's."""
+    if isinstance(m, list):
+        each = [_in_turn(x, chains) if isinstance(x, str | dict) else x for x in m]
+        return [f for x in each for f in (x if isinstance(x, list) else [x])]
+    name = m.get("linear") if isinstance(m, dict) else m
+    if not isinstance(name, str) or name not in chains:
+        return m
+    return [*chains[name][:-1], {**m, "linear": chains[name][-1]} if isinstance(m, dict) else chains[name][-1]]
+
+
+def _in_chains(description: Mapping[str, Any], chains: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The description with these of its linears as what they are made of."""
+    def step(s: Mapping[str, Any]) -> dict[str, Any]:
+        new = {k: _in_turn(m, chains) if k in MAPS else m for k, m in s.items()}
+        return {**new, "branches": [step(b) for b in s["branches"]]} if "branches" in s else new
+
+    try:
+        return {**description, "head": _in_turn(description["head"], chains),
+                "layers": [[step(s) for s in layer] for layer in description["layers"]]}
+    except NOT_DESCRIBED:
+        raise BadInput("this is no description of a decoder") from None
 
 
 class Decoder:
@@ -52,9 +79,13 @@ class Decoder:
         if core is None:
             raise BadInput(f"there is no native decoder: {native.absent()}")
         try:
-            maps = {name: _mapped(name, w) for name, w in linears.items()}
+            runnable = {name: _runnable(name, w) for name, w in linears.items()}
+            maps = {name: w._native for name, w in runnable.items() if not w.factors}
+            chains = {name: [f"{name}:{side}" for side in SIDES] for name, w in runnable.items() if w.factors}
+            for name, parts in chains.items():
+                maps |= {part: f._native for part, f in zip(parts, runnable[name].factors, strict=True)}
             plain = {name: _plain(t) for name, t in tensors.items()}
-            self._core = core.Decoder(dict(description), maps, plain)
+            self._core = core.Decoder(_in_chains(description, chains) if chains else dict(description), maps, plain)
         except ValueError as e:
             raise BadInput(str(e)) from None
         self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in _packed(w).buffers.items()}
@@ -193,7 +224,7 @@ def wanted(description: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     def look(sublayer: Mapping[str, Any]) -> None:
         for branch in sublayer.get("branches", ()):
             look(branch)
-        for key in ("q", "k", "v", "o", "gate", "up", "down"):
+        for key in MAPS:
             if key in sublayer:
                 take(sublayer[key])
         for key in ("norm", "q_norm", "k_norm"):
@@ -256,7 +287,7 @@ def open_packed(path: Path, dtype: str | None = None) -> Decoder:
     description = read_json(file, "pack or fetch it again")
     try:
         linears, tensors = wanted(description)
-    except (KeyError, TypeError, AttributeError, RecursionError):
+    except NOT_DESCRIBED:
         raise BadInput(f"{file} is no description of a decoder; fetch it again") from None
     types = {p.type for p in model.linears.values()}
     narrowest = asked or ("i8" if types & set(LEVELS) else "bf16" if "bf16" in types else "f32")

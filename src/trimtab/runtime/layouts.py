@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from trimtab.methods.codes import LEVELS
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.bsr import bsr
 from trimtab.methods.format.dense import dense
+from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import PANEL, TYPES, Packed
 
@@ -43,9 +45,13 @@ def check(p: Packed) -> None:
         raise BadInput(f"{p.format}: {list(p.shape)} and {dict(zip(NUMBERS, numbers, strict=True))} are no numbers of a layout")
     if p.type in LEVELS and (p.type not in m.facts["codes"] or not 1 <= p.group <= p.shape[1] or "scales" not in p.buffers):
         raise BadInput(f"{p.format} {p.type}: no layout of codes in groups of {p.group} of {p.shape[1]} inputs")
-    for name, t in p.buffers.items():
+    for f in p.factors:
+        check(f)
+    for name, t in () if p.factors else p.buffers.items():
         if t.dtype not in ((values[p.type],) if name == "values" else DTYPES.get(name, ())):
             raise BadInput(f"{p.format} {p.type}: no buffer {name} of {str(t.dtype).removeprefix('torch.')} belongs to it")
+    if bool(p.factors) != bool(m.facts["factors"]):
+        raise BadInput(f"{p.format} {p.type}: it is {'not ' if p.factors else ''}made of factors")
     try:
         kept = m.facts["stored"](p)
     except KeyError as e:
@@ -59,22 +65,35 @@ def check(p: Packed) -> None:
 
 def describe(p: Packed) -> dict[str, Any]:
     """All of it but the buffers, as JSON data."""
-    return {"format": p.format, "type": p.type, "shape": list(p.shape), "dim": p.dim, **{k: getattr(p, k) for k in NUMBERS}}
+    factors = {"factors": [describe(f) for f in p.factors]} if p.factors else {}
+    return {"format": p.format, "type": p.type, "shape": list(p.shape), "dim": p.dim, **{k: getattr(p, k) for k in NUMBERS}, **factors}
 
 
 def described(name: str, about: Any, buffers: Mapping[str, Tensor]) -> Packed:
     """The inverse of `describe`, with its buffers in any shape; checked. BadInput names the layer."""
-    keys = {"format", "type", "shape", "dim", *NUMBERS}
     try:
-        if not isinstance(about, dict) or set(about) != keys or not isinstance(about["shape"], list):
-            raise BadInput(f"it should be described by {', '.join(sorted(keys))}")
-        if not all(isinstance(about[k], str) for k in ("format", "type", "dim")):
-            raise BadInput("its format, type and dim should be words")
-        p = Packed(**{**about, "shape": tuple(about["shape"]), "buffers": {k: t.reshape(-1) for k, t in buffers.items()}})
+        if isinstance(about, dict) and "factors" in about:
+            each, about = about["factors"], {k: v for k, v in about.items() if k != "factors"}
+            if not isinstance(each, list) or len(each) != len(SIDES):
+                raise BadInput(f"its factors should be a list of the {' and the '.join(SIDES)} one")
+            own = [{k.removeprefix(f"{side}_"): t for k, t in buffers.items() if k.startswith(f"{side}_")} for side in SIDES]
+            p = replace(_said(about, buffers), factors=tuple(map(_said, each, own)))
+        else:
+            p = _said(about, buffers)
         check(p)
     except BadInput as e:
         raise BadInput(f"packed layer {name} is corrupt: {e}; fetch or pack it again") from None
     return p
+
+
+def _said(about: Any, buffers: Mapping[str, Tensor]) -> Packed:
+    """What a description says, its factors left out, not checked but for the types of what it holds."""
+    keys = {"format", "type", "shape", "dim", *NUMBERS}
+    if not isinstance(about, dict) or set(about) != keys or not isinstance(about["shape"], list):
+        raise BadInput(f"it should be described by {', '.join(sorted(keys))}")
+    if not all(isinstance(about[k], str) for k in ("format", "type", "dim")):
+        raise BadInput("its format, type and dim should be words")
+    return Packed(**{**about, "shape": tuple(about["shape"]), "buffers": {k: t.reshape(-1) for k, t in buffers.items()}})
 
 
 def smallest(w: Tensor) -> Packed:

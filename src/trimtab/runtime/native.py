@@ -64,7 +64,8 @@ def level() -> str:
 
 def kind(p: Packed) -> str:
     """In words: what decides whether a kernel takes it."""
-    what = {"nm": [f"{p.n}:{p.m} along the {p.dim}put"], "bsr": [f"blocks of {p.rows} x {p.cols}"]}.get(p.format, [])
+    what = {"nm": [f"{p.n}:{p.m} along the {p.dim}put"], "bsr": [f"blocks of {p.rows} x {p.cols}"],
+            "lowrank": [f"rank {f.shape[0]}" for f in p.factors[:1]]}.get(p.format, [])
     what += [f"groups of {p.group}"] if p.type in BITS else []
     return f"{p.format} {p.type}" + (f" ({', '.join(what)})" if what else "")
 
@@ -80,12 +81,19 @@ class Linear:
     """A packed weight ready to run: y [batch, out] = x [batch, in] W^T in float32.
 
     `kernels`: names of those that can run it here, best last; empty where torch does it, which is said in one warning.
+    `factors`: where the weight is several that are applied in turn, those; kernels are then the ones that run each of them.
     BadInput if the buffers contradict each other: every index and length is checked once, here.
     """
 
     def __init__(self, packed: Packed):
         self.packed, self._weight = packed, None
         self.kernels: list[str] = []
+        self.factors: list[Linear] = []
+        if packed.factors:
+            layouts.check(packed)
+            self.factors = [Linear(f) for f in packed.factors]
+            self.kernels = [k for k in self.factors[0].kernels if all(k in f.kernels for f in self.factors)]
+            return
         if core() is None or _strange(packed):
             layouts.check(packed)
         else:
@@ -108,6 +116,8 @@ class Linear:
     @property
     def weight_bytes(self) -> int:
         """What a call reads of the weight."""
+        if self.factors:
+            return sum(f.weight_bytes for f in self.factors)
         return self.packed.nbytes if self._weight is None else self._weight.nbytes
 
     def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:
@@ -119,11 +129,15 @@ class Linear:
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
+        narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
+        if self.factors:
+            for f in self.factors:
+                x = f(x, kernel, threads, narrowest)
+            return x
         if self._weight is not None:
             return torch.nn.functional.linear(x.float(), self._weight)
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.packed.shape[0])
-        narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
         try:  # as NumPy sees them: a tensor takes microseconds to be handed over
             self._native.run(rows.detach().numpy(), y.numpy(), threads or torch.get_num_threads(), kernel, narrowest)
         except ValueError as e:
@@ -141,6 +155,8 @@ class Mlp:
         given = [m for m in (gate, up, down) if m is not None]
         if not all(m.kernels for m in given):
             raise BadInput("an MLP runs on native kernels alone, and one of its weights has none here")
+        if any(m.factors for m in given):
+            raise BadInput("an MLP of three weights takes no factors of one; a decoder runs them")
         try:
             self._native = core().Mlp(gate and gate._native, up._native, down._native, activation)
         except ValueError as e:

@@ -52,10 +52,11 @@ class Values:
 class Packed:
     """One linear map [out, in] as a kernel reads it.
 
-    `format`: dense, bsr, bitmask, sell or nm; `type` of the values: f32, bf16, or codes: i8, i4, i2, t; `rows`, `cols` of a block;
+    `format`: dense, bsr, bitmask, sell, nm or lowrank; `type` of the values: f32, bf16, or codes: i8, i4, i2, t; `rows`, `cols` of a block;
     `n`, `m` of n:m along `dim` (in, or out: the transpose is what is packed); `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint8 of
-    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), those it has.
+    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), those it has. A map that is several
+    applied in turn has these as its `factors`, the first one first, and their buffers as its own, their side before the name.
     """
 
     format: str
@@ -68,6 +69,7 @@ class Packed:
     m: int = 1
     group: int = 0
     dim: str = "in"
+    factors: tuple[Packed, ...] = ()
 
     @property
     def nbytes(self) -> int:
