@@ -68,6 +68,7 @@ from trimtab.runtime import layouts, names, native
 
 REST = 0.02      # seconds in which the threads of the one before go to sleep
 WARM = 0.004     # seconds in which those of this one wake up
+SHORT_CALLS = 60  # in one turn, of layers that are so small that they have as many copies
 LIMIT = 0.97     # times a peer that is itself at the read bandwidth counts as level with it
 WITHIN = {"f32": 1e-3, "bf16": 2e-2, "i8": 6e-2, "i4": 0.25}  # of the float product, for peers of these classes
 TABLES = ["dense", "codes", "blocks", "zeros", "pairs", "mlp"]
@@ -316,7 +317,7 @@ def turns(these: list[Candidate], rounds: int, threads: int) -> Roof:
                 while time.perf_counter() < until:
                     next_call(c.name)()
                 began = time.perf_counter()
-                for _ in range(max(20 // rounds + 1, min(len(calls[c.name]), 20))):
+                for _ in range(max(20 // rounds + 1, min(len(calls[c.name]), SHORT_CALLS))):
                     call = next_call(c.name)
                     start = time.perf_counter()
                     call()

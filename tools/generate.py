@@ -314,9 +314,22 @@ def first_token_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[st
     return NOT_YET if not body else table(["directory", "what", "median", "quartiles", "wanted"], body)
 
 
+def profiles_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/profile.py: what the samples were taken in, the last time each was profiled."""
+    rows = {(r["model"], r["recipe"], r["setting"]): r for r in every if "parts" in r}
+    body = []
+    for r in rows.values():
+        of = r["model"].removeprefix("one layer ").removesuffix(", cold")
+        setting = re.sub(r"^.*-batch-(\d+)$", r"\1 rows of x", r["setting"])
+        body.append((f"{of} {r['recipe'].removeprefix('trimtab ')}", "1 row of x" if setting == "1 rows of x" else setting,
+                     ", ".join(f"{part} {share:.0%}" for part, share in r["parts"].items() if share >= 0.015)))
+    return table(["what", "when", "share of the samples"], body) if body else NOT_YET
+
+
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
+    "profiles": profiles_table,
 }
 
 

@@ -67,14 +67,10 @@ inline int64_t width_of(const Weights& w) { return sizeof(X) == 2 ? (w.in + 1) /
 // Blocks, whose values `at` finds, times x in tiles.
 template <int HEIGHT, class X, class F>
 inline auto add_blocks(const Weights& w, const X* x, const F& at) {
-    return [&w, x, at, width = width_of<X>(w), last = w.first(w.panels()) - 1]<int ROWS>(Tile<HEIGHT, ROWS>& tile, int64_t row, int64_t from, int64_t to, Part part)
+    return [&w, x, at, width = width_of<X>(w)]<int ROWS>(Tile<HEIGHT, ROWS>& tile, int64_t row, int64_t from, int64_t to, Part part)
                __attribute__((always_inline)) {
         for (int64_t i = from; i < to; ++i) {
             const int64_t column = w.columns ? int64_t(w.columns[i]) * w.cols : 0;
-            if (ROWS > 4 && w.columns) {  // the hardware cannot know which x comes next
-                const X* next = x + row * width + (int64_t(w.columns[std::min(i + 1, last)]) * w.cols + part.k) * ROWS;
-                for (int64_t k = 0; k < part.n * ROWS; k += 64 / int64_t(sizeof(X))) __builtin_prefetch(next + k);
-            }
             tile.add(at(i, part), x + row * width + (column + part.k) * ROWS, part.n);
         }
     };
