@@ -40,6 +40,7 @@ PARTS = (
 # Kinds of instructions inside the kernels; the first that fits.
 KINDS = (
     ("multiplying", r"vfn?m(add|sub)|vdp|vpdp|vmul|vpmadd"),
+    ("taking bits apart, converting", r"vcvt|vpmov[sz]x|vps[lr]l|vpand|vpor|vpxor|vptern|vpadd|vpsub"),
     ("storing", r"v?mov\w* .*,[^,]*\(%\w[^)]*\)$"),
     ("looking up, moving lanes", r"vperm|vpshuf|vpblend|vblend|vpexpand|vpbroadcast\w* %|vinsert|vextract|vgather|vpgather"),
     ("loading", r"v?p?(mov|broadcast|pmov)\w* .*\(%|prefetch"),

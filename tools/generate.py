@@ -322,7 +322,7 @@ def profiles_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, 
         of = r["model"].removeprefix("one layer ").removesuffix(", cold")
         setting = re.sub(r"^.*-batch-(\d+)$", r"\1 rows of x", r["setting"])
         body.append((f"{of} {r['recipe'].removeprefix('trimtab ')}", "1 row of x" if setting == "1 rows of x" else setting,
-                     ", ".join(f"{part} {share:.0%}" for part, share in r["parts"].items() if share >= 0.015)))
+                     ", ".join(f"{part} {share:.0%}" for part, share in sorted(r["parts"].items(), key=lambda x: -x[1]) if share >= 0.015)))
     return table(["what", "when", "share of the samples"], body) if body else NOT_YET
 
 
