@@ -13,9 +13,11 @@ more), the spread is the first and third quartile. Read bandwidth, and the opera
 multiplication and its addition are two), are measured in the same run.
 
 Every candidate of ours has its goals: so many times as fast as the fastest of a class of peers, or as another layer of ours,
-but no more than what reading the bytes it stores at 85 % of the read bandwidth would be; or those 85 % themselves. The
-bandwidth is the best that was seen in the run. The row says what was wanted, by which bound, and whether it was met. "error"
-is what x loses where it is rounded to be multiplied: against the same codes in float64, x normally distributed.
+but no more than what reading the bytes it stores at 85 % of the read bandwidth would be; or those 85 % themselves. With one row
+of x the bandwidth is measured right after every turn of a candidate, for it changes within seconds, and its share is the median
+over its turns; with more rows it is the median of the looks between the rounds. The row says what was wanted, by which bound, and
+whether it was met. "error" is what x loses where it is rounded to be multiplied: against the same codes in float64, x normally
+distributed.
 
 What a peer computes is checked against the float product before it is timed. Other runtimes than torch take part where they
 are installed (openvino, onnxruntime with onnx); `--deepsparse`: an interpreter that has it (see deepsparse_worker.py), which
@@ -34,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import NEAR, Roof, green
+from measure import NEAR, Roof, green, look
 from peers import (
     Call,
     Maker,
@@ -98,6 +100,7 @@ class Candidate:
     of: str = ""                     # peers: their class
     error: float | None = None       # ours, of codes: what x loses
     times: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)   # of the read bandwidth right after each of its turns
     remote: Callable[[int], list[float]] | None = None  # seconds of so many calls in another process, instead of `make`
     end: Callable[[], None] | None = None               # of that process
 
@@ -294,8 +297,8 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | No
     return found
 
 
-def turns(these: list[Candidate], rounds: int, threads: int) -> Roof:
-    """Fills in the times; what the machine gave meanwhile."""
+def turns(these: list[Candidate], rounds: int, threads: int, reading: bool) -> Roof:
+    """Fills in the times, and where `reading` is what counts the shares of the bandwidth; what the machine gave meanwhile."""
     calls: dict[str, list[Call]] = {c.name: [c.make() for _ in range(1 if c.remote else copies(c.bytes))] for c in these}
     at = dict.fromkeys(calls, 0)
     roof = Roof()
@@ -316,7 +319,7 @@ def turns(these: list[Candidate], rounds: int, threads: int) -> Roof:
                 next_call(c.name)()
                 while time.perf_counter() < until:
                     next_call(c.name)()
-                began = time.perf_counter()
+                began, before = time.perf_counter(), len(c.times)
                 for _ in range(max(20 // rounds + 1, min(len(calls[c.name]), SHORT_CALLS))):
                     call = next_call(c.name)
                     start = time.perf_counter()
@@ -324,6 +327,8 @@ def turns(these: list[Candidate], rounds: int, threads: int) -> Roof:
                     c.times.append(time.perf_counter() - start)
                     if time.perf_counter() - began > 2 and len(c.times) > 20:
                         break
+                if reading:
+                    c.shares.append(c.bytes / statistics.median(c.times[before:]) / look(threads))
             roof.look(threads)
     return roof
 
@@ -348,7 +353,7 @@ def main() -> int:
     for table in a.table:
         for batch in a.batch:
             these = candidates(table, w, torch.randn(batch, inputs, generator=torch.Generator().manual_seed(1)), a.threads, a.deepsparse)
-            roof = turns(these, a.rounds, a.threads)
+            roof = turns(these, a.rounds, a.threads, batch == 1)
             print(f"{table} batch {batch}: {roof}")
             report(these, table, batch, roof, began, a)
             for c in these:
@@ -361,20 +366,25 @@ def took(c: Candidate) -> float:
     return statistics.median(c.times)
 
 
+def share_of(c: Candidate, read: float) -> float:
+    """Of the read bandwidth, which was `read` bytes a second in the run where it was not measured beside the candidate."""
+    return statistics.median(c.shares) if c.shares else c.bytes / read / took(c)
+
+
 def judged(goal: Goal, c: Candidate, these: list[Candidate], read: float) -> dict[str, Any]:
     """What was wanted, by which bound, what was got, and whether that is enough; `met` None where it cannot be said."""
     row: dict[str, Any] = {"than": goal.than, "target": goal.times, "met": None}
-    share = c.bytes / read / took(c)
+    share = share_of(c, read)
     if goal is READS:
         return row | {"wanted": NEAR, "got": round(share, 3), "bound": "target", "met": share >= NEAR}
     others = [p for p in these if goal.than in (p.of, p.name)]
     if not others:
         return row
     other = min(others, key=took)
-    level = goal.times == 1 and other.bytes / read / took(other) >= NEAR
-    most = {"peer at the limit" if level else "target": LIMIT if level else goal.times, "bandwidth": NEAR * took(other) * read / c.bytes}
-    bound = min(most, key=lambda k: most[k])
+    level = goal.times == 1 and share_of(other, read) >= NEAR
     got = took(other) / took(c)
+    most = {"peer at the limit" if level else "target": LIMIT if level else goal.times, "bandwidth": got * NEAR / share}
+    bound = min(most, key=lambda k: most[k])
     return row | {"than": other.name, "wanted": round(most[bound], 3), "got": round(got, 3), "bound": bound, "met": got >= most[bound]}
 
 
@@ -391,11 +401,11 @@ def report(these: list[Candidate], table: str, batch: int, roof: Roof, began: st
         low, _, high = statistics.quantiles(c.times, n=4)
         peers = [p for p in these if p.of == (c.of or c.baseline)]
         best = min(peers, key=took) if peers else None
-        from_memory, from_peak = c.bytes / read / t, c.flops / roof.gives(c.x) / t
+        from_memory, from_peak = share_of(c, read), c.flops / roof.gives(c.x) / t
         row = {"recipe": c.name, "model": f"one layer {a.shape}, cold", "shape": a.shape, "setting": f"{table}-batch-{batch}", "seed": 0,
                "metric": "milliseconds",
                "methods": {}, "value": round(t * 1e3, 4), "quartiles": [round(low * 1e3, 4), round(high * 1e3, 4)],
-               "bytes": c.bytes, "share_of_read_bandwidth": round(from_memory, 3), "read_gb_s": round(read / 1e9, 2),
+               "bytes": c.bytes, "share_of_read_bandwidth": round(from_memory, 3), "read_gb_s": round(c.bytes / t / from_memory / 1e9, 2),
                "x": c.x, "flops": c.flops, "share_of_peak": round(from_peak, 3), "peak_gflop_s": round(roof.gives(c.x) / 1e9, 1),
                "threads": a.threads, "calls": len(c.times), "machine": machine(), "isa": native.level(), "date": time.strftime("%Y-%m-%d"),
                "began": began}

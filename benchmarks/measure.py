@@ -32,6 +32,15 @@ def green(*tests: str) -> bool:
     return True
 
 
+def look(threads: int) -> float:
+    """Bytes read a second at this moment: some tens of milliseconds, at the best of several numbers of streams."""
+    from trimtab.runtime import native
+
+    core = native.core()
+    assert core is not None, "the native kernels were not built"
+    return core.read_bandwidth(96 << 20, threads, 1)
+
+
 @dataclass
 class Roof:
     """What the machine gave in this run: bytes read a second, and operations a second by what x is multiplied as."""
