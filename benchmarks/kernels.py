@@ -112,6 +112,13 @@ def cache_bytes() -> int:
     return max(*sizes, 32 << 20)
 
 
+def layer(shape: str, batch: int) -> tuple[Tensor, Tensor]:
+    """A weight of "OUTxIN", and so many rows of x."""
+    out, inputs = map(int, shape.split("x"))
+    w = torch.randn(out, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5
+    return w, torch.randn(batch, inputs, generator=torch.Generator().manual_seed(1))
+
+
 def thinned(w: Tensor, how: str, share: float) -> Tensor:
     gen = torch.Generator().manual_seed(int(share * 1000))
     out, inputs = w.shape
@@ -346,13 +353,11 @@ def main() -> int:
     if not green("kernels", *(["mlp"] if "mlp" in a.table else [])):
         return 1
     torch.set_num_threads(a.threads)
-    out, inputs = map(int, a.shape.split("x"))
-    w = torch.randn(out, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5
     began = time.strftime("%Y-%m-%dT%H:%M:%S")
     print(machine(), native.level())
     for table in a.table:
         for batch in a.batch:
-            these = candidates(table, w, torch.randn(batch, inputs, generator=torch.Generator().manual_seed(1)), a.threads, a.deepsparse)
+            these = candidates(table, *layer(a.shape, batch), a.threads, a.deepsparse)
             roof = turns(these, a.rounds, a.threads, batch == 1)
             print(f"{table} batch {batch}: {roof}")
             report(these, table, batch, roof, began, a)

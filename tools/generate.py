@@ -315,7 +315,7 @@ def first_token_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[st
 
 
 def profiles_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
-    """Rows of benchmarks/profile.py: what the samples were taken in, the last time each was profiled."""
+    """Rows of benchmarks/perf_profile.py: what the samples were taken in, the last time each was profiled."""
     rows = {(r["model"], r["recipe"], r["setting"]): r for r in every if "parts" in r}
     body = []
     for r in rows.values():

@@ -1,7 +1,7 @@
 """Where the time goes: a layer or a whole model under `perf`, by what the samples were taken in. Linux on x86-64.
 
-    python benchmarks/profile.py results/profiles.jsonl --layer "blocks 512 bsr32 bf16 5% kept" ...      as benchmarks/kernels.py has them
-    python benchmarks/profile.py results/profiles.jsonl --model DIR ... --what decode prefill            packed directories
+    python benchmarks/perf_profile.py results/profiles.jsonl --layer "blocks 512 bsr32 bf16 5% kept" ...  as kernels.py has them
+    python benchmarks/perf_profile.py results/profiles.jsonl --model DIR ... --what decode prefill                packed directories
 
 A layer is named by its table, its rows of x and its name. Wants `perf` and `objdump`. The kernels are compiled once more, with
 their symbols, into build/profile; what is profiled is otherwise what kernels.py and decode.py measure: every call takes the next
@@ -60,7 +60,7 @@ def built() -> None:
 
 
 def work(a: argparse.Namespace) -> None:
-    """The child: says `ready` and what it does a second, then goes on until it is killed."""
+    """The child: says `ready`, then goes on until it is killed."""
     import torch
 
     torch.set_num_threads(a.threads)
@@ -76,13 +76,10 @@ def work(a: argparse.Namespace) -> None:
                 pass
         calls = itertools.repeat(once)
     else:
-        from kernels import candidates, copies
+        from kernels import candidates, copies, layer
 
         table, batch, name = a.layer[0].split(" ", 2)
-        out, inputs = map(int, a.shape.split("x"))
-        w = torch.randn(out, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5
-        x = torch.randn(int(batch), inputs, generator=torch.Generator().manual_seed(1))
-        found = [c for c in candidates(table, w, x, a.threads, None) if c.name == f"trimtab {name}"]
+        found = [c for c in candidates(table, *layer(a.shape, int(batch)), a.threads, None) if c.name == f"trimtab {name}"]
         if not found:
             raise SystemExit(f"no layer {name!r} in table {table}")
         calls = itertools.cycle([found[0].make() for _ in range(copies(found[0].bytes))])
