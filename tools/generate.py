@@ -45,7 +45,7 @@ def measured(root: Path) -> list[Row]:
                 continue
             try:
                 row = json.loads(line)
-                last[tuple(row[k] for k in (*KEYS[:4], "seed"))] = {k: row[k] for k in KEYS} | {"shape": shape_of(row)} | row
+                last[*(row[k] for k in (*KEYS[:4], "seed")), row.get("one_at_a_time")] = {k: row[k] for k in KEYS} | {"shape": shape_of(row)} | row
             except (ValueError, KeyError, TypeError) as e:
                 raise SystemExit(f"{path.relative_to(root)}:{number}: want a row of {', '.join(KEYS)}: {e!r}") from None
     return list(last.values())
@@ -340,9 +340,9 @@ def filled(text: str, where: str, every: list[Row], recipes: dict[str, Recipe], 
         if m[1] not in TABLES:
             raise SystemExit(f"{where}: no table {m[1]!r}; there are {', '.join(TABLES)}")
         want = dict(w.split("=", 1) for w in m[2].split())
-        if odd := set(want) - {*KEYS, "shape"}:
+        if odd := set(want) - {*KEYS, "shape", "one_at_a_time"}:
             raise SystemExit(f"{where}: {m[1]} cannot be narrowed by {sorted(odd)}")
-        some = [r for r in every if all(str(r[k]) in v.split(",") for k, v in want.items())]
+        some = [r for r in every if all(str(r.get(k)) in v.split(",") for k, v in want.items())]
         return f"<!-- begin:{m[1]}{m[2]} -->\n{TABLES[m[1]](some, recipes, reg)}<!-- end:{m[1]} -->"
 
     text, done = re.subn(r"<!-- begin:(\w+)((?: \w+=\S+)*) -->\n.*?<!-- end:\1 -->", render, text, flags=re.S)
