@@ -10,6 +10,7 @@ import torch
 import tests.cases
 from tests.cases import Case
 from trimtab.core.registry import Method, get, load_all
+from trimtab.methods.codes import Grid, rounded
 
 CASES: dict[str, Case] = {}
 for module in pkgutil.iter_modules(tests.cases.__path__):
@@ -20,6 +21,9 @@ def result(m: Method, case: Case):
     out = m(case.env, **{k: v for k, v in case.knobs.items() if k in m.knobs})
     if m.facts.get("done"):
         out = m.facts["done"](out)
+    if isinstance(out, Grid):
+        w = case.env["w"]
+        return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()
     return getattr(out, "w", getattr(out, "buffers", out))
 
 

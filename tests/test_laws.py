@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.methods import select
-from trimtab.methods.codes import LEVELS, Codes, nearest
+from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
 from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.panels import Packed
 from trimtab.runtime.layouts import check
@@ -110,6 +111,28 @@ class Unit:
         return f"{self.m.name}({','.join(f'{k}={v}' for k, v in self.knobs.items())})"
 
 
+class OnGrid:
+    """A grid with its knobs, and the statistics of a site: what an edit and a rewrite are given."""
+
+    def __init__(self, m: Method, stats: dict[str, Tensor], /, **knobs: Any):
+        self.m, self.stats, self.knobs = m, stats, {**small(m), **knobs}
+        self.whole: bool = m.facts["of"] == "site"
+
+    def group(self, w: Tensor) -> int:
+        return min(self.knobs["group"], w.shape[1]) or w.shape[1]
+
+    def __call__(self, w: Tensor) -> Grid:
+        return self.m({"w": w, **self.stats}, **self.knobs)
+
+    def __repr__(self) -> str:
+        return f"{self.m.name}({','.join(f'{k}={v}' for k, v in self.knobs.items())})"
+
+
+def grids(stats: dict[str, Tensor]) -> list[OnGrid]:
+    """Every grid, in groups of 8 inputs and in rows."""
+    return [OnGrid(m, stats, group=group) for m in REG.values() if m.axis == "grid" for group in (8, 0)]
+
+
 def small(m: Method) -> dict[str, Any]:
     return {k: min(v, SMALL[k]) if k in SMALL else v for k, v in m.knobs.items()}
 
@@ -127,6 +150,8 @@ def variants(m: Method) -> list[dict[str, Any]]:
         tries += [{"dim": "out"}, {"n": 1}, {"n": 3, "m": 4, "dim": "out"}]
     if {"rows", "cols"} <= set(m.knobs):
         tries += [{"rows": 2, "cols": 4}, {"rows": 4, "cols": 1}]
+    if m.axis == "format" and {"n", "m"} <= set(m.knobs):
+        tries += [{"n": 4, "m": 8}, {"n": 1, "m": 2}]
     return [{**small(m), **t} for t in tries]
 
 
@@ -163,8 +188,12 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
         of = m.facts["of"]
         return {**dict(zip(m.data, batches(name, of)[0], strict=True)), **given}
     mask = torch.ones_like(pattern) if m.joint else pattern
-    return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask,
-            "new": Change(w * pattern, mask=pattern), **have, **given}
+    new = Change(w * pattern, mask=pattern)
+    if "codes" in m.facts.get("keeps", ()):
+        new = nearest(new.w, 3, 8).change(pattern)
+        new = replace(new, w=new.w.to(dtype))
+    return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask, "grid": OnGrid(get("grid/int"), stats(name)),
+            "new": new, **have, **given}
 
 
 def call(m: Method, at: dict[str, Any], /, **knobs: Any) -> Any:
@@ -180,6 +209,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
             yield from tensors(x[k])
     elif isinstance(x, Packed):
         yield from tensors(x.buffers)
+    elif isinstance(x, Grid):
+        yield from tensors([x.scales, x.zeros, x.table, x.levels])
     elif isinstance(x, Change):
         yield from tensors([x.w, x.parts, x.mask])
     elif isinstance(x, Summary):
@@ -263,8 +294,9 @@ def law_own_device_and_generator(m: Method) -> None:
 
 def law_uses_data(m: Method) -> None:
     """Each weight, statistic and share it names changes the result somewhere."""
-    fresh = {"w": lambda t: t.flip(0), "target": lambda t: t / 2, "keep": lambda t: t / 2}
-    if m.axis in ("score", "edit", "repair", "budget", "unit"):
+    turned = 1 if m.axis == "rewrite" else 0  # the order of the outputs is nothing to a scale of the inputs
+    fresh = {"w": lambda t: t.flip(turned), "target": lambda t: t / 2, "keep": lambda t: t / 2}
+    if m.axis in ("score", "edit", "repair", "budget", "unit", "grid", "rewrite"):
         for d in (d for d in m.data if d in m.needs or d in fresh):
             if d == "keep" and m.axis == "unit" and not m.facts["free"]:
                 continue
@@ -287,17 +319,18 @@ def jumbled(t: Any) -> Any:
 def law_uses_knobs(m: Method) -> None:
     """Each knob changes the result somewhere."""
     for k, v in small(m).items():
-        tries = {bool: [not v] if isinstance(v, bool) else [], str: ["out", "in"]}.get(type(v))
+        tries = {bool: [not v] if isinstance(v, bool) else [], str: ["out", "in", "max", "mse", "percentile", "entropy"]}.get(type(v))
         if tries is None:
             tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
         given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \
             [env(m, name) for name in THREE]
-        assert any(differs(m, at, {k: t}) for t in tries if t != v for at in given), f"{k} makes no difference"
+        with_it = {"clip": k} if k == "percentile" else {}
+        assert any(differs(m, at, {k: t}, with_it) for t in tries if t != v for at in given), f"{k} makes no difference"
 
 
-def differs(m: Method, at: dict[str, Any], knobs: dict[str, Any]) -> bool:
+def differs(m: Method, at: dict[str, Any], knobs: dict[str, Any], beside: dict[str, Any]) -> bool:
     try:
-        return not same(call(m, at), call(m, at, **knobs))
+        return not same(call(m, at, **beside), call(m, at, **beside, **knobs))
     except BadInput:  # a value that does not fit the other knobs or the shape
         return False
 
@@ -310,7 +343,8 @@ def numpy_stat(m: Method, seen: list[tuple[Tensor, ...]]) -> np.ndarray:
         x = np.stack([b[0].double().numpy() for b in seen])
     definition: dict[str, tuple[str, Callable[[], np.ndarray]]] = {
         "in_sq": ("input", lambda: (x ** 2).mean(0)), "gram": ("input", lambda: x.T @ x / len(x)),
-        "absmax": ("input", lambda: abs(x).max(0)), "act_norm": ("mid", lambda: np.sqrt((x ** 2).mean(0))),
+        "absmax": ("input", lambda: abs(x).max(0)), "in_abs": ("input", lambda: abs(x).mean(0)),
+        "act_norm": ("mid", lambda: np.sqrt((x ** 2).mean(0))),
         "grad_sq": ("grad", lambda: (x ** 2).mean(0)), "grad": ("grad", lambda: x.mean(0)), "grads": ("grad", lambda: x),
         "cosine": ("sublayer", lambda: np.array([np.mean(
             (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
@@ -582,6 +616,125 @@ def law_budget_treats_equals_alike(m: Method) -> None:
     assert {k: float(v) for k, v in shares.items()} == pytest.approx(dict.fromkeys(scores, 0.3), abs=1e-6)
 
 
+# --- grid -----------------------------------------------------------------------------------------------------------
+def on(m: Method, name: str, w: Tensor | None = None, **knobs: Any) -> Codes:
+    """The site's weight, or this one, rounded to the grid."""
+    given, knobs = weight(name) if w is None else w, {**small(m), **knobs}
+    return rounded(given, m({"w": given, **stats(name)}, **knobs), min(knobs["group"], given.shape[1]) or given.shape[1])
+
+
+def widths(m: Method, name: str) -> list[int]:
+    """The bits it takes, most first."""
+    found = []
+    for bits in (8, 4, 3, 2, 1) if "bits" in m.knobs else ():
+        try:
+            on(m, name, bits=bits)
+            found.append(bits)
+        except BadInput as e:
+            assert "bits" in str(e)
+    return found
+
+
+def law_grid_is_what_it_says(m: Method) -> None:
+    """Its type, a scale a group in the type that is stored, a zero among its values or not."""
+    for name in THREE:
+        for group in (8, 0, 1000):
+            for bits in widths(m, name) or [None]:
+                knobs = {**small(m), "group": group, **({"bits": bits} if bits else {})}
+                grid = on(m, name, **knobs).grid
+                assert grid.type == m.facts["type"](knobs)
+                assert grid.has_zero == m.facts["zero"]
+                assert grid.scales.dtype == (torch.float16 if group else torch.float32)
+                assert grid.scales.shape == (len(weight(name)), -(-weight(name).shape[1] // (min(group, weight(name).shape[1]) or 10**9)))
+
+
+def law_grid_codes_are_the_nearest(m: Method) -> None:
+    """No other code of the group stands for a value that is nearer; a value is its own nearest."""
+    for name in THREE:
+        codes = on(m, name)
+        grid, w = codes.grid, grouped(weight(name), codes.group)
+        every = torch.stack([grid.values(torch.full_like(w, c, dtype=torch.uint8)) for c in range(grid.levels)])
+        near = (every - w).abs().amin(0)
+        chosen = grid.values(grid.codes(w))
+        assert bool(((chosen - w).abs() <= near * (1 + 1e-4) + 1e-6 * w.abs().max()).all())
+        assert torch.equal(grid.values(grid.codes(chosen)), chosen)
+
+
+def law_grid_finer_is_nearer(m: Method) -> None:
+    """More bits are nearer, and shorter groups; a zero point of its own where signs are uneven; a range of the least error."""
+    for name in THREE:
+        w = weight(name)
+
+        def off(w: Tensor = w, name: str = name, **knobs: Any) -> float:
+            return float((on(m, name, w, **knobs).weight() - w).norm())
+
+        by_bits = [off(bits=b) for b in widths(m, name)]
+        assert all(a < 0.75 * b for a, b in pairwise(by_bits)), by_bits
+        assert off(group=4) < off(group=0)
+        if "asymmetric" in m.knobs:
+            assert off(w.abs() + 0.01, asymmetric=True) < off(w.abs() + 0.01)
+        if "clip" in m.knobs:
+            assert off(clip="mse") < off(clip="max")
+            assert off(clip="mse") < off(clip="percentile", percentile=0.9)
+
+
+def law_grid_keeps_zeros(m: Method) -> None:
+    """What an earlier pass dropped stays dropped, and a group of nothing but zeros is no reason for NaN."""
+    for name in THREE:
+        w = weight(name).clone()
+        w[::2, ::3], w[1], w[:, 8:16] = 0, 0, 0
+        for knobs in ({}, {"asymmetric": True}, {"clip": "mse"}, {"clip": "percentile"}, {"clip": "entropy"}):
+            if set(knobs) <= set(m.knobs):
+                new = on(m, name, w, **knobs).weight()
+                assert bool(new.isfinite().all())
+                assert not m.facts["zero"] or not bool(new[w == 0].any())
+    assert bool(on(m, name, torch.zeros(4, 12)).weight().isfinite().all() if not m.needs else True)
+
+
+def law_grid_follows_the_scale(m: Method) -> None:
+    """Weights four times as large have values four times as large; another order of the outputs gives that order."""
+    for name in THREE:
+        new, p = on(m, name).weight(), torch.randperm(len(weight(name)), generator=generator(1))
+        assert torch.equal(on(m, name, weight(name) * 4).weight(), new * 4)
+        close(on(m, name, weight(name)[p]).weight(), new[p])
+
+
+def law_grid_refuses(m: Method) -> None:
+    for name in THREE[:1]:
+        wrong: list[dict[str, Any]] = [{"group": -1}, {"bits": 5}, {"bits": 0}, {"clip": "most"}, {"exponent": 9}, {"exponent": 0},
+                                       {"clip": "percentile", "percentile": 0.0}, {"clip": "percentile", "percentile": 1.5}]
+        for knobs in (k for k in wrong if set(k) <= set(m.knobs)):
+            with pytest.raises(BadInput, match=r".{20,}"):
+                on(m, name, **knobs)
+        for value in (torch.nan, torch.inf):
+            w = weight(name).clone()
+            w[1, 2] = value
+            with pytest.raises(BadInput, match="finite"):
+                on(m, name, w)
+
+
+# --- rewrite --------------------------------------------------------------------------------------------------------
+def law_rewrite_scales_inputs(m: Method) -> None:
+    """A finite scale above zero for every input, from poor statistics too."""
+    for name in SITES:
+        for poor in (False, True):
+            s = call(m, env(m, name, poor=poor))
+            assert s.shape == weight(name).shape[1:]
+            assert s.dtype == torch.float32
+            assert bool((s.isfinite() & (s > 0)).all())
+
+
+def law_rewrite_helps_rounding(m: Method) -> None:
+    """Rounding costs the outputs less behind it than without it."""
+    for name in THREE:
+        for bits in (4, 3):
+            grid = OnGrid(get("grid/int"), stats(name), bits=bits)
+            at, w = env(m, name, grid=grid), weight(name)
+            s = call(m, at)
+            new, plain_ = (rounded(t, grid(t), grid.group(t)).weight() for t in (w * s, w))
+            assert error(w, new / s, at["gram"]) < error(w, plain_, at["gram"]), (name, bits)
+
+
 # --- edit -----------------------------------------------------------------------------------------------------------
 def pruned(m: Method, name: str, unit: Unit, keep: float, **given: Any) -> Change:
     return call(m, env(m, name, unit=unit, keep=keep, **given))
@@ -683,18 +836,26 @@ def law_edit_factors_are_the_whole_at_full_rank(m: Method) -> None:
             close(call(m, env(m, name), rank=min(SITES[name].shape)).w, weight(name), 1e-4)
 
 
-def law_edit_codes_are_the_nearest(m: Method) -> None:
-    """More bits, and smaller groups, are nearer; a zero point of its own is nearer where signs are uneven."""
-    if {"bits", "group", "asymmetric"} <= set(m.knobs):
+def law_edit_codes_lie_on_any_grid(m: Method) -> None:
+    """What it leaves is on the grid it was given, of that type and group, whatever an earlier pass dropped."""
+    if m.facts["codes"]:
         for name in THREE:
-            at = env(m, name, w=weight(name).abs() + 0.01)
+            for grid in grids(stats(name)):
+                for mask in (torch.ones_like(weight(name), dtype=torch.bool), torch.rand(weight(name).shape, generator=generator(3)) > 0.3):
+                    if bool(mask.all()) or grid.m.facts["zero"]:
+                        new = pruned(m, name, plain(), 0.5, grid=grid, w=weight(name) * mask, mask=mask)
+                        codes = Codes.of(new)
+                        assert (codes.type, codes.group) == (grid.m.facts["type"](grid.knobs), grid.group(weight(name))), grid
+                        assert torch.equal(codes.weight(), new.w) and not bool(new.w[~mask].any()), grid
 
-            def off(at: dict[str, Any] = at, **knobs: Any) -> float:
-                return float((call(m, at, **knobs).w - at["w"]).norm())
 
-            assert off(bits=8) < 0.2 * off(bits=4) < 0.2 * off(bits=2)
-            assert off(group=4) < off(group=0)
-            assert off(asymmetric=True) < off()
+def law_edit_rounding_beats_the_nearest(m: Method) -> None:
+    """What it is told of the inputs saves the outputs a good part of what rounding every weight by itself costs them."""
+    if m.facts["codes"] and "gram" in m.needs:
+        for name in THREE:
+            at = env(m, name, mask=torch.ones_like(weight(name), dtype=torch.bool), grid=OnGrid(get("grid/int"), stats(name), bits=3))
+            least = error(weight(name), get("edit/rtn")(at).w, at["gram"])
+            assert error(weight(name), call(m, at).w, at["gram"]) < 0.8 * least, name
 
 
 def law_edit_touches_every_site(m: Method) -> None:
@@ -779,14 +940,28 @@ def law_repair_never_raises_the_error_in_half_precision(m: Method) -> None:
 
 
 def law_repair_mends(m: Method) -> None:
-    """It takes away a good part of what can be mended at all."""
-    for unit in (plain("row"), plain("site")):
+    """It takes away a good part of what can be mended at all; of what is codes, see below."""
+    for unit in (plain("row"), plain("site")) if "codes" not in m.facts["keeps"] else ():
         for name in THREE:
             w, gram = weight(name), stats(name)["gram"]
             mask = unit(w.abs(), 0.5)
             before, least = error(w, w * mask, gram), error(w, best(w, mask, gram), gram)
             after = error(w, call(m, env(m, name, new=Change(w * mask, mask=mask))).w, gram)
             assert after - least < 0.8 * (before - least), (unit, name)
+
+
+def law_repair_keeps_codes(m: Method) -> None:
+    """Codes stay codes on a grid of the same kind, decode to the weight, and cost the outputs less than before."""
+    for name in THREE if "codes" in m.facts["keeps"] else ():
+        w, gram = weight(name), stats(name)["gram"]
+        for mask in (torch.ones_like(w, dtype=torch.bool), plain()(w.abs(), 0.7)):
+            for bits, asymmetric in ((3, False), (2, False), (3, True)):
+                new = nearest(w * mask, bits, 8, asymmetric=asymmetric).change(None if bool(mask.all()) else mask)
+                out = call(m, env(m, name, new=new))
+                was, now = Codes.of(new), Codes.of(out)
+                assert (now.type, now.group, now.grid.zeros is None) == (was.type, was.group, was.grid.zeros is None)
+                assert torch.equal(now.weight(), out.w) and not bool(out.w[~mask].any())
+                assert error(w, out.w, gram) < error(w, new.w, gram)
 
 
 def law_repair_damping_holds_on(m: Method) -> None:
@@ -861,6 +1036,8 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
             continue
         if kind == "nm":
             lines = w.T if knobs["dim"] == "out" else w
+            if lines.shape[1] % knobs["m"]:
+                continue
             mask = torch.zeros(lines.shape, dtype=torch.bool)
             for i in range(len(lines)):
                 for j in range(0, lines.shape[1], knobs["m"]):
@@ -887,11 +1064,21 @@ def coded(m: Method, knobs: dict[str, Any]) -> Iterator[Change]:
     for new in held(m, knobs, torch.float32):
         cols = knobs["cols"] or knobs["b"] if m.facts["holds"] == "block" else 0
         groups = (cols if cols > 1 else 0,) if cols else (0, 8)
-        for bits, asymmetric, group in ((8, False, groups[0]), (8, True, groups[-1]), (4, True, groups[-1]), (2, False, groups[-1])):
+        for bits, asymmetric, group in ((8, False, groups[0]), (8, True, groups[-1]), (4, True, groups[-1]), (3, True, groups[0]),
+                                        (3, False, groups[-1]), (2, False, groups[-1])):
             if f"i{bits}" in m.facts["codes"]:
                 yield nearest(new.w, bits, group, asymmetric=asymmetric).change(new.mask)
+        for type_, bits in TABLES.items():
+            if type_ in m.facts["codes"] and new.mask is None:
+                yield by_table(new.w, bits, groups[-1]).change()
         for group in (0, 20) if "t" in m.facts["codes"] else ():
             yield nearest(new.w, 2, group, ternary=True).change(new.mask)
+
+
+def by_table(w: Tensor, bits: int, group: int = 0) -> Codes:
+    """Codes of a table that is not even, in groups (0: rows)."""
+    table = torch.linspace(-1, 1, 1 << bits).pow(3)
+    return rounded(w, steps(w, table, group), min(group, w.shape[1]) or w.shape[1])
 
 
 def awkward(dtype: torch.dtype) -> Iterator[Change]:
@@ -995,7 +1182,8 @@ def law_format_refuses_what_it_would_lose(m: Method) -> None:
             call(m, {"new": Change(torch.zeros(shape))})
     for kind in LEVELS.keys() - set(m.facts["codes"]):
         with pytest.raises(BadInput, match="codes"):
-            call(m, {"new": Codes(torch.ones(24, 24, dtype=torch.uint8), torch.ones(24, 1), LEVELS[kind], 24).change()})
+            table = torch.arange(float(LEVELS[kind])) if kind in TABLES else None
+            call(m, {"new": Codes(torch.ones(24, 24, dtype=torch.uint8), Grid(torch.ones(24, 1), LEVELS[kind], None, table), 24).change()})
 
 
 def law_format_stands_alone(m: Method) -> None:

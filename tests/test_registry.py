@@ -125,23 +125,33 @@ def test_an_unknown_method_is_named_with_its_nearest() -> None:
     assert near("zzz", ["b", "a"]) == "; known: a, b"
 
 
-@pytest.mark.parametrize(("key", "module", "follows"), [
-    ("score/wanda", "trimtab.methods.score.wanda", True), ("score/wanda", "trimtab.methods.score.obs", False),
-    ("unit/nm", "trimtab.methods.select", True), ("budget/lamp", "trimtab.methods.budget.global_", True),
-    ("format/bsr", "trimtab.methods.format.panels", True), ("edit/rtn", "trimtab.methods.codes", True),
-    ("edit/admm", "trimtab.methods.solvers", True),
-    ("repair/obs", "trimtab.methods.solvers", True), ("edit/mask", "trimtab.methods.solvers", False),
+@pytest.mark.parametrize(("key", "module", "text", "follows"), [
+    ("score/wanda", "score.wanda", "in_sq.sqrt()", True), ("score/wanda", "score.obs", "def obs(", False),
+    ("score/wanda", "score.wanda", "Formula:", False), ("score/wanda", "score.wanda", '@method("score"', False),
+    ("unit/nm", "select", "def top(", True), ("budget/lamp", "budget.global_", "def global_(", True),
+    ("format/bsr", "format.panels", "PANEL = 32", True), ("format/bsr", "format.panels", "def ternary_words(", False),
+    ("edit/rtn", "codes", "def rounded(", True), ("edit/admm", "solvers", "def splitting(", True),
+    ("edit/admm", "solvers", "def sweep(", False), ("edit/sparsegpt", "solvers", "def sweep(", True),
+    ("repair/obs", "solvers", "def sweep(", True), ("edit/mask", "solvers", "def refit(", False),
+    ("stat/act_norm", "stat.activations", "done=torch.", True), ("stat/act_norm", "stat.activations", 'of="sublayer"', False),
 ])
-def test_the_version_follows_the_sources_it_draws_on(monkeypatch: pytest.MonkeyPatch, key: str, module: str,
-                                                     follows: bool) -> None:
-    versions = [REG[key].version]
-    assert len(versions[0]) == 12
-    real = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda x: real(x) + "# changed" * (x is sys.modules[module]))
-    registry._source_hash.cache_clear()
-    versions.append(REG[key].version)
-    registry._source_hash.cache_clear()
-    assert (versions[0] != versions[1]) == follows
+def test_the_version_follows_what_a_method_draws_on(monkeypatch: pytest.MonkeyPatch, key: str, module: str, text: str,
+                                                    follows: bool) -> None:
+    """What it does and what it calls, not what is said of it nor what stands beside it."""
+    caches = (registry._version, registry._definitions)
+    real, changed = inspect.getsource, sys.modules[f"trimtab.methods.{module}"]
+    assert text in real(changed)
+    before = REG[key].version
+    assert len(before) == 12
+    other = text + ("abs_or_" if text[-1] == "." else " ")
+    monkeypatch.setattr(inspect, "getsource", lambda x: real(x).replace(text, other, 1) if x is changed else real(x))
+    try:
+        for c in caches:
+            c.cache_clear()
+        assert (REG[key].version != before) == follows
+    finally:
+        for c in caches:
+            c.cache_clear()
 
 
 def test_the_catalogue_is_sorted_and_complete() -> None:

@@ -38,7 +38,7 @@ SLOW = "1.*.q: nm(n=2,m=4,dim=out) | magnitude"  # has no kernel, and so no deco
 FAST = "1.*.q: nm(n=2,m=4) | magnitude"
 RECIPE = (f"0.*.q: nm(n=2,m=4) | magnitude ; {SLOW} ; 0.*.k: block(b=16) | magnitude ; "
           "1.*.k: block(rows=32,cols=1) | magnitude ; 0.*.v: row | magnitude ; 1.*.v: block(rows=32,cols=1) | magnitude ; "
-          "1.*.v: rtn(bits=8,group=0) ; 0.*.o: nm(n=4,m=8) | magnitude ; 1.*.o: rtn(ternary=true,group=40) ; "
+          "1.*.v: rtn(bits=8,group=0) ; 0.*.o: nm(n=4,m=8) | magnitude ; 1.*.o: ternary(group=40) ; "
           "0.*.gate: nm(n=2,m=4) | magnitude ; 0.*.gate: rtn(bits=4,group=32) ; 1.*.gate: row | magnitude ; "
           "1.*.gate: rtn(bits=8,group=0,asymmetric=true) ; 0.*.up: block(b=32) | magnitude ; "
           "0.*.up: rtn(bits=8,group=32,asymmetric=true) ; 1.*.up: nm(n=4,m=8) | magnitude ; 1.*.up: rtn(bits=4,group=32,asymmetric=true) ; "

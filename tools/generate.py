@@ -29,7 +29,8 @@ KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
 QUESTION = {
     "stat": "What must we know about the data?", "unit": "What stands or falls together, compared with whom?",
     "score": "How much does each unit matter? Higher means keep.", "budget": "How is the total split over the sites?",
-    "rewrite": "Which exact change of basis makes the edit cheaper?", "edit": "What happens to the weights?",
+    "rewrite": "Which exact change of basis makes the edit cheaper?", "grid": "Which values may a weight take?",
+    "edit": "What happens to the weights?",
     "repair": "How is the error mended?", "format": "How is it stored?",
 }
 Row = dict[str, Any]

@@ -58,6 +58,9 @@ UNITS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "unit or select")
 STATS = ("tests/test_laws.py", "-k", "stat")
 SPEC = ("tests/line/test_spec.py",)
 SELL = ("tests/runtime/test_kernels.py", "tests/runtime/test_modules.py", "-k", "few_single or nothing or long_rows_of_few")
+GRIDS = ("tests/test_laws.py", "tests/test_cases.py", "-k", "grid")
+FOLDS = ("tests/line/test_families.py", "-k", "scale or folded")
+QUANTISE = ("tests/line/test_quantise.py",)
 CODES = ("tests/runtime/test_kernels.py", "-k", "ternary or codes")
 QUALITY = ("tests/line/test_proof.py", "-k", "quality or masked or cosine")
 WORDS = ("tests/line/test_proof.py", "-k", "verdict or words or sizes")
@@ -138,7 +141,7 @@ BUGS = [
     Bug("methods/edit/chita.py", "curve += lam", "pass", "ridge left out of the curvature"),
     Bug("methods/edit/chita.py", "(ai @ (wi * ~oi))", "(ai @ (wi * oi))", "kept for dropped in the refit"),
     Bug("methods/solvers.py", "d += damp * d.mean()", "d += 0 * d.mean()", "damping left out", SOLVERS),
-    Bug("methods/solvers.py", "cur[j:].addr_(u[j, j:], error, alpha=-1)", "cur[j:].addr_(u[j, j:], error, alpha=1)",
+    Bug("methods/solvers.py", "* scale[j], alpha=-1)", "* scale[j], alpha=1)",
         "sign of the OBS update", SOLVERS),
     Bug("methods/solvers.py", "        if a:\n", "        if False:\n", "no block sees the one before", SOLVERS),
     Bug("methods/solvers.py", "wins = errors(w, cand, gram) < errors(w, new.w, gram)",
@@ -152,7 +155,25 @@ BUGS = [
     Bug("methods/format/panels.py", "codes[..., f, :, :] << bits * f", "codes[..., f, :, :] << bits", "fields of a word overlap"),
     Bug("methods/format/bitmask.py", ".masked_fill_(hole, 0)", "", "a hole stands for code 0, not for the zero point"),
     Bug("methods/format/panels.py", "whole.mul_(256).add_(3 ** TRITS - 1)", "whole.mul_(256)", "digits rounded down to the one below"),
-    Bug("methods/codes.py", "padded.abs().sum(-1) /", "padded.abs().amax(-1) /", "ternary scale of the largest, not of the mean", CODES),
+    Bug("methods/codes.py", "return each.abs().sum(-1) /", "return each.abs().amax(-1) /",
+        "ternary scale of the largest, not of the mean", CODES),
+    Bug("methods/codes.py", "better = off < least", "better = off > least", "the range of the largest error", GRIDS),
+    Bug("methods/codes.py", "hist[0] = 0", "pass", "zeros decide the range by entropy", GRIDS),
+    Bug("methods/codes.py", "seen[-1] += hist[end:].sum()", "pass", "what is clipped does not count", GRIDS),
+    Bug("methods/codes.py", "(self.table[1:] + self.table[:-1]) / 2", "self.table[1:]", "rounded down to the step below", GRIDS),
+    Bug("methods/edit/gptq.py", "i % group == 0", "i % group == 1", "groups are fitted one column late"),
+    Bug("methods/edit/gptq.py", "(cur[j:j + n] * kept[i:i + n])", "w.T[i:i + n] * kept[i:i + n]", "groups fitted to what the weights were"),
+    Bug("methods/edit/gptq.py", "(cur[j] * kept[begin + j])", "cur[j]", "dropped weights come back"),
+    Bug("methods/rewrite/awq.py", "weight() / s", "weight()", "the scale is not undone before it is judged"),
+    Bug("methods/repair/clip.py", "better = cost < least", "better = cost > least", "the worst range of a group"),
+    Bug("methods/repair/clip.py", "wins = errors(w, found.weight(), gram) < errors(w, new.w, gram)",
+        "wins = errors(w, found.weight(), gram) > -1", "a row that gets worse is taken"),
+    Bug("network/graph.py", "n // (h // kv) * d + c", "n % kv * d + c", "values of another head are scaled", FOLDS),
+    Bug("network/stream.py", "torch.where((after != 0) & (before != 0), before / after, torch.ones_like(by))", "by",
+        "the norm's rounding is lost", FOLDS),
+    Bug("core/line.py", "any(s.name not in owner for s in fold.readers)", "False", "a reader that no pass covers is scaled", QUANTISE),
+    Bug("core/line.py", "rescaled(stats.of(s) if stats else {}, scales.get(s.name))", "stats.of(s) if stats else {}",
+        "statistics of inputs as they were", QUANTISE),
     Bug("methods/format/nm.py", "return (m - 1).bit_length()", "return m.bit_length()", "one index bit too many"),
     Bug("methods/format/nm.py", "if most > n:", "if most > m:", "a group that keeps too many loses the rest"),
     Bug("methods/format/nm.py", "8: ((0, 2), (2, 1))", "8: ((0, 2),)", "places of 8 cut to two bits"),

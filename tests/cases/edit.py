@@ -1,9 +1,13 @@
 """Two or four weights an output, and a second moment whose inverse is done in the head."""
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from tests.cases import Case
+from trimtab.methods.codes import Grid, integers
 from trimtab.methods.unit.element import row
 
 
@@ -16,7 +20,23 @@ class Row:
         return row(s, keep)
 
 
-def site(w: list[list[float]], gram: list[list[float]], **more: torch.Tensor) -> dict:
+class Whole:
+    """The grid of so many bits as an edit is given it, one group a row; `scale` in place of the one that fits."""
+
+    whole = False
+
+    def __init__(self, bits: int, scale: float = 0.0):
+        self.bits, self.scale = bits, scale
+
+    def group(self, w: torch.Tensor) -> int:
+        return w.shape[1]
+
+    def __call__(self, w: torch.Tensor) -> Grid:
+        fitted = integers(w, self.bits)
+        return replace(fitted, scales=torch.full_like(fitted.scales, self.scale)) if self.scale else fitted
+
+
+def site(w: list[list[float]], gram: list[list[float]], **more: Any) -> dict:
     t = torch.tensor(w)
     return {"w": t, "keep": 0.5, "mask": torch.ones_like(t, dtype=torch.bool), "unit": Row(),
             "gram": torch.tensor(gram), **more}
@@ -45,7 +65,8 @@ CASES = {
     # Two orthogonal rows, so the singular values are their lengths, 6 and 3: of rank 1 the longer row is left.
     "edit/svd": Case(site([[2.0, 4.0, 4.0], [2.0, 1.0, -2.0]], torch.eye(3).tolist()), [[2, 4, 4], [0, 0, 0]], {"rank": 1},
                      differs="edit/mask"),
-    # Groups of two, two bits, symmetric: the scale is the largest of each pair, and what is below half of it is zero.
-    "edit/rtn": Case(site([[4.0, 1.5, -1.0, 0.6]], torch.eye(4).tolist()), [[4, 0, -1, 1]], {"bits": 2, "group": 2},
-                     differs="edit/mask"),
+    # One step is 1: what is nearer to 1 than to 2, or than to 0, is 1.
+    "edit/rtn": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 2]], differs="edit/gptq"),
+    # U as for sparsegpt: 1.4 becomes 1, e = 0.4, and 2.2 - 0.4 * -1 = 2.6 becomes 3.
+    "edit/gptq": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 3]], {"damp": 0.0}, differs="edit/rtn"),
 }

@@ -4,7 +4,7 @@ import torch
 
 from tests.cases import Case
 from trimtab.core.types import Change
-from trimtab.methods.codes import Codes
+from trimtab.methods.codes import Codes, Grid
 from trimtab.methods.factors import Factors
 
 # A pattern that is at once 2:4 along the input and one block of 1 x 2 in each row.
@@ -13,7 +13,7 @@ PAIRS = Change(W, mask=W != 0)
 # A group with one entry only: filled up with a zero at its first free place.
 THIN = Change(torch.tensor([[0.0, 0.0, 4.0, 0.0], [6.0, 0.0, 0.0, 1.0]]))
 # Four bits: inputs 0 to 3 are the low halves of the bytes of a word, inputs 4 to 7 the high halves.
-FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), torch.tensor([[0.5]]), 16, 8).change()
+FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), Grid(torch.tensor([[0.5]]), 16), 8).change()
 
 
 # Rank 1: (3, 4)^T (5, 6, 7).

@@ -5,6 +5,7 @@ import torch
 
 from tests.cases import Case
 from trimtab.core.types import Change
+from trimtab.methods.codes import nearest
 
 
 def halved(w: list[list[float]], mask: list[list[int]], gram: list[list[float]]) -> dict:
@@ -20,6 +21,9 @@ CASES = {
     "repair/least_squares": Case(PAIR, [[0, 3], [2.5, 0]], {"damp": 0.0}, differs="repair/obs"),
     # The same to the right of what is gone, nothing to its left.
     "repair/obs": Case(PAIR, [[0, 3], [2, 0]], {"damp": 0.0}, differs="repair/least_squares"),
+    # Two bits, one step a row: 4 and 1.4 become 4 and 0, and of 0.55 times the scale 2.2 and 2.2, which the second input likes better.
+    "repair/clip": Case({"w": torch.tensor([[4.0, 1.4]]), "new": nearest(torch.tensor([[4.0, 1.4]]), 2).change(),
+                         "gram": torch.diag(torch.tensor([0.01, 1.0]))}, [[2.2, 2.2]], differs="repair/obs"),
     # One step towards 2 + 1/2, worked out in edit/admm.
     "repair/admm": Case(EVEN, [[0, 34 / 15]], {"damp": 0.0, "iters": 1, "rho": 1.0}, differs="repair/least_squares"),
 }

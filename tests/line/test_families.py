@@ -295,6 +295,55 @@ def test_gradients_of_sites_equal_those_of_the_whole_model(saved, name):
 
 
 # ---- phases -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scale_that_is_folded_leaves_the_output(saved, name):
+    """Every input that can be scaled, by anything from 1/4 to 4: its readers see it divided, and the model says what it said."""
+    net, batch = Network.open(saved(name)), tiny.inputs(name)
+    gen, before = torch.Generator().manual_seed(3), stream(net, batch)
+
+    def scale(module: nn.Module, i: int) -> None:
+        found = graph.folds(net.family, net.config, net.sites_of(i))
+        assert {f.readers[0].role for f in found} >= ({"q", "o"} if name in PLAIN else {"o"})
+        for fold in found:
+            assert {s.input for s in fold.readers} == {fold.readers[0].input}
+            assert {s.name for s in fold.readers} == {s.name for s in net.sites_of(i) if s.input == fold.readers[0].input}
+            s = (torch.rand(fold.readers[0].shape[1], generator=gen) * 4 - 2).exp2()
+            old = {r.name: net.weight(module, r) for r in fold.readers}
+            real, changed = net.fold(module, fold, s)
+            assert all(torch.equal(net.weight(module, r), old[r.name] * real) for r in fold.readers)
+            assert bool(changed) == bool(fold.norm) or changed == {graph.bias_of(fold.writer)}
+            if not fold.rows:
+                torch.testing.assert_close(real, s, rtol=1e-6, atol=0)
+
+    torch.testing.assert_close(stream(net, batch, scale), before, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "roles"), [
+    ("llama", "qgod"), ("llama_tied", "qgod"), ("mixtral", "qod"), ("phi3", "qgod"), ("gpt2", "quo"), ("opt", "quod"), ("opt_post", "od"),
+    ("bert", "o"), ("gpt_neox", "quo"), ("vit", "quo")])
+def test_where_a_scale_can_go(saved, name, roles):
+    """Before q, k, v and before gate and up from the norm, before o from v, before down from up where nothing bends between."""
+    net = Network.open(saved(name))
+    found = {f.readers[0].role[0] for f in graph.folds(net.family, net.config, net.sites_of(0))}
+    assert found == set(roles)
+
+
+def test_a_folded_norm_is_as_exact_as_its_type(saved):
+    """In bfloat16 the scale in effect is what the rounded norm leaves of it, so that the product is what it was."""
+    net, batch = Network.open(saved("llama", dtype=torch.bfloat16)), tiny.inputs("llama")
+
+    def scale(module: nn.Module, i: int) -> None:
+        fold = graph.folds(net.family, net.config, net.sites_of(i))[0]
+        s = torch.linspace(0.3, 3, fold.readers[0].shape[1])
+        norm = module.get_parameter(f"{fold.norm}.weight").clone()
+        real, _ = net.fold(module, fold, s)
+        now = module.get_parameter(f"{fold.norm}.weight")
+        assert torch.equal(now, now.bfloat16().float()) and not torch.equal(real, s)
+        torch.testing.assert_close(now * real, norm, rtol=1e-6, atol=0)
+
+    torch.testing.assert_close(stream(net, batch, scale), stream(net, batch), rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert_masked", "vit", "gemma3_text", "llama_tied"])
 def test_front_and_end_hold_only_their_own_weights(saved, name):
     net, batch = Network.open(saved(name)), tiny.inputs(name)

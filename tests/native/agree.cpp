@@ -20,7 +20,7 @@ uint32_t below(uint32_t n) { return std::uniform_int_distribution<uint32_t>(0, n
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 using Memory = std::vector<std::byte>;
-struct Case { Layout layout; Memory values, bits, columns, pointers, windows, scales, zeros; };
+struct Case { Layout layout; Memory values, bits, columns, pointers, windows, scales, zeros, table; };
 
 template <class T>
 void put(Memory& m, T x) {
@@ -44,14 +44,14 @@ Memory noise(int64_t count) {
     return m;
 }
 
+bool codes(const std::string& type) { return type[0] == 'i' || type[0] == 'l' || type == "t"; }
+
 // Bytes of so many inputs of `rows` outputs.
 int64_t size(const std::string& type, int64_t inputs, int64_t rows) {
     if (type == "t") return up(inputs, 20) * 4 * rows;
-    const int bits = type == "i8" ? 8 : type == "i4" ? 4 : type == "i2" ? 2 : 0;
-    return bits ? up(inputs * bits, 32) * 4 * rows : type == "bf16" ? up(inputs, 2) * 4 * rows : inputs * 4 * rows;
+    const int bits = codes(type) ? type[1] - '0' : 0;
+    return bits == 3 ? up(inputs, 32) * 12 * rows : bits ? up(inputs * bits, 32) * 4 * rows : type == "bf16" ? up(inputs, 2) * 4 * rows : inputs * 4 * rows;
 }
-bool codes(const std::string& type) { return type[0] == 'i' || type == "t"; }
-
 Memory filled(const std::string& type, int64_t inputs, int64_t rows) {
     const int64_t bytes = size(type, inputs, rows);
     if (type == "t") {  // a byte stands for five digits of base 3
@@ -65,8 +65,9 @@ Memory filled(const std::string& type, int64_t inputs, int64_t rows) {
 void sides(Case& c, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         put(c.scales, std::abs(normal()) / 100);
-        if (c.layout.type != "t") put(c.zeros, uint8_t(below(4)));
+        if (c.layout.type[0] == 'i') put(c.zeros, uint8_t(below(4)));
     }
+    if (c.layout.type[0] == 'l') c.table = numbers("f32", 1 << (c.layout.type[1] - '0'));
     c.layout.scale_type = "f32";
 }
 
@@ -74,15 +75,15 @@ std::vector<Case> cases() {
     std::vector<Case> all;
     for (const auto& [out, in] : {std::pair<int64_t, int64_t>{64, 128}, {100, 192}, {33, 320}}) {
         const int64_t panels = up(out, PANEL);
-        for (const std::string type : {"f32", "bf16", "i8", "i4", "i2", "t"}) {
-            Case c{{"dense", type, out, in, PANEL, int(in), 1, 1, in, ""}, {}, {}, {}, {}, {}, {}, {}};
+        for (const std::string type : {"f32", "bf16", "i8", "i4", "i3", "i2", "t", "l4", "l3", "l2", "l1"}) {
+            Case c{{"dense", type, out, in, PANEL, int(in), 1, 1, in, ""}, {}, {}, {}, {}, {}, {}, {}, {}};
             for (int64_t p = 0; p < panels; ++p) {
                 const Memory panel = filled(type, in, PANEL);
                 c.values.insert(c.values.end(), panel.begin(), panel.end());
             }
             if (codes(type)) sides(c, panels * PANEL);
             all.push_back(c);
-            if (type == "i2" || type == "t") continue;
+            if (codes(type) && type != "i8" && type != "i4") continue;
             for (int m : {4, 8}) {
                 const int64_t held = in / 2, words = up(held, 16) + (m == 8 ? up(held, 32) : 0);
                 Case k{{"nm", type, out, in, PANEL, 1, m / 2, m, in, ""}, {}, noise(panels * words * 4 * PANEL), {}, {}, {}, {}, {}};
@@ -148,7 +149,7 @@ std::vector<float> result(const Linear& l, const Kernel* k, const std::vector<fl
 int main() {
     int ran = 0, wrong = 0;
     for (const Case& c : cases()) {
-        const Linear l(c.layout, {c.values, c.bits, c.columns, c.pointers, c.windows, c.scales, c.zeros});
+        const Linear l(c.layout, {c.values, c.bits, c.columns, c.pointers, c.windows, c.scales, c.zeros, c.table});
         for (int64_t batch : {1, 3, 20, 29}) {
             std::vector<float> x(size_t(batch * l.weights().in));
             std::generate(x.begin(), x.end(), normal);

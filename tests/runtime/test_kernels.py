@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, LEVELS, Codes, nearest
+from trimtab.methods.codes import LEVELS, TABLES, WIDTHS, Codes, Grid, nearest, steps
+from trimtab.methods.codes import rounded as rounded_to
 from trimtab.methods.format import bitmask as bitmask_file
 from trimtab.methods.format import bsr as bsr_file
 from trimtab.methods.format import dense as dense_file
 from trimtab.methods.format import nm as nm_file
 from trimtab.methods.format import panels
 from trimtab.methods.format import sell as sell_file
-from trimtab.methods.format.panels import TYPES, Packed
+from trimtab.methods.format.panels import BITS, TYPES, Packed
 from trimtab.runtime import layouts, names, native
 
 BUILT = native.kernels()
@@ -81,7 +82,8 @@ def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     gen = torch.Generator().manual_seed(out * inputs)
     w = torch.randn(out, inputs, generator=gen)
     if type_ in LEVELS:
-        yield from packs_of_codes(w, BITS[type_], gen) if type_ in BITS else packs_of_trits(w)
+        yield from packs_of_trits(w) if type_ == "t" else packs_of_tables(w, TABLES[type_]) if type_ in TABLES else \
+            packs_of_codes(w, WIDTHS[type_], gen)
         yield from packs_of_masked_codes(w, gen) if type_ == "i8" else ()
         return
     w = w.to(dtype(type_))
@@ -105,10 +107,10 @@ def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packe
             if group < inputs:
                 yield dense(nearest(w, bits, group, asymmetric=asymmetric))
                 for m in (4, 8):
-                    if bits > 2 and inputs % m == 0:
+                    if bits in (8, 4) and inputs % m == 0:
                         yield nm(nearest(picked(w, m // 2, m, gen), bits, group, asymmetric=asymmetric), m // 2, m)
         yield dense(nearest(w[:, :max(1, inputs - 1)], bits, asymmetric=asymmetric))
-        if bits > 2:
+        if bits in (8, 4):
             yield nm(nearest(w * 0, bits, asymmetric=asymmetric))
             for name, _, kept in thin(out, inputs, gen):
                 rows, cols = map(int, name.split()[1:])
@@ -126,6 +128,32 @@ def packs_of_masked_codes(w: Tensor, gen: torch.Generator) -> Iterator[Packed]:
                 yield bitmask(codes)
         yield bitmask_file.bitmask(codes.change(mask | (torch.rand(w.shape, generator=gen) < 0.1)))  # zeros are kept too
         yield bitmask(nearest((w * mask)[:, :max(1, w.shape[1] - 1)], 8, asymmetric=True))
+
+
+def tabled(w: Tensor, bits: int, group: int = 0, even: bool = False) -> Codes:
+    """w on a table of 2^bits steps, in groups (0: rows); `even`: steps that eight bits hold exactly."""
+    table = torch.linspace(-1, 1, 1 << bits)
+    table = (table * 60).round() / 60 if even else (table.pow(3) + 0.1 * table.abs()).sort().values
+    return rounded_to(w, steps(w, table, group), min(group, w.shape[1]) or w.shape[1])
+
+
+def packs_of_tables(w: Tensor, bits: int) -> Iterator[Packed]:
+    for group in (0, 32, 64, 128):
+        if group < w.shape[1]:
+            yield from (dense(tabled(w, bits, group, even)) for even in (False, True))
+    yield dense(tabled(w[:, :max(1, w.shape[1] - 1)], bits))
+    yield dense(tabled(w * 0, bits))
+
+
+def in_eight_bits(table: Tensor) -> Tensor:
+    """The steps as they meet x in eight bits: multiples of the step, 1/127 to 1/64 of the largest, that they are nearest to."""
+    most = table.abs().max()
+    tries = [(table / (most / n)).round() * (most / n) for n in range(127, 63, -1)]
+    off = [float((t - table).abs().sum()) for t in tries]
+    best = 0
+    for i, o in enumerate(off):
+        best = i if o < off[best] * 0.999 else best
+    return tries[best]
 
 
 def packs_of_trits(w: Tensor) -> Iterator[Packed]:
@@ -175,14 +203,16 @@ def close(got: Tensor, want: Tensor, terms: int) -> bool:
 def agree(p: Packed, batches: tuple[int, ...], stands_for: Tensor | None = None) -> set[str]:
     """The kernels that can run it here, each of which computes what it says: with what it is restored to, if nothing else is said."""
     linear, w = native.Linear(p), (layouts.restored(p) if stands_for is None else stands_for).double()
-    gen = torch.Generator().manual_seed(1)
+    gen, coarse = torch.Generator().manual_seed(1), w
+    if p.type in TABLES:
+        coarse = layouts.restored(replace(p, buffers={**p.buffers, "table": in_eight_bits(p.buffers["table"])})).double()
     for batch in batches:
         x = torch.randn(batch, p.shape[1], generator=gen)
         wants: dict[str, Tensor] = {}
         for kernel in linear.kernels:
             activation = names.parse(kernel).activation
             if activation not in wants:
-                wants[activation] = rounded(x, p, activation) @ w.T  # what it says it multiplies
+                wants[activation] = rounded(x, p, activation) @ (coarse if activation == "i8" else w).T  # what it says it multiplies
             want, first = wants[activation], None
             for threads in (1, 2, 3) if batch == batches[-1] else (1, 3):
                 whole, y = guarded(batch, p.shape[0])
@@ -220,7 +250,7 @@ def test_long_groups_of_large_codes_do_not_overflow(format_):
     codes = torch.full((32, 2 * 98304), 255, dtype=torch.uint8)
     if format_ is nm:
         codes.view(32, -1, 4)[..., 1::2] = 128  # the zero point
-    linear = native.Linear(format_(Codes(codes, torch.full((32, 2), 2.0**-7), 256, 98304)))
+    linear = native.Linear(format_(Codes(codes, Grid(torch.full((32, 2), 2.0**-7), 256), 98304)))
     assert linear.kernels
     for kernel in linear.kernels:
         got, want = linear(torch.ones(1, 2 * 98304), kernel), float((codes[0].long() - 128).sum()) * 2.0**-7
@@ -235,7 +265,7 @@ def test_zero_points_beyond_the_codes_count_as_they_are(bits):
         t = nearest(picked(torch.randn(70, 136, generator=gen), n, m, gen), bits, 64, asymmetric=True)
         zeros = torch.randint(256, t.zeros.shape, generator=gen, dtype=torch.uint8)
         zeros[32:64] = torch.randint((1 << bits) + 1, (32, zeros.shape[1]), generator=gen).clamp_max(255)  # one panel is not strange
-        p = nm(Codes(t.codes, t.scales, 1 << bits, 64, t.zeros), n, m)
+        p = nm(Codes(t.codes, t.grid, 64), n, m)
         panels = torch.nn.functional.pad(zeros, (0, 0, 0, 26)).view(3, 32, -1).transpose(1, 2).contiguous()
         agree(replace(p, buffers={**p.buffers, "zeros": panels}), (1, 3, 13))
 
@@ -312,6 +342,18 @@ def test_packing_loses_nothing(type_):
             for group in (0, 20, 40):
                 if group < inputs:
                     codes = ternary(few, group)
+                    assert torch.equal(layouts.restored(dense(codes)), codes.weight())
+            continue
+        if type_ in TABLES:
+            for group in (0, 8, 32, 40):
+                if group < inputs:
+                    codes = tabled(few, TABLES[type_], group)
+                    assert torch.equal(layouts.restored(dense(codes)), codes.weight())
+            continue
+        if type_ == "i3":
+            for group, asymmetric in ((0, False), (8, True), (32, False), (40, True)):
+                if group < inputs:
+                    codes = nearest(w, 3, group, asymmetric=asymmetric)
                     assert torch.equal(layouts.restored(dense(codes)), codes.weight())
             continue
         if type_ in BITS:
@@ -465,13 +507,13 @@ def test_what_does_not_fit_is_refused():
                     lambda: bitmask(nearest(w, 4)), lambda: bitmask(ternary(w)), lambda: nm(ternary(w * 0)),
                     lambda: bsr(ternary(w, 32), 16, 32), lambda: dense(ternary(w, 32)),
                     lambda: nearest(w, 2, asymmetric=True, ternary=True),
-                    lambda: Codes(torch.zeros(2, 20, dtype=torch.uint8), torch.ones(2, 1), 3, 20, torch.ones(2, 1, dtype=torch.uint8)),
-                    lambda: Codes(torch.full((2, 20), 3, dtype=torch.uint8), torch.ones(2, 1), 3, 20),
-                    lambda: Codes(torch.zeros(2, 20, dtype=torch.uint8), torch.ones(2, 1), 5, 20),
+                    lambda: Grid(torch.ones(2, 1), 3, torch.ones(2, 1, dtype=torch.uint8)),
+                    lambda: Codes(torch.full((2, 20), 3, dtype=torch.uint8), Grid(torch.ones(2, 1), 3), 20),
+                    lambda: Grid(torch.ones(2, 1), 5),
                     lambda: bsr(nearest(w, 4, 64), 16, 32), lambda: nearest(w / 0, 4),
-                    lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), torch.ones(2, 1), 16, 32),
-                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 2), 16, 32),
-                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), 16, 32, torch.zeros(2, 1))):
+                    lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), Grid(torch.ones(2, 1), 16), 32),
+                    lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), Grid(torch.ones(2, 2), 16), 32),
+                    lambda: Grid(torch.ones(2, 1), 16, torch.zeros(2, 1))):
         with pytest.raises(BadInput):
             refused()
     with pytest.raises(BadInput, match="features"):

@@ -168,7 +168,7 @@ def test_blocks_of_a_column_and_of_a_run_are_packed_as_they_were_pruned(capsys, 
 
 @pytest.mark.parametrize("recipe, kind", [
     ("row | magnitude ; rtn(bits=8,group=32)", ("bitmask", "i8")), ("row | magnitude ; rtn(bits=4,group=32)", ("dense", "i4")),
-    ("rtn(group=20,ternary=true)", ("dense", "t")), ("row | magnitude ; ternary", ("dense", "t"))])
+    ("ternary(group=20)", ("dense", "t")), ("row | magnitude ; ternary", ("dense", "t"))])
 def test_a_grid_goes_into_the_pattern_s_format_where_that_stores_it(capsys, tiny_lm, tmp_path, calib, recipe, kind):
     assert trim(capsys, tiny_lm, recipe, tmp_path / "packed", calib, "--pack")[0] == 0
     assert trim(capsys, tiny_lm, recipe, tmp_path / "plain", calib)[0] == 0
@@ -433,9 +433,17 @@ def test_bench_names_the_machine_the_spread_and_what_decoding_reads(capsys, tiny
     ("block(b=32) | magnitude ; rtn(bits=4,group=16)", (), "want groups of 32 inputs, not 16"),
     ("mlp: block(rows=32,cols=1) | magnitude ; mlp: rtn(bits=8,group=16)", ("--pack",), "quantise with group=0"),
     ("rtn ; row | magnitude", (), "would leave its grid"),
-    ("rtn(bits=3)", (), "8, 4 or 2 bits"),
-    ("rtn(group=32,ternary=true)", (), "in groups of whole words, not of 32 inputs"),
-    ("rtn(ternary=true,asymmetric=true)", (), "cannot be asymmetric"),
+    ("rtn(bits=5)", (), "8, 4, 3, 2 bits, not 5"), ("rtn(grid=nf,bits=5)", (), "8, 4, 3 or 2 bits"),
+    ("fp(exponent=7) | gptq", (), "not 4 and 7"),
+    ("wanda ; sign", (), "zero is no value of grid/sign, and a pass before it drops weights"),
+    ("rtn(clip=most)", (), "max, mse, percentile, entropy"),
+    ("rtn(grid=oct)", (), "unknown grid 'oct'; known"), ("int | mask", (), "no score is named"),
+    ("gptq | obs", (), "repair/obs would leave the codes of gptq; clip"),
+    ("int | sparsegpt", (), "sparsegpt rounds to no grid, and grid/int is named"),
+    ("int | rtn(grid=nf)", (), "in a pipeline the grid is a step"),
+    ("row | wanda | awq", (), "awq wants a grid to try"),
+    ("ternary(group=32)", (), "in groups of whole words, not of 32 inputs"),
+    ("rtn(grid=ternary,asymmetric=true)", (), "rtn has no knob 'asymmetric'"),
     ("ternary", ("--pack", "bsr"), "holds no codes of type t"),
     ("rtn", ("--keep", "0.5"), "fixes its own share"),
     ("svd(rank=33)", (), "a rank is 1 to 32 here .* not 33"),

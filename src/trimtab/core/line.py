@@ -28,12 +28,13 @@ from trimtab.core import data as data_
 from trimtab.core import memory, pack
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.journal import Journal, sync, write_json
-from trimtab.core.registry import get
+from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Failed, Site, Summary
-from trimtab.methods.codes import Codes
+from trimtab.methods.codes import Codes, Grid, length
 from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits, unpack_mask
+from trimtab.network import graph
 from trimtab.network.checkpoint import Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
@@ -87,10 +88,58 @@ class Unit:
         return self.step.method({"s": s, "keep": keep}, **self.step.bound)
 
 
+@dataclass(frozen=True)
+class Gridded:
+    """A grid with its knobs set, as edits receive it: call it with weights [out, in] to fit it to them."""
+
+    step: Step
+    stats: dict[str, Tensor]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has to see all of a site at once."""
+        return self.step.method.facts["of"] == "site"
+
+    def group(self, w: Tensor) -> int:
+        """Inputs of w [out, in] that share a scale."""
+        return length(self.step.bound["group"], w.shape[1])
+
+    def __call__(self, w: Tensor) -> Grid:
+        return self.step.method({"w": w, **self.stats}, **self.step.bound)
+
+
 def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
     """Scores of one site [out, in], higher = keep. Joint edits without a score are judged by magnitude for budgets."""
     step = p.steps.get("score", Step("score/magnitude"))
     return step.method({"w": w, **stats}, **step.bound)
+
+
+def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
+                  stats: Callable[[Site], dict[str, Tensor]]) -> tuple[dict[str, Tensor], set[str]]:
+    """Scale the inputs of the block's sites as their passes' rewrites ask: outputs unchanged.
+
+    Returns the scale [in] of every site that has one, and the names of other parameters that took its inverse.
+    """
+    scales: dict[str, Tensor] = {}
+    changed: set[str] = set()
+    for fold in graph.folds(net.family, net.config, net.sites_of(i)):
+        passes = {str(owner[s.name]): owner[s.name] for s in fold.readers if s.name in owner}
+        p = next(iter(passes.values()), None)
+        if len(passes) != 1 or p is None or "rewrite" not in p.steps or any(s.name not in owner for s in fold.readers):
+            continue  # somebody reads the input who would not follow
+        step, its = p.steps["rewrite"], stats(fold.readers[0])
+        env: dict[str, Any] = {**its, "w": torch.cat([net.weight(module, s).float() for s in fold.readers])}
+        if "grid" in p.steps:
+            env["grid"] = Gridded(p.steps["grid"], its)
+        s, others = net.fold(module, fold, step.method(env, **step.bound))
+        scales |= {r.name: s for r in fold.readers}
+        changed |= others
+    return scales, changed
+
+
+def rescaled(stats: dict[str, Tensor], s: Tensor | None) -> dict[str, Tensor]:
+    """Statistics of an input [in] that was divided by `s`."""
+    return stats if s is None else {n: get(f"stat/{n}").facts["rescaled"](t, s) for n, t in stats.items()}
 
 
 def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None) -> Change:
@@ -99,6 +148,8 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
     env: dict[str, Any] = {"w": w, "keep": share, **stats}
     if "unit" in p.steps:
         env["unit"] = Unit(p.steps["unit"])
+    if "grid" in p.steps:
+        env["grid"] = Gridded(p.steps["grid"], stats)
     if "score" in p.steps:
         s = score_site(p, w, stats)
         env["mask"] = env["unit"](s if prior is None else s * prior, share)
@@ -142,6 +193,11 @@ def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site
     return out
 
 
+def scalable() -> list[str]:
+    """Statistics that can be told of scaled inputs without taking them again."""
+    return [m.name for m in load_all().values() if m.axis == "stat" and m.facts["rescaled"]]
+
+
 def differentiates(p: Pass) -> bool:
     """Whether the pass needs gradients, and so a backward walk."""
     return any(get(f"stat/{n}").facts["of"] == "grad" for n in p.needs)
@@ -165,6 +221,10 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
                                f"lower --samples or raise --max-memory")
+            fixed = [n for n in p.needs if not get(f"stat/{n}").facts["rescaled"] and n not in p.budget.method.needs]
+            if "rewrite" in p.steps and fixed:
+                raise BadInput(f"{p.steps['rewrite']} scales inputs, and what {fixed[0]} says of them would not follow; use methods that "
+                               f"need {', '.join(scalable())} or nothing")
             if differentiates(p):
                 if k:
                     raise BadInput("gradient statistics are taken of the dense model: put that pass first")
@@ -177,6 +237,10 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         passes = [p for p in recipe.passes if p.covers(s)]
         if gridded := [p for p in passes[:-1] if p.steps["edit"].method.facts["codes"]]:
             raise BadInput(f"{s.name}: a pass after {gridded[0]} would leave its grid; put what rounds to codes last")
+        drops = any("unit" in p.steps for p in passes[:-1])
+        if drops and "grid" in passes[-1].steps and not (grid := passes[-1].steps["grid"]).method.facts["zero"]:
+            raise BadInput(f"{s.name}: zero is no value of {grid}, and a pass before it drops weights; "
+                           f"use another grid, such as int or ternary")
         if len(passes) > 1 and (factored := [p for p in passes if p.steps["edit"].method.facts["factors"]]):
             raise BadInput(f"{s.name}: {factored[0]} leaves factors, which hold nothing of the passes before it and which no pass after "
                            f"it keeps; give it sites of its own, such as mlp: or *.down:")
@@ -501,6 +565,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             parts: dict[str, Tensor] = {f"trimtab:{n}": t for n, t in priors.items()}
             notes: dict[str, Any] = read_block(journal.block_path(k - 1, i))[2] if k else {"packed_bytes": {}, "formats": {}}
             notes["starved"] = stats.starved() if stats else []
+            scales, others = rewrite_block(net, module, i, owner, lambda s: stats.of(s) if stats else {})
             for s in net.sites_of(i):
                 if s.name not in owner:
                     continue
@@ -508,7 +573,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                 bits = priors.get(f"{s.name}:mask")
                 prior = unpack_mask(bits, s.shape) if bits is not None else None
                 w = net.weight(module, s).float()
-                change = edit_site(p, s, w, shares.get(s.name, math.nan), stats.of(s) if stats else {}, prior)
+                change = edit_site(p, s, w, shares.get(s.name, math.nan), rescaled(stats.of(s) if stats else {}, scales.get(s.name)), prior)
                 change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
                 net.set_weight(module, s, change.w)
                 if not opts.pack and k == final[s.name]:  # counted here, where it is not written
@@ -519,7 +584,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
                 parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
-            journal.write_block(k, i, {**net.stored(module, i), **parts}, notes)
+            journal.write_block(k, i, {**net.stored(module, i, others), **parts}, notes)
 
         for i in range(net.n_blocks):
             if journal.has_block(k, i):  # finished by an earlier run: nothing to measure

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
-from trimtab.methods.codes import Codes, nearest
+from trimtab.methods.codes import Codes, Grid, length, nearest, rounded
 from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.panels import Packed
@@ -57,10 +57,8 @@ def of_unit(p: Pass, step: Step) -> Step:
 
 def codes_of(p: Pass) -> str:
     """The type of the codes that a pass leaves; of none nothing."""
-    knobs = p.steps["edit"].bound
-    if not p.steps["edit"].method.facts["codes"]:
-        return ""
-    return "t" if knobs.get("ternary") else f"i{knobs['bits']}"
+    grid = p.steps.get("grid")
+    return grid.method.facts["type"](grid.bound) if grid else ""
 
 
 def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
@@ -102,10 +100,11 @@ def try_format(step: Step, passes: list[Pass], shape: tuple[int, int], keep: flo
             unit = p.steps["unit"]
             mask &= unit.method({"s": w * mask, "keep": p.keep or keep}, **unit.bound)
             change = Change((w * mask).bfloat16(), mask=mask)
-        if p.steps["edit"].method.facts["codes"]:
-            knobs = p.steps["edit"].bound
-            how = {k: knobs[k] for k in ("asymmetric", "ternary") if k in knobs}
-            change = nearest(w * mask, knobs["bits"], knobs["group"], **how).change(change.mask)
+        if "grid" in p.steps:
+            grid = p.steps["grid"]
+            stats = {n: torch.ones(shape[1]) for n in grid.method.needs}
+            fitted = grid.method({"w": w * mask, **stats}, **grid.bound)
+            change = rounded(w * mask, fitted, length(grid.bound["group"], shape[1])).change(change.mask)
         if p.steps["edit"].method.facts["factors"]:
             rank = rank_of(shape, p.keep or keep, p.steps["edit"].bound["rank"])
             change = Change(change.w, Factors(w[:, :rank], w[:rank]).parts())
@@ -142,10 +141,12 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
         return out
 
     codes, scales = merged("codes"), merged("scales")
-    grids = {(*parts[f"{s.name}:grid"].tolist(), f"{s.name}:zeros" in parts) for s in layer.sites} if codes is not None else set()
+    tables = [parts.get(f"{s.name}:table") for s in layer.sites]
+    grids = {(*parts[f"{s.name}:grid"].tolist(), f"{s.name}:zeros" in parts, str(None if t is None else t.tolist()))
+             for s, t in zip(layer.sites, tables, strict=True)} if codes is not None else set()
     if len(grids) == 1 and codes is not None and scales is not None:
-        levels, group, _ = grids.pop()
-        return Codes(codes, scales, levels, group, merged("zeros")).change()
+        levels, group, *_ = grids.pop()
+        return Codes(codes, Grid(scales, levels, merged("zeros"), tables[0]), group).change()
     return Change(w.to(dtype))
 
 
@@ -170,7 +171,7 @@ def to_pack(net: Network, recipe: Recipe, head: str | None) -> list[Layer]:
 def in_int8(w: Tensor) -> Codes:
     """A large matrix in int8 per row, some rows at a time: as float32 it would be the largest thing in memory."""
     some = [nearest(rows.float(), 8) for rows in w.split(ROWS)]
-    return Codes(torch.cat([c.codes for c in some]), torch.cat([c.scales for c in some]), 256, w.shape[1])
+    return Codes(torch.cat([c.codes for c in some]), Grid(torch.cat([c.grid.scales for c in some]), 256), w.shape[1])
 
 
 # ---- the directory ----------------------------------------------------------------------------

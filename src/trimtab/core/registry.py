@@ -1,6 +1,7 @@
 """One decorator. The signature is the declaration: positional names are data, keyword-only names are knobs."""
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -15,15 +16,16 @@ from typing import Any
 
 from trimtab.core.types import BadInput
 
-AXES = ("stat", "unit", "score", "budget", "rewrite", "edit", "repair", "format")
+AXES = ("stat", "unit", "score", "budget", "rewrite", "grid", "edit", "repair", "format")
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
     "unit": {"s", "keep"},
     "score": {"w"},
     "budget": {"scores", "target"},
-    "rewrite": {"w"},
-    "edit": {"w", "keep", "mask", "unit"},
+    "rewrite": {"w", "grid"},
+    "grid": {"w"},
+    "edit": {"w", "keep", "mask", "unit", "grid"},
     "repair": {"w", "new"},
     "format": {"new"},
 }
@@ -36,14 +38,19 @@ KNOBS = {
     "block": "entries handled together by a blocked solver",
     "alpha": "exponent of an activation norm", "scale": "weight of a second term",
     "outlier": "multiple of the mean above which a score is an outlier", "spread": "half-width of a window of shares",
-    "iters": "iterations", "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
+    "iters": "iterations", "steps": "how many values are tried",
+    "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
     "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
     "bits": "bits of a code", "group": "inputs that share a scale, 0 for the whole row",
     "asymmetric": "whether a grid has a zero point of its own",
-    "ternary": "whether a grid is -1, 0 and 1, whatever the bits",
+    "clip": "how the range of a grid is chosen: max, mse, percentile or entropy",
+    "percentile": "share of the weights of a group whose range is kept",
+    "exponent": "bits of a small floating point number's exponent, -1: searched",
+    "act_order": "whether the inputs of the largest second moment are decided first",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
+ASIDE = ("xfail", "codes", "format", "rescaled", "keeps")  # declared beside a method, and nothing of what it computes
 SECTIONS = ("Formula", "Source", "Deviations")
 _REG: dict[str, Method] = {}
 
@@ -71,28 +78,58 @@ class Method:
 
     @property
     def version(self) -> str:
-        """Hash of the source of its file and of every method or solver file that file draws on."""
-        return _source_hash(self.fn.__module__)
+        """Hash of its source, comments and all but for docstrings, and of what it draws on in the method files."""
+        return _version(self.fn.__module__, self.fn.__name__)
 
     def __call__(self, env: dict[str, Any], **knobs: Any) -> Any:
         """Call with the data it names taken from `env`."""
         return self.fn(*(env[d] for d in self.data), **{**self.knobs, **knobs})
 
 
-def _draws_on(module: str, seen: set[str]) -> set[str]:
-    if module not in seen:
-        seen.add(module)
-        for value in vars(sys.modules[module]).values():
-            other = getattr(value, "__module__", None)
-            if isinstance(other, str) and other.startswith("trimtab.methods."):
-                _draws_on(other, seen)
-    return seen
+@cache
+def _definitions(module: str) -> tuple[str, dict[str, ast.stmt], dict[str, tuple[str, str]]]:
+    """Source of a module, what it defines at its top by name, and what it imports from other methods: (module, name) by name."""
+    source = inspect.getsource(sys.modules[module])
+    defined: dict[str, ast.stmt] = {}
+    imported: dict[str, tuple[str, str]] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined |= {n.id: node for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimtab.methods"):
+            imported |= {a.asname or a.name: (node.module or "", a.name) for a in node.names}
+    return source, defined, imported
+
+
+def _text(source: str, node: ast.stmt) -> str:
+    """The source of a definition without docstrings, and without what its decorator declares for others' sake."""
+    lines = source.splitlines()
+    for n in ast.walk(node):
+        first = n.body[0] if isinstance(n, ast.FunctionDef | ast.ClassDef) else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            lines[first.lineno - 1:first.end_lineno] = [""] * ((first.end_lineno or 0) - first.lineno + 1)
+    said = [ast.get_source_segment(source, k.value) or "" for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call)
+            for k in d.keywords if k.arg not in ASIDE]
+    return "\n".join([*said, *(x for x in lines[node.lineno - 1:node.end_lineno] if x.strip())])
 
 
 @cache
-def _source_hash(module: str) -> str:
-    sources = [inspect.getsource(sys.modules[m]) for m in sorted(_draws_on(module, set()))]
-    return hashlib.sha256("\n".join(sources).encode()).hexdigest()[:12]
+def _version(module: str, name: str) -> str:
+    """Hash of a definition and of every definition of a method file that it draws on."""
+    texts: dict[tuple[str, str], str] = {}
+    todo = [(module, name)]
+    while todo:
+        at = todo.pop()
+        source, defined, imported = _definitions(at[0])
+        if at[1] in imported:
+            todo.append(imported[at[1]])
+        elif at[1] in defined and at not in texts:
+            node = defined[at[1]]
+            texts[at] = _text(source, node)
+            todo += [(at[0], n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return hashlib.sha256("\n".join(f"{'.'.join(k)}\n{v}" for k, v in sorted(texts.items())).encode()).hexdigest()[:12]
 
 
 # What a method may declare, by axis, with defaults.
@@ -100,7 +137,8 @@ FACTS: dict[str, dict[str, Any]] = {
     # of: which tensor it sees. input: x [tokens, in]; mid: x = the consumer's input, or the site's own where there is none;
     # grad: g [out, in] of one sequence; sublayer: x, y [tokens, width], the residual stream before and after.
     # merge: sum, max or stack over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
-    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None},
+    # rescaled: of (value, s [in]) what it is where every input was divided by s; None where that cannot be told.
+    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern.
     "unit": {"free": True, "period": None, "along": "in", "format": "bitmask"},
@@ -108,10 +146,14 @@ FACTS: dict[str, dict[str, Any]] = {
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores).
     "budget": {"mean": "weight", "of": None},
     "rewrite": {},
+    # of: what it has to see at once: "group" or "site"; zero: whether a weight of zero stays zero, as it has to behind a pass that drops;
+    # type: of its codes, a function of the knobs.
+    "grid": {"of": "group", "zero": True, "type": None},
     # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep; factors: whether
     # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`.
     "edit": {"drops": True, "codes": False, "factors": False},
-    "repair": {},
+    # keeps: what of an edit it leaves as it is: "mask", "codes", "factors".
+    "repair": {"keeps": ("mask",)},
     # holds: what it can store: "any", "mask", "nm", "block", "factors"; codes: the types of codes it stores; bytes: the size of every
     # buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
     # number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose

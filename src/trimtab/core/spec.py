@@ -14,7 +14,7 @@ from typing import Any
 from trimtab.core.registry import AXES, Method, get, load_all, near
 from trimtab.core.types import BadInput, Claim, Site
 
-LINE = ("unit", "score", "budget", "rewrite", "edit", "repair", "format")  # the order in which a pipeline is written
+LINE = ("unit", "score", "budget", "rewrite", "grid", "edit", "repair", "format")  # the order in which a pipeline is written
 DEFAULTS = {"unit": "unit/row", "budget": "budget/uniform", "edit": "edit/mask"}
 PASS_KNOBS = ("keep", "order")  # belong to the whole pass, wherever they are written
 ORDERS = ("sequential", "dense")
@@ -277,8 +277,8 @@ def _step(m: Method, knobs: dict[str, Any]) -> Step:
     for k, v in knobs.items():
         if k not in m.knobs:
             known = list(m.knobs)
-            if k == "unit":
-                raise BadInput(f"unit= belongs to a row that stands alone; in a pipeline the unit is a step, such as '{v} | {m.name}'")
+            if k in ("unit", "grid"):
+                raise BadInput(f"{k}= belongs to a row that stands alone; in a pipeline the {k} is a step, such as '{v} | {m.name}'")
             raise BadInput(f"{m.name} has no knob {k!r}{near(k, known) if known else '; it has none'}")
         want = type(m.knobs[k])
         if want is float and isinstance(v, int) and not isinstance(v, bool):
@@ -325,6 +325,12 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
                 raise BadInput(f"{k} is given twice in one pass")
         steps[m.axis] = _step(m, knobs)
         decided |= dict.fromkeys((m.axis, *m.joint), name)
+    if "grid" in decided and "edit" not in decided:  # what rounds to it, unless something else is asked for
+        steps["edit"] = Step("edit/rtn")
+        decided |= dict.fromkeys(("edit", *get("edit/rtn").joint), "rtn")
+    if "edit" in steps and "grid" in steps["edit"].method.data and "grid" not in decided:
+        steps["grid"] = Step("grid/int")
+        decided["grid"] = "int"
     for axis, key in DEFAULTS.items():
         if axis not in decided:
             steps[axis] = Step(key)
@@ -335,6 +341,16 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
 
 
 def _checked(p: Pass) -> Pass:
+    edit = p.steps["edit"].method
+    if "grid" in p.steps and "grid" not in edit.data:
+        raise BadInput(f"{edit.name} rounds to no grid, and {p.steps['grid']} is named; add rtn or gptq, in a pass of its own")
+    if "rewrite" in p.steps and "grid" in p.steps["rewrite"].method.data and "grid" not in p.steps:
+        raise BadInput(f"{p.steps['rewrite']} wants a grid to try its scales on; name one, such as int, with rtn or gptq")
+    leaves = {k for k in ("codes", "factors") if edit.facts[k]}
+    if leaves and "repair" in p.steps and not leaves <= set(p.steps["repair"].method.facts["keeps"]):
+        keep = [m.name for m in load_all().values() if m.axis == "repair" and leaves <= set(m.facts["keeps"])]
+        raise BadInput(f"{p.steps['repair']} would leave the {' and '.join(leaves)} of {edit.name}"
+                       + (f"; {', '.join(keep)} would not" if keep else ""))
     if p.keep is not None and not p.free:
         raise BadInput(f"keep is given, but {p.steps.get('unit', p.steps['edit'])} fixes its own share: leave keep out")
     return p
@@ -355,11 +371,20 @@ def unit_step(value: str, along: str = "in") -> Step:
     return _step(get(key), knobs)
 
 
+def grid_step(value: str) -> Step:
+    """A grid as a knob: int, nf, fp(exponent=2) ..."""
+    name, knobs = _token(str(value))
+    key = f"grid/{name.removeprefix('grid/')}"
+    if key not in load_all():
+        raise BadInput(f"unknown grid {name!r}{near(name, [m.name for m in load_all().values() if m.axis == 'grid'])}")
+    return _step(get(key), knobs)
+
+
 def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
     """A row's passes with its knobs set; a knob goes to every step that has it."""
     knobs = dict(knobs)
     whole = _pop_pass_knobs(knobs, {})
-    unit = knobs.pop("unit", None)
+    unit, grid = knobs.pop("unit", None), knobs.pop("grid", None)
     used: set[str] = set()
     out = []
     for p in row.passes:
@@ -372,12 +397,16 @@ def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
                 steps.pop("budget", None)
             elif "budget" not in steps:
                 steps["budget"] = Step(DEFAULTS["budget"])
+        if grid is not None and "grid" in steps:
+            used.add("grid")
+            steps["grid"] = grid_step(grid)
         for axis, s in steps.items():
             mine = {k: v for k, v in knobs.items() if k in s.method.knobs}
             used |= set(mine)
             steps[axis] = _step(s.method, {**dict(s.knobs), **mine})
         out.append(_checked(replace(p, steps=steps, keep=whole.get("keep", p.keep), order=whole.get("order", p.order))))
-    if left := sorted((set(knobs) | ({"unit"} if unit is not None else set())) - used):
-        known = sorted({k for p in row.passes for s in p.steps.values() for k in s.method.knobs} | {"unit", *PASS_KNOBS})
+    if left := sorted((set(knobs) | {k for k, v in (("unit", unit), ("grid", grid)) if v is not None}) - used):
+        known = sorted({k for p in row.passes for s in p.steps.values() for k in s.method.knobs}
+                       | {k for p in row.passes for k in ("unit", "grid") if k in p.steps} | set(PASS_KNOBS))
         raise BadInput(f"{row.name} has no knob {left[0]!r}{near(left[0], known)}")
     return out

@@ -1,17 +1,22 @@
 // As many 32-bit integers as a Vec has floats; codes lie in them four inputs side by side.
 #pragma once
+#include "kernel.h"
+#include "tile.h"
 #include "vec.h"
 
 namespace trimtab::ISA {
 
-// In place of a width of 8, 4 or 2 bits: five ternary codes a byte.
-constexpr int TRITS = 0;
+// In place of a width of 8, 4, 3 or 2 bits: five ternary codes a byte; added to a width: codes of a table.
+constexpr int TRITS = 0, LOOKUP = 16;
 
-// Inputs of one output that a word holds, in fields of four: byte b of field f is input 4 f + b.
+// A unit of codes of one output: words, and inputs they hold, in fields of four: byte b of field f is input 4 f + b.
 template <int BITS>
-constexpr int in_word() {
+constexpr int words_in() { return BITS % LOOKUP == 3 ? 3 : 1; }
+template <int BITS>
+constexpr int inputs_in() {
     if constexpr (BITS == TRITS) return 20;
-    else return 32 / BITS;
+    else if constexpr (BITS % LOOKUP == 3) return 32;
+    else return 32 / (BITS % LOOKUP);
 }
 template <int BITS>
 constexpr int shift_of(int input) { return 8 * (input % 4) + BITS * (input / 4); }
@@ -58,6 +63,11 @@ struct Ints {
     Ints thrice() const { return {_mm512_add_epi8(_mm512_add_epi8(v, v), v)}; }
     // Eight bytes everywhere, and of them those that the bytes of `which` (below 8) say.
     static Ints pick(const int8_t* eight, Ints which) { return {_mm512_shuffle_epi8(_mm512_set1_epi64(peek<long long>(eight)), which.v)}; }
+    // Sixteen bytes everywhere, and of them those that the bytes of this one (below 16) say.
+    static Ints sixteen(const uint8_t* p) { return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))}; }
+    Ints of_bytes(Ints sixteen) const { return {_mm512_shuffle_epi8(sixteen.v, v)}; }
+    // Of sixteen floats the one that the lowest four bits of each lane say.
+    Vec of_sixteen(const float* p) const { return {_mm512_permutexvar_ps(v, _mm512_loadu_ps(p))}; }
     // COUNT words, from no more cache lines than they lie in; what is in the other lanes does not matter.
     template <int COUNT>
     static Ints some(const void* p) {
@@ -122,6 +132,12 @@ struct Ints {
     }
     Ints thrice() const { return {_mm256_add_epi8(_mm256_add_epi8(v, v), v)}; }
     static Ints pick(const int8_t* eight, Ints which) { return {_mm256_shuffle_epi8(_mm256_set1_epi64x(peek<long long>(eight)), which.v)}; }
+    static Ints sixteen(const uint8_t* p) { return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p))}; }
+    Ints of_bytes(Ints sixteen) const { return {_mm256_shuffle_epi8(sixteen.v, v)}; }
+    Vec of_sixteen(const float* p) const {
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), v), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p + 8), v);
+        return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(v, 28)))};
+    }
     template <int COUNT>
     static Ints some(const void* p) {
         if constexpr (COUNT <= 4) return {_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p))};
@@ -178,6 +194,13 @@ struct Ints {
     static Ints pick(const int8_t* eight, Ints which) {
         const uint8x8_t all = vcreate_u8(peek<uint64_t>(eight));
         return of_bytes(vqtbl1q_u8(vcombine_u8(all, all), bytes_of(which.v)));
+    }
+    static Ints sixteen(const uint8_t* p) { return of_bytes(vld1q_u8(p)); }
+    Ints of_bytes(Ints sixteen) const { return of_bytes(vqtbl1q_u8(bytes_of(sixteen.v), bytes_of(v))); }
+    Vec of_sixteen(const float* p) const {
+        const uint8x16_t at = vreinterpretq_u8_u32(vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(v, vdupq_n_u32(15)), 0x04040404));
+        const uint8x16x4_t all = {{bytes_of(Vec::bits(p)), bytes_of(Vec::bits(p + 4)), bytes_of(Vec::bits(p + 8)), bytes_of(Vec::bits(p + 12))}};
+        return Vec::of(vreinterpretq_u32_u8(vqtbl4q_u8(all, at)));
     }
     template <int COUNT>
     static Ints some(const void* p) { return load(p); }
@@ -244,6 +267,15 @@ struct Ints {
             return r;
         });
     }
+    static Ints sixteen(const uint8_t* p) { return each([&](int i) { return peek<uint32_t>(p + i % 4 * 4); }); }
+    Ints of_bytes(Ints sixteen) const {
+        return each([&](int i) {
+            uint32_t r = 0;
+            for (int b = 0; b < 32; b += 8) r |= (sixteen.v[v[i] >> b >> 2 & 3] >> (v[i] >> b & 3) * 8 & 255) << b;
+            return r;
+        });
+    }
+    Vec of_sixteen(const float* p) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = p[v[i] & 15]; return r; }
     template <int COUNT>
     static Ints some(const void* p) { return load(p); }
     template <int BITS, int TO>
@@ -299,11 +331,64 @@ inline Ints next_field(Ints& word) {
     }
 }
 
-// The fields of words times four x each, summed up.
+// What the codes of a unit are looked up in, where they are codes of a table.
+template <int BITS>
+struct Table {
+    Ints bytes;
+    const float* floats;
+    Table(const Weights& w) : floats(w.table) {
+        if constexpr (BITS > LOOKUP) bytes = Ints::sixteen(w.bytes);
+    }
+};
+
+// A unit of as many outputs as a Vec has lanes; its fields are taken in turn.
+template <int BITS>
+struct Unit {
+    static constexpr int WIDTH = BITS % LOOKUP;
+    Ints word[words_in<BITS>()];
+    // `apart`: bytes from one word of an output to its next.
+    [[gnu::always_inline]] Unit(const std::byte* at, int64_t apart) {
+        unrolled<words_in<BITS>()>(EACH(k) { word[k] = Ints::load(at + k * apart); });
+    }
+    // Field F, four codes a byte each; of a table the bytes that they stand for.
+    template <int F>
+    [[gnu::always_inline]] Ints next(const Table<BITS>& table) {
+        Ints four;
+        if constexpr (WIDTH == 3) {
+            four = next_field<2>(word[F / 4]) | next_field<1>(word[2]) << 2;
+        } else {
+            four = next_field<WIDTH>(word[0]);
+        }
+        if constexpr (BITS > LOOKUP) return four.of_bytes(table.bytes);
+        else return four;
+    }
+    // The code of one input as a float; of a table the step it stands for.
+    [[gnu::always_inline]] Vec code(int input, const Table<BITS>& table) const {
+        if constexpr (WIDTH == 3) {
+            const Ints low = (word[input / 16] >> shift_of<2>(input % 16)) & 3, high = (word[2] >> shift_of<1>(input)) & 1;
+            const Ints code = low | high << 2;
+            if constexpr (BITS > LOOKUP) return code.of_sixteen(table.floats);
+            else return code.floats();
+        } else if constexpr (BITS > LOOKUP) {
+            return (word[0] >> shift_of<WIDTH>(input)).of_sixteen(table.floats);  // that has them again for whatever stands above
+        } else {
+            return code_of<WIDTH>(word[0], input);
+        }
+    }
+};
+
+// The products of codes with x: bytes of a table are as wide as codes of eight bits.
+template <int BITS>
+constexpr int as_wide() { return BITS > LOOKUP ? 8 : BITS; }
+
+// The fields of units times four x each, summed up.
 template <int BITS>
 struct FieldSum {
     Ints sum = Ints::zero();
-    void add(Ints& word, Ints x) { sum = sum.dot<BITS>(next_field<BITS>(word), x); }
+    template <int F>
+    [[gnu::always_inline]] void add(Unit<BITS>& unit, Ints x, const Table<BITS>& table) {
+        sum = sum.template dot<as_wide<BITS>()>(unit.template next<F>(table), x);
+    }
     Vec floats() const { return sum.floats(); }
 };
 #if defined(__AVX512VNNI__)
@@ -311,10 +396,11 @@ struct FieldSum {
 template <>
 struct FieldSum<TRITS> {
     Ints sum = Ints::zero(), left = Ints::zero();
-    void add(Ints& word, Ints x) {
-        sum = sum.dot<8>(word, x);
-        word = word.thrice();
-        left = left.dot<8>(word, x);
+    template <int F>
+    [[gnu::always_inline]] void add(Unit<TRITS>& unit, Ints x, const Table<TRITS>&) {
+        sum = sum.dot<8>(unit.word[0], x);
+        unit.word[0] = unit.word[0].thrice();
+        left = left.dot<8>(unit.word[0], x);
     }
     Vec floats() const {
         return Ints{_mm512_srai_epi32(_mm512_sub_epi32(_mm512_mullo_epi32(sum.v, _mm512_set1_epi32(3)), left.v), 8)}.floats();
@@ -322,16 +408,16 @@ struct FieldSum<TRITS> {
 };
 #endif
 
-// f(input, code as a float) for every input of a word.
+// f(input, code as a float) for every input of a unit.
 template <int BITS, class F>
-inline void each_code(Ints word, const F& f) {
+inline void each_code(Unit<BITS> unit, const Table<BITS>& table, const F& f) {
     if constexpr (BITS == TRITS) {
         for (int k = 0; k < 20; k += 4) {
-            const Ints four = next_field<TRITS>(word);
+            const Ints four = next_field<TRITS>(unit.word[0]);
             for (int b = 0; b < 4; ++b) f(k + b, code_of<4>(four, b));  // a byte holds one below 2^4, as the first field of four bits does
         }
     } else {
-        for (int k = 0; k < in_word<BITS>(); ++k) f(k, code_of<BITS>(word, k));
+        for (int k = 0; k < inputs_in<BITS>(); ++k) f(k, unit.code(k, table));
     }
 }
 

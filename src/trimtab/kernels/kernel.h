@@ -15,12 +15,25 @@ constexpr int SLACK = 64;
 
 enum class Isa { portable, avx2, avx512, avx512bf16, neon };
 // i8, i4, i2: codes, one group of inputs and one output sharing a scale and a zero point: weight = scale * (code - zero).
-// t: ternary codes 0, 1 and 2 with the zero point 1, five a byte.
-enum class Type { f32, bf16, f16, i8, i4, i2, t };
+// i3: the same of three bits, which lie as two words of their lower two for 32 inputs and one of their third.
+// t: ternary codes 0, 1 and 2 with the zero point 1, five a byte. l4, l3, l2, l1: codes of a table, weight = scale * table[code].
+enum class Type { f32, bf16, f16, i8, i4, i3, i2, t, l4, l3, l2, l1 };
+constexpr Type TYPES[] = {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i3, Type::i2, Type::t, Type::l4, Type::l3, Type::l2, Type::l1};
 
-constexpr int code_bits(Type t) { return t == Type::i8 ? 8 : t == Type::i4 ? 4 : t == Type::i2 ? 2 : 0; }
-// Inputs a 32-bit word of codes holds; 0 where there are no codes.
-constexpr int in_a_word(Type t) { return t == Type::t ? 20 : code_bits(t) ? 32 / code_bits(t) : 0; }
+constexpr bool by_table(Type t) { return t >= Type::l4; }
+constexpr int code_bits(Type t) {
+    switch (t) {
+        case Type::i8: return 8;
+        case Type::i4: case Type::l4: return 4;
+        case Type::i3: case Type::l3: return 3;
+        case Type::i2: case Type::l2: return 2;
+        case Type::l1: return 1;
+        default: return 0;
+    }
+}
+// Codes come in units of whole words: 32-bit words of one, and inputs it holds; 0 where there are no codes.
+constexpr int unit_words(Type t) { return code_bits(t) == 3 ? 3 : 1; }
+constexpr int unit_inputs(Type t) { return t == Type::t ? 20 : code_bits(t) == 3 ? 32 : code_bits(t) ? 32 / code_bits(t) : 0; }
 
 // One linear map [out, in] as its format lays it out; see methods/format/panels.py for the layouts. Pointers need no alignment.
 struct Weights {
@@ -37,6 +50,9 @@ struct Weights {
     const int64_t* pointers;   // where a panel's blocks (or values, or steps) begin, [panels + 1]
     const std::byte* scales;   // [panels or blocks, groups, rows]
     const uint8_t* zeros;      // as scales; null: the middle code everywhere
+    float table[16];           // of a code
+    uint8_t bytes[16];         // table[code] / step + 128, rounded: what meets x in eight bits
+    float step;
     int64_t panels() const { return (out + rows - 1) / rows; }
     int64_t groups() const { return (in + group - 1) / group; }
     int64_t first(int64_t panel) const { return pointers ? pointers[panel] : panel; }  // block; a dense panel is one

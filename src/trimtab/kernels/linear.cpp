@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -24,9 +25,9 @@ const std::vector<Table>& tables() {
 }
 
 Type type_of(const std::string& name) {
-    for (Type t : {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i2, Type::t})
+    for (Type t : TYPES)
         if (name == type_name(t)) return t;
-    bad("unknown type " + name + "; there are f32, bf16, i8, i4, i2 and t");
+    bad("unknown type " + name + "; there are f32, bf16, i8, i4, i3, i2, t, l4, l3, l2 and l1");
 }
 
 int64_t size_of(Type t) { return t == Type::f32 ? 4 : t == Type::i8 ? 1 : 2; }
@@ -52,7 +53,12 @@ const char* type_name(Type type) {
         case Type::f16: return "f16";
         case Type::i8: return "i8";
         case Type::i4: return "i4";
+        case Type::i3: return "i3";
         case Type::i2: return "i2";
+        case Type::l4: return "l4";
+        case Type::l3: return "l3";
+        case Type::l2: return "l2";
+        case Type::l1: return "l1";
         default: return "t";
     }
 }
@@ -72,32 +78,64 @@ const Table& table(const std::string& isa) {
     return *found;
 }
 
+namespace {
+
+// The table of a map: as it is, and in eight bits by the step that leaves the least error.
+void tabulate(Weights& w, std::span<const std::byte> table) {
+    const int count = 1 << code_bits(w.type);
+    std::memcpy(w.table, table.data(), table.size());
+    float most = 0;
+    for (int i = 0; i < count; ++i) {
+        if (!std::isfinite(w.table[i])) bad("dense: a step of the table is not finite");
+        most = std::max(most, std::abs(w.table[i]));
+    }
+    for (int i = count; i < 16; ++i) w.table[i] = w.table[i % count];  // whatever stands above a code's bits
+    float least = INFINITY;
+    for (int n = 127; n >= 64 && most > 0; --n) {
+        const float step = most / float(n);
+        float off = 0;
+        for (int i = 0; i < count; ++i) off += std::abs(w.table[i] - std::nearbyint(w.table[i] / step) * step);
+        if (off < least * 0.999f) least = off, w.step = step;
+    }
+    for (int i = 0; i < 16; ++i) w.bytes[i] = uint8_t(128 + int(std::nearbyint(w.table[i] / w.step)));
+}
+
+}  // namespace
+
 Linear::Linear(const Layout& l, const Buffers& b) {
-    bytes_ = int64_t(b.values.size() + b.bits.size() + b.columns.size() + b.pointers.size() + b.windows.size() + b.scales.size() + b.zeros.size());
+    bytes_ = int64_t(b.values.size() + b.bits.size() + b.columns.size() + b.pointers.size() + b.windows.size() + b.scales.size() + b.zeros.size() + b.table.size());
     if (l.out < 1 || l.in < 1 || l.out > INT32_MAX || l.in > INT32_MAX) bad("a linear map needs 1 to 2^31 - 1 outputs and inputs");
     const Type type = type_of(l.type);
-    if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16, i8, i4, i2 and t");
-    w_ = {l.out, l.in, l.rows, l.cols, l.n, l.m, l.group, type, Type::f32, b.values.data(), b.bits.data(), nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16 and codes");
+    w_ = {l.out, l.in, l.rows, l.cols, l.n, l.m, l.group, type, Type::f32, b.values.data(), b.bits.data(), nullptr, nullptr, nullptr, nullptr, nullptr, {}, {}, 1};
     if (l.rows < 1 || l.rows > 1024 || l.cols < 1 || l.cols > l.in) bad("a panel is 1 to 1024 outputs high and at most as wide as the matrix");
-    const bool codes = in_a_word(type) > 0;
+    const bool codes = unit_inputs(type) > 0;
     const std::string& f = l.format;
     auto want = [&](std::span<const std::byte> have, int64_t bytes, const char* what) {
         if (int64_t(have.size()) != bytes) bad(f + ": " + std::to_string(bytes) + " bytes of " + what + " expected, " + std::to_string(have.size()) + " given");
     };
     // Bytes of `inputs` values of `rows` outputs.
     auto size = [&](int64_t inputs) {
-        if (codes) return up(inputs, in_a_word(type)) * 4 * l.rows;
+        if (codes) return up(inputs, unit_inputs(type)) * unit_words(type) * 4 * l.rows;
         return (type == Type::bf16 ? up(inputs, 2) * 2 : inputs) * size_of(type) * l.rows;
     };
     int64_t scaled = w_.panels();  // things that have scales of their own: panels, or blocks
     if (codes) {
-        const int64_t whole = type == Type::t ? in_a_word(type) : 32;
+        const int64_t whole = type == Type::t ? unit_inputs(type) : 32;
         if (l.group < 1 || l.group > l.in || (f != "bsr" && l.group < l.in && l.group % whole))
             bad(f + ": a group of " + l.type + " codes is a multiple of " + std::to_string(whole) + " inputs, or all of them");
         if (type == Type::t && (f != "dense" || !b.zeros.empty())) bad(f + ": ternary codes are dense, and have no zero points");
+        if ((type == Type::i3 || by_table(type)) && f != "dense") bad(f + ": codes of " + l.type + " are dense");
+        if (by_table(type)) {
+            if (!b.zeros.empty()) bad(f + ": codes of a table have no zero points");
+            want(b.table, int64_t(sizeof(float)) << code_bits(type), "a table");
+            tabulate(w_, b.table);
+        } else if (!b.table.empty()) {
+            bad(f + ": only codes of " + "l4, l3, l2 and l1" + " have a table");
+        }
         w_.scale_type = type_of(l.scale_type);
         if (w_.scale_type != Type::f32 && w_.scale_type != Type::f16) bad(f + ": scales are f32 or f16");
-    } else if (!b.scales.empty() || !b.zeros.empty()) {
+    } else if (!b.scales.empty() || !b.zeros.empty() || !b.table.empty()) {
         bad(f + ": only codes have scales and zero points");
     }
     if (f == "dense") {
@@ -112,7 +150,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         if (l.in % l.cols || l.out % l.rows) bad("bsr: the blocks do not divide the matrix");
         // Blocks of one input are packed as the inputs of a panel are, to whole pairs or words.
         const bool single = l.cols == 1;
-        const int64_t together = !single ? 1 : codes ? in_a_word(type) : type == Type::bf16 ? 2 : 1;
+        const int64_t together = !single ? 1 : codes ? unit_inputs(type) : type == Type::bf16 ? 2 : 1;
         for (size_t i = 1; i < pointers_.size(); ++i) {
             const int64_t count = pointers_[i] - pointers_[i - 1];
             if (count % together) bad("bsr: a block row is not filled up to whole words");

@@ -11,14 +11,14 @@ namespace trimtab {
 
 struct Layout {
     std::string format;        // dense, bsr, bitmask, sell, nm
-    std::string type;          // f32, bf16, i8, i4, i2, t
+    std::string type;          // f32, bf16, i8, i4, i3, i2, t, l4, l3, l2, l1
     int64_t out, in;
     int rows, cols, n, m;
     int64_t group;
     std::string scale_type;    // f32, f16; empty where there are no codes
 };
 
-struct Buffers { std::span<const std::byte> values, bits, columns, pointers, windows, scales, zeros; };
+struct Buffers { std::span<const std::byte> values, bits, columns, pointers, windows, scales, zeros, table; };
 
 // The buffers are checked here, once, so that no kernel has to: every index is inside, every count is the sum of its parts.
 // They are not copied, the index arrays of blocks excepted, and must outlive the map, which stays where it is. Throws std::invalid_argument.

@@ -1,4 +1,4 @@
-// Codes of 8, 4 or 2 bits, or ternary, times x in eight bits: integer sums inside a group, then one scale of each.
+// Codes of 8 to 1 bits, of a table, or ternary, times x in eight bits: integer sums inside a group, then one scale of each.
 #pragma once
 #include "input.h"
 #include "ints.h"
@@ -14,6 +14,7 @@ inline Vec scale_at(const Weights& w, int64_t i) {
 template <int BITS>
 inline Vec zero_at(const Weights& w, int64_t i) {
     if constexpr (BITS == TRITS) return Vec::all(1);
+    else if constexpr (BITS > LOOKUP) return Vec::all(128);  // of the bytes of the table
     else return w.zeros ? Ints::bytes(w.zeros + i).floats() : Vec::all(float(1 << (BITS - 1)));
 }
 
@@ -24,41 +25,41 @@ inline float one_scale(const Weights& w, int64_t i) {
 inline float one_zero(const Weights& w, int64_t i) { return w.zeros ? float(w.zeros[i]) : 128.0f; }
 
 // The groups of x a kernel of codes wants: the weights' own, or some of whole words that are short enough to be exact.
-inline int64_t group_of(const Weights& w) { return std::min(w.in, w.group < w.in ? w.group : GROUP / in_a_word(w.type) * in_a_word(w.type)); }
+inline int64_t group_of(const Weights& w) { return std::min(w.in, w.group < w.in ? w.group : GROUP / unit_inputs(w.type) * unit_inputs(w.type)); }
 inline Input in_tiles(const Weights& w) { return {Type::i8, group_of(w), tile_rows<PANEL>(), 0, false, 1, w.type == Type::t ? 20 : 64}; }
 // Whether a group's sum of bytes times x, three times, stays inside 32 bits.
 inline bool in_short_groups(const Weights& w) { return w.rows == PANEL && group_of(w) <= 1 << 14; }
 template <int HEIGHT>
 inline Input by_block(const Weights& w) { return {Type::i8, w.cols, tile_rows<HEIGHT>()}; }
 
-// What `count` words of codes, HEIGHT outputs side by side, add to the sums `total` [ROWS, HEIGHT] of ROWS rows of x from
+// What `count` units of codes, HEIGHT outputs side by side, add to the sums `total` [ROWS, HEIGHT] of ROWS rows of x from
 // `input` on, in group g of x. `first` is where their scales are. The sums are in memory: integers take all the registers.
 template <int BITS, int HEIGHT, int ROWS>
-inline void add_codes(float* total, const Weights& w, const std::byte* words, int64_t count, const Codes& x, int64_t row,
+inline void add_codes(float* total, const Weights& w, const std::byte* units, int64_t count, const Codes& x, int64_t row,
                       int64_t input, int64_t g, int64_t first) {
-    constexpr int V = HEIGHT / Vec::N, FIELDS = in_word<BITS>() / 4;
+    constexpr int V = HEIGHT / Vec::N, FIELDS = inputs_in<BITS>() / 4;
+    const Table<BITS> table(w);
     Ints sum[ROWS][V];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < V; ++v) sum[r][v] = Ints::zero();
     const int8_t* at = x.x + row * x.stride + input * ROWS;
-    for (int64_t i = 0; i < count; ++i, words += HEIGHT * 4, at += 4 * FIELDS * ROWS) {
-        Ints word[V];
-        for (int v = 0; v < V; ++v) word[v] = Ints::load(words + v * Vec::N * 4);
-        for (int f = 0; f < FIELDS; ++f) {
-            Ints codes[V];
-            for (int v = 0; v < V; ++v) codes[v] = next_field<BITS>(word[v]);
-            for (int r = 0; r < ROWS; ++r) {
-                const Ints its = Ints::all(peek<int>(at + 4 * (f * ROWS + r)));
-                for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].template dot<BITS>(codes[v], its);
-            }
-        }
-    }
+    for (int64_t i = 0; i < count; ++i, units += HEIGHT * 4 * words_in<BITS>(), at += 4 * FIELDS * ROWS)
+        [&]<int... K>(std::integer_sequence<int, K...>) __attribute__((always_inline)) {
+            Unit<BITS> unit[V]{Unit<BITS>(units + K * Vec::N * 4, HEIGHT * 4)...};
+            unrolled<FIELDS>(EACH(f) {
+                Ints codes[V]{unit[K].template next<f>(table)...};
+                for (int r = 0; r < ROWS; ++r) {
+                    const Ints its = Ints::all(peek<int>(at + 4 * (f * ROWS + r)));
+                    for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].template dot<as_wide<BITS>()>(codes[v], its);
+                }
+            });
+        }(std::make_integer_sequence<int, V>());
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < V; ++v) {
             const int64_t its = (row + r) * x.groups + g, side = first + v * Vec::N;
             const Vec whole = sum[r][v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[its]);
             float* to = total + r * HEIGHT + v * Vec::N;
-            Vec::load(to).fma(whole, scale_at(w, side) * Vec::all(x.scales[its])).store(to);
+            Vec::load(to).fma(whole, scale_at(w, side) * Vec::all(x.scales[its] * w.step)).store(to);
         }
 }
 
@@ -74,26 +75,27 @@ inline void close_total(const float* total, const Weights& w, float* y, int64_t 
 // One row of x.
 template <int BITS>
 inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float* y, int64_t p) {
-    constexpr int P = in_word<BITS>(), FIELDS = P / 4, V = PANEL / Vec::N;
-    const int64_t words = (w.in + P - 1) / P, groups = w.groups();
-    const std::byte* at = w.values + p * words * PANEL * 4;
+    constexpr int P = inputs_in<BITS>(), FIELDS = P / 4, V = PANEL / Vec::N, SIZE = PANEL * 4 * words_in<BITS>();
+    const int64_t units = (w.in + P - 1) / P, groups = w.groups();
+    const std::byte* at = w.values + p * units * SIZE;
+    const Table<BITS> table(w);
     Tile<PANEL, 1> total;
     total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < x.groups; ++g) {
         FieldSum<BITS> sum[V];
         const int64_t from = g * group / P, until = (std::min(w.in, (g + 1) * group) + P - 1) / P;
         for (int64_t i = from; i < until; ++i) {
-            const std::byte* here = at + i * PANEL * 4;
-            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
+            const std::byte* here = at + i * SIZE;
+            for (int k = 0; k < SIZE; k += 64) __builtin_prefetch(here + AHEAD + k);
             for (int v = 0; v < V; ++v) {
-                Ints word = Ints::load(here + v * Vec::N * 4);
-                for (int f = 0; f < FIELDS; ++f) sum[v].add(word, Ints::all(peek<int>(x.x + i * P + 4 * f)));
+                Unit<BITS> unit(here + v * Vec::N * 4, PANEL * 4);
+                unrolled<FIELDS>(EACH(f) { sum[v].template add<f>(unit, Ints::all(peek<int>(x.x + i * P + 4 * f)), table); });
             }
         }
         for (int v = 0; v < V; ++v) {
             const int64_t side = (p * groups + (groups > 1 ? g : 0)) * PANEL + v * Vec::N;
             const Vec whole = sum[v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[g]);
-            total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side) * Vec::all(x.scales[g]));
+            total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side) * Vec::all(x.scales[g] * w.step));
         }
     }
     total.close(y, w.out, p * PANEL);
@@ -102,21 +104,21 @@ inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float
 // Dense: a panel is all inputs of 32 outputs.
 template <int BITS>
 void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* total) {
-    constexpr int P = in_word<BITS>();
+    constexpr int P = inputs_in<BITS>(), SIZE = PANEL * 4 * words_in<BITS>();
     const Input input = in_tiles(w);
     const Codes x(ready, input, w.in, batch);
     if (batch == 1) {
         for (int64_t p = begin; p < end; ++p) one_row_codes<BITS>(w, x, input.group, y, p);
         return;
     }
-    const int64_t words = (w.in + P - 1) / P, groups = w.groups();
+    const int64_t units = (w.in + P - 1) / P, groups = w.groups();
     for (int64_t p = begin; p < end; ++p) {
-        const std::byte* at = w.values + p * words * PANEL * 4;
+        const std::byte* at = w.values + p * units * SIZE;
         tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
             std::fill_n(total, ROWS * PANEL, 0.0f);
             for (int64_t g = 0; g < x.groups; ++g) {
                 const int64_t first = g * input.group, last = std::min(w.in, first + input.group), from = first / P;
-                add_codes<BITS, PANEL, ROWS>(total, w, at + from * PANEL * 4, (last + P - 1) / P - from, x, row, first, g,
+                add_codes<BITS, PANEL, ROWS>(total, w, at + from * SIZE, (last + P - 1) / P - from, x, row, first, g,
                                              (p * groups + (groups > 1 ? g : 0)) * PANEL);
             }
             close_total<PANEL, ROWS>(total, w, y + row * w.out, p * PANEL);

@@ -6,14 +6,22 @@ namespace trimtab::ISA {
 
 constexpr int64_t EXPAND = 128;  // inputs at once: 16 KB of a panel of 32
 
-// Inputs `k` .. `k + count` of a column of words with one scale an output, as floats [count, HEIGHT], the last word to its end.
+// The zero point of codes as floats: a table has none.
+template <int BITS>
+inline Vec middle_at(const Weights& w, int64_t i) {
+    if constexpr (BITS > LOOKUP) return Vec::zero();
+    else return zero_at<BITS>(w, i);
+}
+
+// Inputs `k` .. `k + count` of a column of units with one scale an output, as floats [count, HEIGHT], the last unit to its end.
 template <int BITS, int HEIGHT>
-inline void expand(const Weights& w, const std::byte* words, int64_t k, int64_t count, int64_t first, float* to) {
-    constexpr int P = in_word<BITS>();
+inline void expand(const Weights& w, const std::byte* units, int64_t k, int64_t count, int64_t first, float* to) {
+    constexpr int P = inputs_in<BITS>();
+    const Table<BITS> table(w);
     for (int v = 0; v < HEIGHT / Vec::N; ++v) {
-        const Vec scale = scale_at(w, first + v * Vec::N), zero = zero_at<BITS>(w, first + v * Vec::N);
+        const Vec scale = scale_at(w, first + v * Vec::N), zero = middle_at<BITS>(w, first + v * Vec::N);
         for (int64_t i = 0; i < count; i += P)
-            each_code<BITS>(Ints::load(words + ((k + i) / P * HEIGHT + v * Vec::N) * 4), [&](int j, Vec code) {
+            each_code<BITS>(Unit<BITS>(units + ((k + i) / P * words_in<BITS>() * HEIGHT + v * Vec::N) * 4, HEIGHT * 4), table, [&](int j, Vec code) {
                 ((code - zero) * scale).store(to + (i + j) * HEIGHT + v * Vec::N);
             });
     }
@@ -22,10 +30,11 @@ inline void expand(const Weights& w, const std::byte* words, int64_t k, int64_t 
 // One row of x: the sum of codes times x in a group, less the zero point times the sum of x.
 template <int BITS>
 inline void one_row_expand(const Weights& w, const float* x, float* y, int64_t p) {
-    constexpr int P = in_word<BITS>(), V = PANEL / Vec::N;
-    const int64_t words = (w.in + P - 1) / P, groups = w.groups();
-    float end[P] = {};  // what the last word meets, and zeros behind it
-    std::copy(x + (words - 1) * P, x + w.in, end);
+    constexpr int P = inputs_in<BITS>(), V = PANEL / Vec::N, SIZE = PANEL * 4 * words_in<BITS>();
+    const int64_t units = (w.in + P - 1) / P, groups = w.groups();
+    const Table<BITS> table(w);
+    float end[P] = {};  // what the last unit meets, and zeros behind it
+    std::copy(x + (units - 1) * P, x + w.in, end);
     Tile<PANEL, 1> total;
     total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < groups; ++g) {
@@ -36,16 +45,16 @@ inline void one_row_expand(const Weights& w, const float* x, float* y, int64_t p
         for (int64_t i = from; i < until; i += P) {
             const float* at = i + P <= w.in ? x + i : end;
             for (int k = 0; k < P; ++k) met += at[k];
-            const std::byte* here = w.values + (p * words + i / P) * PANEL * 4;
-            for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(here + AHEAD + k);
+            const std::byte* here = w.values + (p * units + i / P) * SIZE;
+            for (int k = 0; k < SIZE; k += 64) __builtin_prefetch(here + AHEAD + k);
             for (int v = 0; v < V; ++v)
-                each_code<BITS>(Ints::load(here + v * Vec::N * 4), [&](int k, Vec code) {
+                each_code<BITS>(Unit<BITS>(here + v * Vec::N * 4, PANEL * 4), table, [&](int k, Vec code) {
                     part.sum[0][v] = part.sum[0][v].fma(code, Vec::all(at[k]));
                 });
         }
         for (int v = 0; v < V; ++v) {
             const int64_t side = (p * groups + g) * PANEL + v * Vec::N;
-            const Vec whole = part.sum[0][v] - zero_at<BITS>(w, side) * Vec::all(met);
+            const Vec whole = part.sum[0][v] - middle_at<BITS>(w, side) * Vec::all(met);
             total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side));
         }
     }
@@ -61,13 +70,13 @@ void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y,
         for (int64_t p = begin; p < end; ++p) one_row_expand<BITS>(w, x, y, p);
         return;
     }
-    constexpr int P = in_word<BITS>();
+    constexpr int P = inputs_in<BITS>(), SIZE = PANEL * 4 * words_in<BITS>();
     constexpr int64_t most = EXPAND / P * P;
-    const int64_t words = (w.in + P - 1) / P, groups = w.groups();
+    const int64_t units = (w.in + P - 1) / P, groups = w.groups();
     for (int64_t p = begin; p < end; ++p) {
         for (int64_t k = 0; k < w.in;) {
             const int64_t g = k / w.group, some = std::min({most, w.in - k, (g + 1) * w.group - k});
-            expand<BITS, PANEL>(w, w.values + p * words * PANEL * 4, k, some, (p * groups + g) * PANEL, scratch);
+            expand<BITS, PANEL>(w, w.values + p * units * SIZE, k, some, (p * groups + g) * PANEL, scratch);
             add_panel(w, scratch, x, w.in, k, some, batch, y, p);
             k += some;
         }

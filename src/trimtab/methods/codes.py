@@ -1,75 +1,122 @@
-"""Weights as small whole numbers: weight = scale * (code - zero), one scale for some inputs of an output."""
+"""Weights as codes: weight = scale * (step of the code - zero), one scale for some inputs of an output."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
 
-BITS = {"i8": 8, "i4": 4, "i2": 2}  # types whose codes are so many bits
-LEVELS = {**{name: 1 << bits for name, bits in BITS.items()}, "t": 3}  # of all types of codes, t: ternary
+WIDTHS = {"i8": 8, "i4": 4, "i3": 3, "i2": 2}  # types whose steps are their codes, of so many bits
+TABLES = {f"l{bits}": bits for bits in (8, 4, 3, 2, 1)}  # types whose steps stand in a table
+LEVELS = {**{name: 1 << bits for name, bits in {**WIDTHS, **TABLES}.items()}, "t": 3}  # of all types of codes, t: ternary
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a group of weights may take: scale * (step - zero).
+
+    The steps are the codes 0 to levels - 1 themselves, or those of `table` (float32 [levels], never falling). `scales` float32 or
+    float16 [...], one a group; `zeros` uint8 [...], or None: the middle code levels // 2 of steps that are codes, 0 of a table.
+    """
+
+    scales: Tensor
+    levels: int
+    zeros: Tensor | None = None
+    table: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.type not in LEVELS:
+            raise BadInput(f"a grid has {_some(WIDTHS)} or 3 levels, or a table of {_some(TABLES)}, not {self.levels}")
+        if self.scales.dtype not in (torch.float32, torch.float16):
+            raise BadInput(f"scales are float32 or float16, not {self.scales.dtype}")
+        if self.zeros is not None and (self.zeros.shape != self.scales.shape or self.zeros.dtype != torch.uint8):
+            raise BadInput(f"zero points are uint8 {list(self.scales.shape)}, not {self.zeros.dtype} {list(self.zeros.shape)}")
+        if self.zeros is not None and self.type not in WIDTHS:
+            raise BadInput("only steps that are codes of whole bits have zero points, not a table, and not -1, 0 and 1")
+        if self.table is not None and (self.table.dtype != torch.float32 or bool((self.table.diff() < 0).any())):
+            raise BadInput(f"a table is float32 and never falls, not {self.table.dtype} {self.table.tolist()[:4]} ...")
+
+    @cached_property
+    def type(self) -> str:
+        """As formats and kernels call it."""
+        if self.table is not None:
+            return f"l{(self.levels - 1).bit_length()}" if self.table.shape == (self.levels,) else "?"
+        return "t" if self.levels == 3 else f"i{(self.levels - 1).bit_length()}" if self.levels in LEVELS.values() else "?"
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether a weight of zero is one of the values."""
+        return self.table is None or bool((self.table == 0).any())
+
+    def zero(self) -> Tensor:
+        """The zero points of steps that are codes, uint8 [...]."""
+        return torch.full_like(self.scales, self.levels // 2, dtype=torch.uint8) if self.zeros is None else self.zeros
+
+    def codes(self, w: Tensor) -> Tensor:
+        """The code whose value is nearest, uint8 [..., n], to weights [..., n], a group in the last dimension."""
+        scales = self.scales.float()[..., None]
+        steps = w.float() * torch.where(scales != 0, 1 / scales, 0.0)
+        if self.table is None:
+            return steps.round_().add_(self.zero()[..., None]).clamp_(0, self.levels - 1).to(torch.uint8)
+        return torch.bucketize(steps.contiguous(), (self.table[1:] + self.table[:-1]) / 2).to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What these codes stand for, float32 [..., n]."""
+        steps = codes.float() - self.zero().float()[..., None] if self.table is None else self.table[codes.int()]
+        return self.scales.float()[..., None] * steps
+
+    def group(self, at: int | slice) -> Grid:
+        """The grid of some of the groups, which the last dimension of the scales counts."""
+        return replace(self, scales=self.scales[..., at], zeros=None if self.zeros is None else self.zeros[..., at])
+
+
+def _some(types: dict[str, int]) -> str:
+    return ", ".join(str(1 << bits) for bits in types.values())
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight [out, in].
-
-    `codes` uint8 [out, in], each below `levels` (256, 16, 4, or 3: ternary); `scales` float32 or float16 [out, groups]; `zeros`
-    uint8 [out, groups], or None for the middle code levels // 2 everywhere; ternary codes have None. Every `group` inputs
-    share a scale, the last group may be shorter.
-    """
+    """A weight [out, in]: `codes` uint8 [out, in] on a `grid` with one scale [out, groups] for every `group` inputs of an output; the
+    last group may be shorter."""
 
     codes: Tensor
-    scales: Tensor
-    levels: int
+    grid: Grid
     group: int
-    zeros: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.levels not in LEVELS.values() or self.codes.dtype != torch.uint8 or self.codes.ndim != 2 or 0 in self.codes.shape:
-            raise BadInput(f"codes are uint8 [out, in] of 256, 16, 4 or 3 levels, not {self.codes.dtype} {list(self.codes.shape)} "
-                           f"of {self.levels}")
+        if self.codes.dtype != torch.uint8 or self.codes.ndim != 2 or 0 in self.codes.shape:
+            raise BadInput(f"codes are uint8 [out, in], not {self.codes.dtype} {list(self.codes.shape)}")
         out, inputs = self.codes.shape
         if not 1 <= self.group <= inputs:
             raise BadInput(f"a group of codes is 1 to {inputs} inputs here, not {self.group}")
-        want = (out, -(-inputs // self.group))
-        if int(self.codes.max()) >= self.levels:
-            raise BadInput(f"codes of {self.levels} levels are below {self.levels}, not {int(self.codes.max())}")
-        if self.scales.shape != want or self.scales.dtype not in (torch.float32, torch.float16):
-            raise BadInput(f"scales are float32 or float16 {list(want)}, not {self.scales.dtype} {list(self.scales.shape)}")
-        if self.zeros is not None and (self.zeros.shape != want or self.zeros.dtype != torch.uint8):
-            raise BadInput(f"zero points are uint8 {list(want)}, not {self.zeros.dtype} {list(self.zeros.shape)}")
-        if self.zeros is not None and self.type not in BITS:
-            raise BadInput("ternary codes have no zero points: -1, 0 and 1 are all there are")
+        if int(self.codes.max()) >= self.grid.levels:
+            raise BadInput(f"codes of {self.grid.levels} levels are below {self.grid.levels}, not {int(self.codes.max())}")
+        if self.grid.scales.shape != (want := (out, -(-inputs // self.group))):
+            raise BadInput(f"scales are {list(want)}, not {list(self.grid.scales.shape)}")
 
     @property
     def type(self) -> str:
-        return next(name for name, levels in LEVELS.items() if levels == self.levels)
+        return self.grid.type
 
     @property
     def bits(self) -> int:
-        """Of a code of a type in BITS."""
-        return BITS[self.type]
-
-    def zero(self) -> Tensor:
-        """The zero points, uint8 [out, groups]."""
-        return torch.full_like(self.scales, self.levels // 2, dtype=torch.uint8) if self.zeros is None else self.zeros
-
-    def each(self, per_group: Tensor) -> Tensor:
-        """[out, groups] -> [out, in]."""
-        return per_group.repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
+        """Of a code."""
+        return (self.grid.levels - 1).bit_length()
 
     def weight(self) -> Tensor:
         """What it stands for, float32 [out, in]."""
-        return self.each(self.scales.float()) * (self.codes.float() - self.each(self.zero().float()))
+        out, inputs = self.codes.shape
+        return self.grid.values(grouped(self.codes, self.group)).reshape(out, -1)[:, :inputs].contiguous()
 
     def parts(self) -> dict[str, Tensor]:
         """As a change carries them; `grid` int32: levels and group."""
-        parts = {"codes": self.codes, "scales": self.scales,
-                 "grid": torch.tensor([self.levels, self.group], dtype=torch.int32, device=self.codes.device)}
-        return parts if self.zeros is None else {**parts, "zeros": self.zeros}
+        parts = {"codes": self.codes, "scales": self.grid.scales,
+                 "grid": torch.tensor([self.grid.levels, self.group], dtype=torch.int32, device=self.codes.device)}
+        return parts | {k: t for k, t in (("zeros", self.grid.zeros), ("table", self.grid.table)) if t is not None}
 
     def change(self, mask: Tensor | None = None) -> Change:
         """As an edit returns it: the parts, what they decode to, and the pattern `mask` it keeps."""
@@ -81,36 +128,141 @@ class Codes:
         if "codes" not in new.parts:
             return None
         levels, group = new.parts["grid"].tolist()
-        return Codes(new.parts["codes"], new.parts["scales"], levels, group, new.parts.get("zeros"))
+        return Codes(new.parts["codes"], Grid(new.parts["scales"], levels, new.parts.get("zeros"), new.parts.get("table")), group)
+
+
+# ---- fitting ----------------------------------------------------------------------------------
+def grouped(t: Tensor, group: int) -> Tensor:
+    """[out, in] -> [out, groups, group], the last group filled up with zeros."""
+    return torch.nn.functional.pad(t, (0, -t.shape[1] % group)).view(len(t), -1, group)
+
+
+def length(group: int, inputs: int) -> int:
+    """Of the groups of so many inputs: 0 stands for the row, and so does more than it has. BadInput for a negative one."""
+    if group < 0:
+        raise BadInput(f"a group is so many inputs, 0 for the row, not {group}")
+    return min(group, inputs) or inputs
+
+
+def rounded(w: Tensor, grid: Grid, group: int) -> Codes:
+    """Every weight [out, in] as the nearest code of its group's grid."""
+    codes = grid.codes(grouped(w, group)).view(len(w), -1)[:, : w.shape[1]]
+    return Codes(codes.contiguous(), grid, group)
+
+
+def stored(scales: Tensor, group: int) -> Tensor:
+    """Scales in the type they are stored in, before weights are rounded by them: float32 for rows (0), float16 for groups."""
+    return scales.clamp_max(65504).half() if group else scales
+
+
+def finite(w: Tensor) -> Tensor:
+    """BadInput where a weight is not."""
+    if not bool(torch.isfinite(w).all()):
+        raise BadInput("a weight is not finite: there is no code for it")
+    return w
+
+
+def integers(w: Tensor, bits: int, group: int = 0, asymmetric: bool = False, shrink: Tensor | float = 1.0) -> Grid:
+    """Equal steps over every group (0: the row) of w [out, in]: symmetric, scale = max |w| / (2^(bits - 1) - 1); asymmetric, from
+    min(w, 0) to max(w, 0). `shrink` [out, groups] makes ranges smaller. BadInput for other bits than 8, 4, 3 and 2."""
+    if bits not in WIDTHS.values():
+        raise BadInput(f"codes have {', '.join(map(str, WIDTHS.values()))} bits, not {bits}")
+    each, levels = grouped(finite(w).float(), length(group, w.shape[1])), 1 << bits
+    if not asymmetric:
+        return Grid(stored(each.abs().amax(-1) * shrink / (levels // 2 - 1), group), levels)
+    low, high = each.amin(-1).clamp_max(0) * shrink, each.amax(-1).clamp_min(0) * shrink
+    scales = stored((high - low) / (levels - 1), group)
+    wide = scales.float()
+    zeros = (-low * torch.where(wide > 0, 1 / wide, 0.0)).round().clamp(0, levels - 1)
+    return Grid(scales, levels, zeros.to(torch.uint8))
+
+
+def mean_size(w: Tensor, group: int) -> Tensor:
+    """Mean |w| of every group (0: the row) of w [out, in], [out, groups]."""
+    n = length(group, w.shape[1])
+    each = grouped(finite(w).float(), n)
+    return each.abs().sum(-1) / (w.shape[1] - n * torch.arange(each.shape[1], device=w.device)).clamp_max(n)
+
+
+def thirds(w: Tensor, group: int = 0) -> Grid:
+    """-1, 0 and 1 times the mean |w| of every group (0: the row) of w [out, in]."""
+    return Grid(stored(mean_size(w, group), group), 3)
+
+
+def steps(w: Tensor, table: Tensor, group: int = 0, shrink: Tensor | float = 1.0) -> Grid:
+    """The steps of `table`, whose largest magnitude meets the largest of every group (0: the row) of w [out, in]."""
+    most = grouped(finite(w).float(), length(group, w.shape[1])).abs().amax(-1) * shrink
+    return Grid(stored(most / table.abs().max(), group), len(table), table=table)
 
 
 def nearest(w: Tensor, bits: int, group: int = 0, *, asymmetric: bool = False, ternary: bool = False) -> Codes:
-    """Every weight rounded to the nearest code of a grid over its group (0: the row). A weight of zero stays zero.
+    """w [out, in] on `integers`, or on `thirds`. A weight of zero stays zero."""
+    grid = thirds(w, group) if ternary else integers(w, bits, group, asymmetric)
+    return rounded(w, grid, length(group, w.shape[1]))
 
-    Symmetric: scale = max |w| / (2^(bits - 1) - 1); asymmetric: from min(w, 0) to max(w, 0); ternary, whatever `bits`: -1, 0 and
-    1 times the mean |w|. The scale of a row is float32, of a group float16, rounded before the weights are. BadInput for other
-    bits than 8, 4 and 2, for a grid that is ternary and asymmetric, and where a weight is not finite.
+
+
+# ---- clipping ---------------------------------------------------------------------------------
+CLIPS = ("max", "mse", "percentile", "entropy")
+TRIED, LEAST = 40, 0.2  # shares of the range that are tried, and the smallest
+BINS = 2048             # of the histogram whose entropy is compared
+
+
+def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tensor | float], Grid]) -> Grid:
+    """What `fit` makes of the share of every group's range that `clip` chooses for w [out, in] in groups (0: the row).
+
+    max: all of it; mse: the one of 40 between 1 and 0.2 with the least squared error; percentile: up to the magnitude that a
+    `share` of the group is below; entropy: one share for the whole of w, the one whose histogram loses least to the reference by
+    Kullback and Leibler. BadInput for another name, or a share that is not above 0 and at most 1.
     """
-    if ternary and asymmetric:
-        raise BadInput("a ternary grid is -1, 0 and 1: it cannot be asymmetric")
-    if bits not in BITS.values() or group < 0:
-        raise BadInput(f"codes have 8, 4 or 2 bits and groups of inputs (0: the row), not {bits} bits and groups of {group}")
-    out, inputs = w.shape
-    group = min(group, inputs) or inputs
-    if not bool(torch.isfinite(w).all()):
-        raise BadInput("a weight is not finite: there is no code for it")
-    padded = torch.nn.functional.pad(w.float(), (0, -inputs % group)).view(out, -1, group)
-    levels = 3 if ternary else 1 << bits
-    if asymmetric:
-        low, high = padded.amin(-1).clamp_max(0), padded.amax(-1).clamp_min(0)
-        scales = (high - low) / (levels - 1)
-    elif ternary:
-        scales = padded.abs().sum(-1) / (inputs - group * torch.arange(padded.shape[1], device=w.device)).clamp_max(group)
-    else:
-        scales = padded.abs().amax(-1) / max(1, levels // 2 - 1)
-    scales = scales if group == inputs else scales.clamp_max(65504).half()
-    inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
-    zeros = (-low * inverse).round().clamp(0, levels - 1) if asymmetric else torch.full_like(inverse, levels // 2)
-    codes = (padded * inverse[..., None]).round().add_(zeros[..., None]).clamp_(0, levels - 1)
-    return Codes(codes.to(torch.uint8).view(out, -1)[:, :inputs].contiguous(), scales, levels, group,
-                 zeros.to(torch.uint8) if asymmetric else None)
+    if clip not in CLIPS:
+        raise BadInput(f"a range is clipped by {', '.join(CLIPS)}, not {clip}")
+    if not 0 < share <= 1:
+        raise BadInput(f"a percentile is a share above 0 and at most 1, such as 0.999, not {share:g}")
+    group = length(group, w.shape[1])
+    each = grouped(finite(w).float(), group)
+    real = grouped(torch.ones_like(w[:1], dtype=torch.float32), group)  # not what fills the last group up
+    if clip == "mse":
+        return fit(_least_error(each, real, fit))
+    if clip == "percentile":
+        most = each.abs().amax(-1)
+        below = torch.stack([g[..., : int(n)].abs().quantile(share, -1) for g, n in zip(each.unbind(1), real.sum(-1)[0], strict=True)], 1)
+        return fit(torch.where(most > 0, below / most, 1.0))
+    return fit(_least_surprise(each, real, fit(1.0).levels) if clip == "entropy" else 1.0)
+
+
+def _least_error(each: Tensor, real: Tensor, fit: Callable[[Tensor | float], Grid]) -> Tensor:
+    """The share of each group's range that leaves the least squared error, [out, groups]."""
+    shrink = torch.ones_like(each[..., 0])
+    least = torch.full_like(shrink, torch.inf)
+    for i in range(TRIED):
+        share = 1 - (1 - LEAST) * i / (TRIED - 1)
+        grid = fit(share)
+        off = grid.values(grid.codes(each)).sub_(each).square_().mul_(real).sum(-1)
+        better = off < least
+        least, shrink = torch.where(better, off, least), shrink.masked_fill(better, share)
+    return shrink
+
+
+def _least_surprise(each: Tensor, real: Tensor, levels: int) -> float:
+    """The share of the range for which the divergence of the clipped histogram from the one in `levels` / 2 steps is least."""
+    most = each.abs().amax(-1, keepdim=True)
+    sizes = (each.abs() / torch.where(most > 0, most, 1.0))[real.expand_as(each) > 0]
+    hist = torch.bincount((sizes * BINS).long().clamp_max(BINS - 1), minlength=BINS).double()
+    hist[0] = 0  # zeros are kept exactly, whatever the range
+    half = max(2, levels // 2)
+    found: tuple[float, float] = (torch.inf, 1.0)
+    for end in range(max(half, int(LEAST * BINS)), BINS + 1, max(1, BINS // 256)):
+        seen = hist[:end].clone()
+        said = seen.clone()
+        seen[-1] += hist[end:].sum()
+        part = torch.arange(end, device=each.device) * half // end
+        count = torch.zeros(half, dtype=torch.float64, device=each.device)
+        mass, wide = count.index_add(0, part, said), count.index_add(0, part, (said > 0).double())
+        guess = torch.where(said > 0, (mass / wide.clamp_min(1))[part], 0.0)
+        if float(guess.sum()) == 0 or float(seen.sum()) == 0:
+            continue
+        p, q = seen / seen.sum(), guess / guess.sum()
+        lost = float(torch.where(p > 0, p * (p / q.clamp_min(1e-12)).log(), 0.0).sum())
+        found = min(found, (lost, end / BINS))
+    return found[1]

@@ -65,13 +65,15 @@ def improved(w: Tensor, new: Change, better: Tensor, gram: Tensor) -> Change:
     return replace(new, w=torch.where(wins[:, None], cand, new.w))
 
 
-def sweep(w: Tensor, gram: Tensor, choose: Callable[[Tensor, int, int], Tensor], *, damp: float, block: int,
-          step: int | None = None) -> tuple[Tensor, Tensor]:
-    """SparseGPT's column sweep: decide a mask from left to right, mend each dropped weight in the columns after it.
+Settle = Callable[[Tensor, Tensor, int], Tensor]
 
-    `choose(s, begin, end)` gets |w_ij| / U_jj [out, end - begin] of the current weights, the root of what dropping one
-    adds to the row's error, and returns what is kept; it is asked once a block, or every `step` columns (`block` a
-    multiple of `step`). Returns the weights [out, in] (float32, zero where dropped) and the mask.
+
+def sweep(w: Tensor, gram: Tensor, settle: Callable[[int, int], Settle], *, damp: float, block: int) -> Tensor:
+    """The column sweep of SparseGPT and GPTQ: settle columns from left to right, mend what that costs in the columns after it.
+
+    `settle(begin, end)` is called once a block of `block` columns and returns what settles them: a function of the block's current
+    weights [end - begin, out] (a column of w is a row of it), of 1 / U_jj [end - begin, 1], and of j, which returns the final column
+    begin + j [out]. The columns before j of the block are no longer current. Returns the weights [out, in] float32.
 
     With H = R R^T, R upper triangular, the paper's U (H^-1 = U^T U) is R^-1, and after a change D of the columns so far
     the best change of those that follow is the one that makes D R vanish there. So H is never inverted: the current
@@ -80,7 +82,8 @@ def sweep(w: Tensor, gram: Tensor, choose: Callable[[Tensor, int, int], Tensor],
     n = w.shape[1]
     low = factor(lambda extra: damped(gram, damp + extra, flip=True))  # R[a, b] = low[n - 1 - a, n - 1 - b]
     dense = w.float().T.contiguous()  # [in, out]: a column of w is a contiguous row
-    delta, kept = torch.zeros_like(dense), torch.zeros_like(dense, dtype=torch.bool)
+    new = torch.empty_like(dense)
+    delta = torch.zeros_like(dense)
     for a in range(0, n, block):
         b = min(a + block, n)
         r = low[n - b:n - a, n - b:n - a].flip(0, 1)
@@ -89,14 +92,13 @@ def sweep(w: Tensor, gram: Tensor, choose: Callable[[Tensor, int, int], Tensor],
         cur = dense[a:b].clone()
         if a:
             cur -= u.T @ (low[n - a:, n - b:n - a].flip(0, 1).float().T @ delta[:a])
+        one = settle(a, b)
         for j in range(b - a):
-            if j % (step or block) == 0:
-                end = min(j + (step or block), b - a)
-                kept[a + j:a + end] = choose((cur[j:end] * scale[j:end]).abs().T, a + j, a + end).T
-            error = (cur[j] * scale[j]).masked_fill(kept[a + j], 0)
-            cur[j:].addr_(u[j, j:], error, alpha=-1)
-        delta[a:b] = cur.masked_fill(~kept[a:b], 0) - dense[a:b]
-    return (dense + delta).masked_fill(~kept, 0).T.contiguous(), kept.T.contiguous()
+            final = one(cur, scale, j)
+            cur[j:].addr_(u[j, j:], (cur[j] - final) * scale[j], alpha=-1)
+            delta[a + j] = final - dense[a + j]
+            new[a + j] = final
+    return new.T.contiguous()
 
 
 def lengths(gram: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Family:
     blocks: str = "layers"
     front: tuple[str, ...] = ("embed_tokens",)  # what runs before the first block
     auto: str = "AutoModelForCausalLM"          # the class when config.json names none
+    norm_offset: float = 0.0                    # a norm multiplies by its weight plus this
     transposed: bool = False                    # weights are stored [in, out]
     by_head: bool = False                       # q, k, v are stacked within each head
     routers: tuple[str, ...] = ()               # linear maps that choose experts: not sites
@@ -104,7 +105,7 @@ FAMILIES = {f.name: f for f in (
     _llama_like("mistral", decoded=MISTRAL_DECODED),
     _llama_like("qwen2", decoded=QWEN2_DECODED),
     _llama_like("qwen3", decoded=QWEN3_DECODED),
-    *(_llama_like(n, norms=FOUR_NORMS, between=_before(FOUR_NORMS[2])) for n in ("gemma2", "gemma3_text")),
+    *(_llama_like(n, norms=FOUR_NORMS, between=_before(FOUR_NORMS[2]), norm_offset=1.0) for n in ("gemma2", "gemma3_text")),
     _llama_like("phi3", attn={**dict.fromkeys("qkv", "self_attn.qkv_proj"), "o": "self_attn.o_proj"},
                 mlp={"": {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj", "down": "mlp.down_proj"}}),
     _llama_like("mixtral", mlp={"experts": EXPERTS}, routers=("mlp.gate",), split=MIXTRAL_SPLIT,
@@ -289,6 +290,43 @@ def coupled(family: Family, config: Any, block: list[Site]) -> list[Group]:
     groups.append(Group("residual", str(block[0].block), config.hidden_size,
                         channels + tuple(Member(n, "norm", 1) for n in family.norms)))
     return groups
+
+
+# ---- scales -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Fold:
+    """Where a scale of some sites' common input can go: it multiplies the columns of the `readers`, and divides what makes the input,
+    a `norm` (module of the block) or the rows of the `writer`.
+
+    Input c comes from row `rows[c]` of the writer, more than one from the same where heads share their values; empty: each from its own.
+    """
+
+    readers: tuple[Site, ...]
+    norm: str = ""
+    writer: Site | None = None
+    rows: tuple[int, ...] = ()
+
+
+def folds(family: Family, config: Any, block: list[Site]) -> list[Fold]:
+    """Every place of a block where an input can be scaled and nothing else sees it."""
+    found = []
+    how, where = family.between(config)
+    norms = {"attn.in": family.norms[0], "mlp.in": where if how == "in" else family.norms[1]} if how != "out" else {}
+    for key, norm in norms.items():
+        readers = tuple(s for s in block if s.input == key)
+        alone = key == "attn.in" or not (family.routers or any(s.input.endswith(key) and s.input != key for s in block))
+        if readers and alone:
+            found.append(Fold(readers, norm))
+    h, kv, d = heads(config)
+    v, o = (next(s for s in block if s.group == "attn" and s.role == r) for r in "vo")
+    if v.shape[0] == kv * d and o.shape[1] == h * d:
+        found.append(Fold((o,), writer=v, rows=tuple(n // (h // kv) * d + c for n in range(h) for c in range(d))))
+    for down in (s for s in block if s.role == "down"):
+        feeders = {s.role: s for s in block if s.consumer == down.name}
+        act = next((getattr(config, k) for k in ("hidden_act", "hidden_activation", "activation_function") if getattr(config, k, None)), "")
+        if "gate" in feeders or act == "relu":  # a gate's other half, and relu, pass a positive factor on
+            found.append(Fold((down,), writer=feeders["up"]))
+    return found
 
 
 # ---- the native decoder -----------------------------------------------------------------------

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,6 +301,48 @@ class Network:
     def set_weight(self, module: nn.Module, site: Site, w: Tensor) -> None:
         site.put(self.param(module, site), w)
 
+    def fold(self, module: nn.Module, fold: graph.Fold, s: Tensor) -> tuple[Tensor, set[str]]:
+        """Scale the inputs [in] of a fold's readers by `s` > 0, which what makes them is divided by: the block's outputs stay.
+
+        Returns the scale in effect, which differs from `s` by the rounding of a norm to its type in the files, and shared rows by
+        their mean; and the parameters of the block that changed and hold no site.
+        """
+        changed: set[str] = set()
+
+        def divide(name: str, by: Tensor, offset: float = 0.0) -> Tensor:
+            p = module.get_parameter(name)
+            dtype = self.checkpoint.tensors[self._pieces[f"{self._stem}{fold.readers[0].block}.{name}"][0].file].dtype
+            before = p.detach().float() + offset
+            p.data.copy_((before / by - offset).to(dtype))
+            changed.add(name)
+            after = p.detach().float() + offset
+            return torch.where((after != 0) & (before != 0), before / after, torch.ones_like(by))
+
+        s = s.float()
+        if fold.norm:
+            norms = dict(module.get_submodule(fold.norm).named_parameters())
+            s = divide(f"{fold.norm}.weight", s, self.family.norm_offset)
+            if norms.get("bias") is not None:
+                divide(f"{fold.norm}.bias", s)
+        elif fold.writer is not None:
+            v = fold.writer
+            if fold.rows:
+                rows = torch.tensor(fold.rows)
+                count = torch.zeros(v.shape[0]).index_add_(0, rows, torch.ones(len(rows)))
+                by = (torch.zeros(v.shape[0]).index_add_(0, rows, s.log()) / count).exp()
+                s = by[rows]
+            else:
+                by = s
+            self.set_weight(module, v, self.weight(module, v).float() / by[:, None])
+            if (b := self.bias(module, v)) is not None:
+                name = graph.bias_of(v) or ""
+                at = v.row_index()
+                module.get_parameter(name).data[slice(None) if at is None else at] = b / by
+                changed.add(name)
+        for r in fold.readers:
+            self.set_weight(module, r, self.weight(module, r).float() * s)
+        return s, changed
+
     def weight_grad(self, module: nn.Module, site: Site) -> Tensor:
         """The gradient [out, in] of the site; zeros where none arrived."""
         grad = self.param(module, site).grad
@@ -312,10 +354,11 @@ class Network:
         rows = None if site.rows is None else slice(*site.rows) if len(site.rows) == 2 else torch.tensor(site.rows)
         return None if b is None else b.detach()[slice(None) if rows is None else rows].clone()
 
-    def stored(self, module: nn.Module, i: int) -> dict[str, Tensor]:
-        """The tensors of block `i` that hold sites, under their names and in the layout and dtype of the files."""
+    def stored(self, module: nn.Module, i: int, others: Iterable[str] = ()) -> dict[str, Tensor]:
+        """The tensors of block `i` that hold sites, and `others` of its parameters, under their names and in the layout and dtype of the
+        files."""
         out = {}
-        for name, p in self.site_params(module, i).items():
+        for name, p in {**self.site_params(module, i), **{n: module.get_parameter(n) for n in sorted(others)}}.items():
             for piece in self._pieces[f"{self._stem}{i}.{name}"]:
                 dtype = self.checkpoint.tensors[piece.file].dtype
                 out[piece.file] = piece.of(p.detach()).to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -23,7 +23,7 @@ LARGEST = 2**31 - 1
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64,), "windows": (torch.int32,),
-    "scales": (torch.float32, torch.float16), "zeros": (torch.uint8,),
+    "scales": (torch.float32, torch.float16), "zeros": (torch.uint8,), "table": (torch.float32,),
 }
 
 

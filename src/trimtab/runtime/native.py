@@ -10,8 +10,7 @@ from torch import Tensor
 
 import trimtab
 from trimtab.core.types import BadInput
-from trimtab.methods.codes import BITS
-from trimtab.methods.format.panels import Packed
+from trimtab.methods.format.panels import BITS, DENSE, Packed
 from trimtab.runtime import layouts
 
 AGAIN = "install trimtab again (pip install, or make setup in a checkout)"
@@ -66,15 +65,17 @@ def kind(p: Packed) -> str:
     """In words: what decides whether a kernel takes it."""
     what = {"nm": [f"{p.n}:{p.m} along the {p.dim}put"], "bsr": [f"blocks of {p.rows} x {p.cols}"],
             "lowrank": [f"rank {f.shape[0]}" for f in p.factors[:1]]}.get(p.format, [])
-    what += [f"groups of {p.group}"] if p.type in BITS else []
+    what += [f"groups of {p.group}"] if p.type in DENSE else []
     return f"{p.format} {p.type}" + (f" ({', '.join(what)})" if what else "")
 
 
 def _strange(p: Packed) -> bool:
     """A layout that saves bytes, not time: the kernels do not know it."""
+    if p.type == "l8":
+        return True
     if p.format == "nm" and (p.m not in (4, 8) or p.dim == "out" or (p.type in BITS and p.n * 2 != p.m)):
         return True
-    return p.rows > 1024 or (p.type in BITS and p.format != "bsr" and p.group < p.shape[1] and p.group % 32 != 0)
+    return p.rows > 1024 or (p.type in DENSE and p.format != "bsr" and p.group < p.shape[1] and p.group % 32 != 0)
 
 
 class Linear:
@@ -103,7 +104,7 @@ class Linear:
             try:
                 self._native = core().Linear(
                     packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
-                    *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "windows", "scales", "zeros")))
+                    *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "windows", "scales", "zeros", "table")))
             except ValueError as e:
                 raise BadInput(str(e)) from None
             self.kernels = list(dict.fromkeys(k for t in ("f32", "bf16", "i8") for k in self._native.kernels(t)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import Change
-from trimtab.methods.solvers import sweep
+from trimtab.methods.solvers import Settle, sweep
 
 
 @method("edit", joint=("score", "repair"))
@@ -31,12 +31,22 @@ def sparsegpt(w: Tensor, keep: float, mask: Tensor, unit: Any, gram: Tensor, *, 
     block = math.ceil(block / period) * period
     choose = _exact(w, keep, mask, unit) if unit.free else lambda s, a, b: unit(s * mask[:, a:b], keep) & mask[:, a:b]
     live = gram.diagonal() > 0
+    kept = torch.empty_like(w.T, dtype=torch.bool)  # [in, out]
 
-    def ask(s: Tensor, begin: int, end: int) -> Tensor:
-        return choose(s * live[begin:end], begin, end)
+    def settle(begin: int, end: int) -> Settle:
+        step = (None if unit.free else unit.period) or end - begin
 
-    new, kept = sweep(w, gram, ask, damp=damp, block=block, step=None if unit.free else unit.period)
-    return Change(new.to(w.dtype), mask=kept)
+        def column(cur: Tensor, scale: Tensor, j: int) -> Tensor:
+            if j % step == 0:
+                to = min(j + step, end - begin)
+                some = slice(begin + j, begin + to)
+                kept[some] = choose((cur[j:to] * scale[j:to]).abs().T * live[some], some.start, some.stop).T
+            return cur[j].masked_fill(~kept[begin + j], 0)
+
+        return column
+
+    new = sweep(w, gram, settle, damp=damp, block=block)
+    return Change(new.to(w.dtype), mask=kept.T.contiguous())
 
 
 def _exact(w: Tensor, keep: float, mask: Tensor, unit: Any) -> Callable[[Tensor, int, int], Tensor]:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, Codes
+from trimtab.methods.codes import Codes
 from trimtab.methods.format.panels import (
+    BITS,
     TYPES,
     Packed,
     Values,
@@ -114,13 +115,13 @@ def bsr(new: Change, *, b: int = 32, rows: int = 0, cols: int = 0) -> Packed:
     column, empty = torch.cat([column, last[extra]])[order], order >= len(order) - len(extra)
     buffers = {"columns": column.to(torch.int32), "pointers": torch.nn.functional.pad((count + fill).cumsum(0), (1, 0))}
     inside = blocks(stuff if codes else stuff.masked_fill(~kept, 0))[row, column].transpose(1, 2)
-    inside[empty] = blocks(w.zero(), 1)[row[empty], 0].transpose(1, 2) if isinstance(w, Codes) else inside.new_zeros(())
+    inside[empty] = blocks(w.grid.zero(), 1)[row[empty], 0].transpose(1, 2) if isinstance(w, Codes) else inside.new_zeros(())
     inside = inside[:, 0] if cols == 1 else inside
     if isinstance(w, Codes):
         at = (slice(None), 0) if cols == 1 else (row, column)
-        scales = blocks(w.scales, 1)[at].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        scales = blocks(w.grid.scales, 1)[at].transpose(1, 2).clone(memory_format=torch.contiguous_format)
         buffers |= {"values": words(inside, w.bits), "scales": scales}
-        if w.zeros is not None:
-            buffers["zeros"] = blocks(w.zeros, 1)[at].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        if w.grid.zeros is not None:
+            buffers["zeros"] = blocks(w.grid.zeros, 1)[at].transpose(1, 2).clone(memory_format=torch.contiguous_format)
         return Packed("bsr", (out, inputs), type_, buffers, rows=rows, cols=cols, group=w.group)
     return Packed("bsr", (out, inputs), type_, {**buffers, "values": interleaved(inside)}, rows=rows, cols=cols)

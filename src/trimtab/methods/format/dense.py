@@ -21,10 +21,9 @@ from trimtab.methods.format.panels import (
     panels,
     sides,
     straight,
-    ternary_words,
     unpanelled,
     values_of,
-    words,
+    worded,
 )
 
 SOME = 64  # panels restored together
@@ -51,7 +50,8 @@ def restore(p: Packed) -> Tensor:
     whole = torch.empty(p.shape, dtype=torch.float32 if p.type in LEVELS else values.dtype, device=values.device)
     for a in range(0, count, SOME):
         rows = whole[a * PANEL:(a + SOME) * PANEL]
-        some, n = replace(p, buffers={k: t.reshape(count, -1)[a:a + SOME] for k, t in p.buffers.items()}), -(-len(rows) // PANEL)
+        mine = {k: t if k == "table" else t.reshape(count, -1)[a:a + SOME] for k, t in p.buffers.items()}
+        some, n = replace(p, buffers=mine), -(-len(rows) // PANEL)
         inside = decoded(some, n, inputs, p.group) if p.type in LEVELS else straight(values_of(some, n, inputs), inputs)
         rows.copy_(unpanelled(inside, len(rows)))
     return whole
@@ -62,11 +62,13 @@ def dense(new: Change) -> Packed:
     """Every entry, zeros included, 32 outputs side by side.
 
     `values` [panels, in, 32] of float32, [panels, in / 2, 32, 2] of bfloat16, or words of codes [panels, in * bits / 32, 32, 4]
-    with `scales` and, where the grid is asymmetric, `zeros` [panels, groups, 32]; words of ternary codes are [panels, in / 20, 32, 4].
-    BadInput for ternary codes whose groups are not multiples of 20 inputs: a word has one scale.
+    with `scales` and, where the grid is asymmetric, `zeros` [panels, groups, 32], or the grid's `table`; words of ternary codes are
+    [panels, in / 20, 32, 4], of 3 bits [panels, in / 32 * 3, 32, 4]. BadInput for ternary codes whose groups are not multiples of 20
+    inputs: a word has one scale.
 
     Formula: bytes = itemsize * 32 * ceil(out / 32) * in, of bfloat16 with `in` filled up to pairs; codes: 4 * ceil(in * bits / 32)
-        an output, ternary 4 * ceil(in / 20), with 2 (one scale a row: 4) bytes a scale and 1 a zero point
+        an output, ternary 4 * ceil(in / 20), 3 bits 12 * ceil(in / 32), with 2 (one scale a row: 4) bytes a scale, 1 a zero point and 4 a
+        step of the table
     Source: common practice
     Deviations: outputs are filled up to panels of 32
     """
@@ -76,6 +78,5 @@ def dense(new: Change) -> Packed:
         if w.type == "t" and w.group < inputs and w.group % WORD[w.type]:
             raise BadInput(f"dense: ternary codes lie {WORD[w.type]} inputs a word, in groups of whole words, not of {w.group} inputs; "
                            "quantise with group=0 (the row), 40, 80, 160 or the like")
-        codes = ternary_words(panels(w.codes)) if w.type == "t" else words(panels(w.codes), w.bits)
-        return Packed("dense", (out, inputs), w.type, {"values": codes, **sides(w)}, cols=inputs, group=w.group)
+        return Packed("dense", (out, inputs), w.type, {"values": worded(w.type, panels(w.codes)), **sides(w)}, cols=inputs, group=w.group)
     return Packed("dense", (w.shape[0], w.shape[1]), TYPES[w.dtype], {"values": interleaved(panels(w))}, cols=w.shape[1])

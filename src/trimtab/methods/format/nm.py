@@ -7,8 +7,9 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, Codes
+from trimtab.methods.codes import Codes
 from trimtab.methods.format.panels import (
+    BITS,
     PANEL,
     TYPES,
     Packed,

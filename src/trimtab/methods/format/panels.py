@@ -6,7 +6,8 @@ weights of two neighbouring inputs lie side by side, so that one 32-bit lane hol
 32-bit words of one output, 4, 8 or 16 inputs each: byte b of the word holds inputs b, b + 4, b + 8 ..., lowest bits first,
 so that a shift and a mask leave four inputs a byte each. Ternary codes lie five a byte, 20 inputs a word: the byte / 256 is a
 fraction whose first five digits in base 3 are those of inputs b, b + 4 ..., so that the next four come out by tripling the
-bytes. The layouts do not depend on the processor: what is written on one is mapped on another.
+bytes. Codes of 3 bits lie as their lower two bits and their third, two words and one for 32 inputs. Codes of a table lie as whole
+numbers of their width do. The layouts do not depend on the processor: what is written on one is mapped on another.
 """
 from __future__ import annotations
 
@@ -17,17 +18,19 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import BITS, LEVELS, Codes
+from trimtab.methods.codes import LEVELS, TABLES, WIDTHS, Codes
 
 PANEL = 32   # outputs of a panel
 TRITS = 5    # ternary codes of a byte
-WORD = {**{name: 32 // bits for name, bits in BITS.items()}, "t": 4 * TRITS}  # inputs a word of codes holds
+BITS = {"i8": 8, "i4": 4, "i2": 2}  # of the types of codes that every format of codes stores
+DENSE = {**WIDTHS, **TABLES}        # of those that dense stores, ternary ones aside
+WORD = {**{name: 32 // bits for name, bits in DENSE.items() if bits != 3}, "t": 4 * TRITS}  # inputs a word of codes holds
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Values:
-    """What the entries of a layout are: `type` f32, bf16, or codes i8, i4, i2, t; of codes also the inputs in a `group` that
+    """What the entries of a layout are: `type` f32, bf16, or of codes (LEVELS); of codes also the inputs in a `group` that
     share a scale, the bytes of a `scale`, and whether there are zero points."""
 
     type: str
@@ -38,25 +41,27 @@ class Values:
     def bytes(self, inputs: int, outputs: int = PANEL) -> int:
         """Of so many inputs of outputs that lie side by side."""
         if self.type in LEVELS:
-            return -(-inputs // WORD[self.type]) * 4 * outputs
+            return words_of(self.type, inputs) * 4 * outputs
         return (-(-inputs // 2) * 4 if self.type == "bf16" else inputs * 4) * outputs
 
     def side(self, count: int) -> dict[str, int]:
         """Bytes of the scales and zero points of so many groups."""
         if self.type not in LEVELS:
             return {}
-        return {"scales": count * self.scale} | ({"zeros": count} if self.zeros else {})
+        side = {"scales": count * self.scale} | ({"zeros": count} if self.zeros else {})
+        return side | ({"table": 4 * LEVELS[self.type]} if self.type in TABLES else {})
 
 
 @dataclass(frozen=True)
 class Packed:
     """One linear map [out, in] as a kernel reads it.
 
-    `format`: dense, bsr, bitmask, sell, nm or lowrank; `type` of the values: f32, bf16, or codes: i8, i4, i2, t; `rows`, `cols` of a block;
+    `format`: dense, bsr, bitmask, sell, nm or lowrank; `type` of the values: f32, bf16, or of codes; `rows`, `cols` of a block;
     `n`, `m` of n:m along `dim` (in, or out: the transpose is what is packed); `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint8 of
-    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), those it has. A map that is several
-    applied in turn has these as its `factors`, the first one first, and their buffers as its own, their side before the name.
+    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), table (float32), those it has.
+    A map that is several applied in turn has these as its `factors`, the first one first, and their buffers as its own, their side
+    before the name.
     """
 
     format: str
@@ -157,6 +162,39 @@ def unworded(stored: Tensor, bits: int, inputs: int) -> Tensor:
     return torch.stack(fields, -3).flatten(-4, -2)[..., :inputs, :]
 
 
+def triples(codes: Tensor) -> Tensor:
+    """uint8 [..., inputs, outputs], below 8 -> words, uint8 [..., inputs / 32 * 3, outputs, 4]: of every 32 inputs two words of their
+    lower two bits, then one of their third."""
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[-2] % 32)).unflatten(-2, (-1, 32))
+    return torch.cat([words(codes & 3, 2), words(codes >> 2, 1)], -3).flatten(-4, -3)
+
+
+def untripled(stored: Tensor, inputs: int) -> Tensor:
+    """The inverse of `triples`: uint8 [..., inputs, outputs]."""
+    three = stored.unflatten(-3, (-1, 3))
+    low, high = three[..., :2, :, :], three[..., 2:, :, :]
+    return (unworded(low, 2, 32) | unworded(high, 1, 32) << 2).flatten(-3, -2)[..., :inputs, :]
+
+
+def worded(type_: str, codes: Tensor) -> Tensor:
+    """Codes of any type, uint8 [..., inputs, outputs] -> words, uint8 [..., words, outputs, 4]."""
+    if type_ == "t":
+        return ternary_words(codes)
+    return triples(codes) if DENSE[type_] == 3 else words(codes, DENSE[type_])
+
+
+def unworded_of(type_: str, stored: Tensor, inputs: int) -> Tensor:
+    """The inverse of `worded`: uint8 [..., inputs, outputs]."""
+    if type_ == "t":
+        return ternary_unworded(stored, inputs)
+    return untripled(stored, inputs) if DENSE[type_] == 3 else unworded(stored, DENSE[type_], inputs)
+
+
+def words_of(type_: str, inputs: int) -> int:
+    """How many words hold the codes of so many inputs of an output."""
+    return -(-inputs // 32) * 3 if DENSE.get(type_) == 3 else -(-inputs // WORD[type_])
+
+
 def ternary_words(codes: Tensor) -> Tensor:
     """uint8 [..., inputs, outputs], below 3 -> words, uint8 [..., inputs / 20, outputs, 4].
 
@@ -180,29 +218,32 @@ def ternary_unworded(stored: Tensor, inputs: int) -> Tensor:
 
 
 def sides(w: Codes) -> dict[str, Tensor]:
-    """Scales and zero points by panels: [panels, groups, PANEL]."""
-    both = {"scales": panels(w.scales).contiguous()}
-    return both if w.zeros is None else {**both, "zeros": panels(w.zeros).contiguous()}
+    """Scales and zero points by panels: [panels, groups, PANEL], and the table."""
+    both = {"scales": panels(w.grid.scales).contiguous()}
+    both |= {} if w.grid.zeros is None else {"zeros": panels(w.grid.zeros).contiguous()}
+    return both | ({} if w.grid.table is None else {"table": w.grid.table.clone()})
 
 
 def values_of(p: Packed, count: int, inputs: int) -> Tensor:
     """The values of so many panels or blocks in their shape, which the bytes do not tell: [count, inputs, rows], of bfloat16
     [count, inputs / 2, rows, 2], of codes [count, words, rows, 4]."""
-    inputs, tail = {"f32": (inputs, ()), "bf16": (-(-inputs // 2), (2,))}.get(p.type) or (-(-inputs // WORD[p.type]), (4,))
+    inputs, tail = {"f32": (inputs, ()), "bf16": (-(-inputs // 2), (2,))}.get(p.type) or (words_of(p.type, inputs), (4,))
     return p.buffers["values"].reshape(count, inputs, p.rows, *tail)
 
 
 def sides_of(p: Packed, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Scales and zero points in this shape, float32."""
     scales = p.buffers["scales"].reshape(shape).float()
-    return scales, p.buffers["zeros"].reshape(shape).float() if "zeros" in p.buffers else torch.full_like(scales, LEVELS[p.type] // 2)
+    middle = 0 if p.type in TABLES else LEVELS[p.type] // 2
+    return scales, p.buffers["zeros"].reshape(shape).float() if "zeros" in p.buffers else torch.full_like(scales, middle)
 
 
 def decoded(p: Packed, count: int, inputs: int, group: int) -> Tensor:
     """Codes as weights, as they are stored: `inputs` in groups of `group`, [count panels or blocks, inputs, rows] float32."""
     scales, zeros = sides_of(p, (count, -(-inputs // group), p.rows))
     stored = values_of(p, count, inputs)
-    w = (ternary_unworded(stored, inputs) if p.type == "t" else unworded(stored, BITS[p.type], inputs)).float()
+    codes = unworded_of(p.type, stored, inputs)
+    w = p.buffers["table"][codes.int()] if p.type in TABLES else codes.float()
     for g, part in enumerate(w.split(group, 1)):  # in place: a head is large
         part.sub_(zeros[:, g:g + 1]).mul_(scales[:, g:g + 1])
     return w

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import Change
-from trimtab.methods.solvers import improved, sweep
+from trimtab.methods.solvers import Settle, improved, sweep
 
 
 @method("repair")
@@ -21,5 +21,9 @@ def obs(w: Tensor, new: Change, gram: Tensor, *, damp: float = 0.01, block: int 
     if new.mask is None:
         return new
     mask = new.mask
-    swept, _ = sweep(w, gram, lambda s, begin, end: mask[:, begin:end], damp=damp, block=block)
+
+    def settle(begin: int, end: int) -> Settle:
+        return lambda cur, scale, j: cur[j].masked_fill(~mask[:, begin + j], 0)
+
+    swept = sweep(w, gram, settle, damp=damp, block=block)
     return improved(w, new, swept, gram)

@@ -6,7 +6,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 
 
-@method("stat", merge="sum", mean=True)
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s.square())
 def in_sq(x: Tensor) -> Tensor:
     """Mean square of each input, [in].
 
@@ -17,7 +17,7 @@ def in_sq(x: Tensor) -> Tensor:
     return x.float().square().sum(0)
 
 
-@method("stat", merge="sum", mean=True)
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None])
 def gram(x: Tensor) -> Tensor:
     """Second moment of the inputs, [in, in]: the Hessian of the site's squared output error, up to a factor.
 
@@ -29,7 +29,18 @@ def gram(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-@method("stat", merge="max")
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s)
+def in_abs(x: Tensor) -> Tensor:
+    """Mean magnitude of each input, [in].
+
+    Formula: E[|x_j|]
+    Source: textbook
+    Deviations: none
+    """
+    return x.float().abs().sum(0)
+
+
+@method("stat", merge="max", rescaled=lambda value, s: value / s)
 def absmax(x: Tensor) -> Tensor:
     """Largest magnitude of each input, [in].
 

@@ -1,0 +1,1 @@
+"""grid: which values may a weight take?"""

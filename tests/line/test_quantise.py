@@ -1,0 +1,118 @@
+"""Grids, roundings and rewrites along the whole line: what is written, packed, folded, resumed."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trimtab import cli
+from trimtab.core import spec
+from trimtab.core.types import BadInput
+from trimtab.methods.codes import Codes, Grid
+from trimtab.network.checkpoint import Checkpoint, SafeFile
+from trimtab.prove.proof import answer
+from trimtab.runtime import layouts, packed
+
+FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
+MADE = [("gptq(bits=3,group=32)", "i3"), ("gptq(act_order=true,asymmetric=true,group=32)", "i4"), ("gptq(bits=8,group=0)", "i8"),
+        ("rtn(grid=nf,bits=3,group=32)", "l3"), ("fp(bits=4,exponent=2,group=32) | gptq", "l4"), ("kmeans(bits=2,group=32) | rtn", "l2"),
+        ("sign(group=32) | gptq", "l1"), ("awq(group=32)", "i4"), ("fp(bits=8) | rtn", "l8")]
+
+
+@pytest.fixture(autouse=True)
+def proof_in_this_process(monkeypatch):
+    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+
+
+def trim(capsys, model, recipe, out, calib, *more: object) -> dict:
+    code = cli.main([str(a) for a in ("trim", model, recipe, "-o", out, "--calib", calib, "--text", calib, *FAST, "--json", *more)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    c = Checkpoint.open(path)
+    return {n: c.read(n) for n in c.tensors}
+
+
+def codes_of(parts: SafeFile, site: str) -> Codes:
+    levels, group = parts.read(f"{site}:grid").tolist()
+    more = [parts.read(f"{site}:{k}") if f"{site}:{k}" in parts.names else None for k in ("zeros", "table")]
+    return Codes(parts.read(f"{site}:codes"), Grid(parts.read(f"{site}:scales"), levels, *more), group)
+
+
+@pytest.mark.parametrize(("recipe", "type_"), MADE)
+@pytest.mark.filterwarnings("ignore:no kernel here takes")
+def test_what_is_written_decodes_to_what_was_rounded(capsys, tiny_lm, tmp_path, calib, recipe, type_):
+    """The plain tensors, the parts beside them, and the packed directory are one model."""
+    result = trim(capsys, tiny_lm, recipe, tmp_path / "plain", calib)
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "packed", calib, "--pack", "--head", "keep")["recovery"] == pytest.approx(
+        result["recovery"], rel=0.02)
+    plain, parts = read(tmp_path / "plain"), SafeFile(tmp_path / "plain" / "trimtab.safetensors")
+    linears = packed.open(tmp_path / "packed", verify=True).linears
+    for i in range(3):
+        for site, module in (("attn.q", "self_attn.q_proj"), ("attn.o", "self_attn.o_proj"), ("mlp.down", "mlp.down_proj")):
+            name = f"model.layers.{i}.{module}"
+            codes = codes_of(parts, f"{i}.{site}")
+            assert codes.type == type_
+            assert torch.equal(codes.weight().bfloat16(), plain[f"{name}.weight"])
+            assert linears[name].type == type_ and torch.equal(layouts.restored(linears[name]), codes.weight())
+
+
+def test_awq_folds_and_the_model_says_the_same_before_it_rounds(capsys, tiny_lm, tmp_path, calib):
+    """At 8 bits next to nothing is lost, though norms and weights are others; one norm took the inverse of its readers' scale."""
+    result = trim(capsys, tiny_lm, "awq(bits=8,group=0)", tmp_path / "o", calib)
+    assert result["recovery"] > 0.995
+    before, after = read(tiny_lm), read(tmp_path / "o")
+    for name in ("model.layers.1.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight"):
+        assert not torch.equal(before[name], after[name])
+    s = before["model.layers.1.input_layernorm.weight"].float() / after["model.layers.1.input_layernorm.weight"].float()
+    for role in "qkv":
+        old, new = (t[f"model.layers.1.self_attn.{role}_proj.weight"].float() for t in (before, after))
+        if role != "v":  # whose rows o has scaled, too
+            torch.testing.assert_close(new, old * s, rtol=0.05, atol=0.02 * float((old * s).abs().max()))
+    assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_awq_is_packed_with_its_norms_and_resumed(capsys, tiny_lm, tmp_path, calib, monkeypatch):
+    first = trim(capsys, tiny_lm, "awq(group=32)", tmp_path / "a", calib, "--pack")
+    from trimtab.core.journal import Journal
+
+    write, stop = Journal.write_block, iter([False, True])
+
+    def once(self, *args):
+        write(self, *args)
+        if next(stop):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write_block", once)
+    asked = ("trim", tiny_lm, "awq(group=32)", "-o", tmp_path / "b", "--calib", calib, "--text", calib, *FAST, "--pack")
+    assert cli.main([str(a) for a in asked]) == 1
+    monkeypatch.setattr(Journal, "write_block", write)
+    capsys.readouterr()
+    assert trim(capsys, tiny_lm, "awq(group=32)", tmp_path / "b", calib, "--pack", "--resume")["plan_hash"] == first["plan_hash"]
+    a, b = packed.open(tmp_path / "a", verify=True), packed.open(tmp_path / "b", verify=True)
+    assert all(torch.equal(t, b.tensors[n]) for n, t in a.tensors.items())
+    assert all(torch.equal(t, b.linears[n].buffers[k]) for n, p in a.linears.items() for k, t in p.buffers.items())
+    assert not torch.equal(a.tensors["model.layers.0.input_layernorm.weight"], read(tiny_lm)["model.layers.0.input_layernorm.weight"])
+
+
+def test_roundings_rank_as_they_should(capsys, tiny_lm, tmp_path, calib):
+    """Against the dense model's own outputs: GPTQ loses less than the nearest, and fewer bits lose more."""
+    kl = {r: trim(capsys, tiny_lm, r, tmp_path / r.replace("(", "_"), calib)["kl"] for r in (
+        "rtn(bits=3,group=32)", "gptq(bits=3,group=32)", "rtn(bits=2,group=32)", "gptq(bits=2,group=32)", "rtn(bits=4,group=32)")}
+    assert kl["gptq(bits=3,group=32)"] < kl["rtn(bits=3,group=32)"] < kl["rtn(bits=2,group=32)"]
+    assert kl["gptq(bits=2,group=32)"] < kl["rtn(bits=2,group=32)"]
+    assert kl["rtn(bits=4,group=32)"] < kl["rtn(bits=3,group=32)"]
+
+
+def test_a_grid_is_a_step_of_its_own():
+    assert spec.load("rtn").text == spec.load("int(bits=4,group=128) | rtn").text
+    assert spec.load("gptq(grid=nf,bits=3)").text == "grid/nf(bits=3) | edit/gptq"
+    assert spec.load("nf").passes == spec.load("nf | rtn").passes  # what rounds to a grid that stands alone
+    assert spec.load("gptq(grid=fp(exponent=2),group=64)").text == "grid/fp(exponent=2,group=64) | edit/gptq"
+    with pytest.raises(BadInput, match="both decide grid"):
+        spec.load("int | nf | rtn")
