@@ -75,7 +75,7 @@ def torch_int8(w: Tensor, x: Tensor) -> Maker:
 def torch_int4(w: Tensor, x: Tensor, group: int) -> Maker:
     """torch's weight-only int4: codes of 4 bits with scales and zeros in bfloat16, x in bfloat16."""
     codes = nearest(w, 4, group)
-    scales = codes.scales.T.to(torch.bfloat16)
+    scales = codes.grid.scales.T.to(torch.bfloat16)
     both, its = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous(), x.to(torch.bfloat16)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.int(), 1)
 
@@ -120,7 +120,7 @@ def ort_nbits(w: Tensor, x: Tensor, bits: int, group: int, threads: int) -> Make
     packed = codes.codes.view(w.shape[0], -1, group)
     if bits == 4:
         packed = packed[..., ::2] | packed[..., 1::2] << 4
-    scales, y = codes.scales.float().flatten(), _result(w, x)
+    scales, y = codes.grid.scales.float().flatten(), _result(w, x)
 
     def make() -> Call:
         node = onnx.helper.make_node("MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=w.shape[1], N=w.shape[0],
@@ -193,12 +193,12 @@ def openvino_codes(w: Tensor, x: Tensor, bits: int, group: int, threads: int) ->
     shape = [out, inputs // codes.group, codes.group] if group else [out, inputs]
     packed = codes.codes if bits == 8 else codes.codes[:, ::2] | codes.codes[:, 1::2] << 4
     kind = ov.Type.u8 if bits == 8 else ov.Type.u4
-    scales = codes.scales.half().view(*shape[:-1], 1).numpy()
+    scales = codes.grid.scales.half().view(*shape[:-1], 1).numpy()
 
     def make() -> Call:
         p = ops.parameter(list(x.shape), ov.Type.f32)
         held = ops.constant(ov.Tensor(packed.numpy(), ov.Shape(shape), kind))
-        zero = np.array([codes.levels // 2], np.uint8)
+        zero = np.array([codes.grid.levels // 2], np.uint8)
         middle = ops.constant(ov.Tensor(zero, ov.Shape([1] * len(shape)), kind))
         half = ops.subtract(ops.convert(held, "f16"), ops.convert(middle, "f16"))
         weight = ops.multiply(half, ops.constant(scales))

@@ -46,7 +46,8 @@ def measured(root: Path) -> list[Row]:
                 continue
             try:
                 row = json.loads(line)
-                last[*(row[k] for k in (*KEYS[:4], "seed")), row.get("one_at_a_time")] = {k: row[k] for k in KEYS} | {"shape": shape_of(row)} | row
+                at = (*(row[k] for k in (*KEYS[:4], "seed")), row.get("one_at_a_time"))
+                last[at] = {k: row[k] for k in KEYS} | {"shape": shape_of(row)} | row
             except (ValueError, KeyError, TypeError) as e:
                 raise SystemExit(f"{path.relative_to(root)}:{number}: want a row of {', '.join(KEYS)}: {e!r}") from None
     return list(last.values())

@@ -263,7 +263,7 @@ def test_zero_points_beyond_the_codes_count_as_they_are(bits):
     gen = torch.Generator().manual_seed(8)
     for n, m in ((2, 4), (4, 8)):
         t = nearest(picked(torch.randn(70, 136, generator=gen), n, m, gen), bits, 64, asymmetric=True)
-        zeros = torch.randint(256, t.zeros.shape, generator=gen, dtype=torch.uint8)
+        zeros = torch.randint(256, t.grid.zeros.shape, generator=gen, dtype=torch.uint8)
         zeros[32:64] = torch.randint((1 << bits) + 1, (32, zeros.shape[1]), generator=gen).clamp_max(255)  # one panel is not strange
         p = nm(Codes(t.codes, t.grid, 64), n, m)
         panels = torch.nn.functional.pad(zeros, (0, 0, 0, 26)).view(3, 32, -1).transpose(1, 2).contiguous()
@@ -401,7 +401,7 @@ def test_what_is_restored_some_panels_at_a_time_is_the_same(monkeypatch):
     assert torch.equal(at_once[0], w)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_codes_stand_for_the_nearest_weight_they_can(bits, asymmetric):
     w = torch.randn(24, 200, generator=torch.Generator().manual_seed(bits))
@@ -410,7 +410,7 @@ def test_codes_stand_for_the_nearest_weight_they_can(bits, asymmetric):
         codes = nearest(w, bits, group, asymmetric=asymmetric)
         again = codes.weight()
         assert bool((again[:, ::7] == 0).all())  # a zero stays one, whatever the grid
-        step = codes.each(codes.scales.float())
+        step = codes.grid.scales.float().repeat_interleave(codes.group, 1)[:, :200]
         # half a step, and as much again where a zero point was rounded or a scale lost its last bits
         assert bool(((again - w).abs() <= step * (1.01 if asymmetric else 0.51) + 1e-6).all())
         assert bits < 8 or float((again - w).norm() / w.norm()) < 0.01
@@ -420,12 +420,12 @@ def test_ternary_codes_stand_for_the_mean_and_nothing():
     w = torch.randn(24, 200, generator=torch.Generator().manual_seed(1))
     for group in (0, 40, 60):
         codes = ternary(w, group)
-        assert codes.type == "t" and codes.zeros is None and int(codes.codes.max()) == 2
+        assert codes.type == "t" and codes.grid.zeros is None and int(codes.codes.max()) == 2
         parts = w.split(group or 200, 1)  # the last of 60 is shorter
         mean = torch.stack([p.abs().mean(1) for p in parts], 1)
-        torch.testing.assert_close(codes.scales.float(), mean, rtol=1e-3 if group else 1e-6, atol=0)
-        steps = w / codes.each(codes.scales.float())
-        assert torch.equal(codes.codes.float() - 1, steps.round().clamp(-1, 1))
+        torch.testing.assert_close(codes.grid.scales.float(), mean, rtol=1e-3 if group else 1e-6, atol=0)
+        near = w / codes.grid.scales.float().repeat_interleave(codes.group, 1)[:, :200]
+        assert torch.equal(codes.codes.float() - 1, near.round().clamp(-1, 1))
     assert not ternary(w * 0).weight().any()
 
 
@@ -506,7 +506,8 @@ def test_what_does_not_fit_is_refused():
                     lambda: bsr(nearest(w, 8, 32), 16, 1), lambda: bsr(w, 32, 1),
                     lambda: bitmask(nearest(w, 4)), lambda: bitmask(ternary(w)), lambda: nm(ternary(w * 0)),
                     lambda: bsr(ternary(w, 32), 16, 32), lambda: dense(ternary(w, 32)),
-                    lambda: nearest(w, 2, asymmetric=True, ternary=True),
+                    lambda: Grid(torch.ones(2, 1), 4, None, torch.tensor([0.0, 1.0, 0.5, 2.0])),
+                    lambda: Grid(torch.ones(2, 1), 4, None, torch.tensor([0.0, 1.0])), lambda: nearest(w, 8, -1),
                     lambda: Grid(torch.ones(2, 1), 3, torch.ones(2, 1, dtype=torch.uint8)),
                     lambda: Codes(torch.full((2, 20), 3, dtype=torch.uint8), Grid(torch.ones(2, 1), 3), 20),
                     lambda: Grid(torch.ones(2, 1), 5),
@@ -574,6 +575,14 @@ def test_buffers_that_contradict_each_other_are_refused():
         replace(eight, type="i4"), replace(eight, type="t"), replace(eight, group=16), replace(eight, rows=16),
         replace(eight, shape=(64, 132)), broken(kept, scales=torch.ones(2, 1, 32)),
         replace(bsr(nearest(torch.ones(64, 128), 4, 32)), group=64),
+    ]
+    steps_of, threes = dense(tabled(w, 3, 32)), dense(nearest(w, 3, 32, asymmetric=True))
+    bad += [
+        broken(steps_of, table=steps_of.buffers["table"][1:]), broken(steps_of, table=steps_of.buffers["table"] / 0),
+        broken(steps_of, table=steps_of.buffers["table"].double()), broken(steps_of, zeros=threes.buffers["zeros"]),
+        broken(steps_of, values=steps_of.buffers["values"][:, 1:]), replace(steps_of, type="l4"), replace(steps_of, type="i3"),
+        replace(steps_of, group=16), broken(threes, table=steps_of.buffers["table"]),
+        broken(threes, values=threes.buffers["values"][:, 3:]), replace(threes, type="l3"), replace(threes, type="i2"), replace(threes, format="bsr"), replace(threes, format="nm", n=2, m=4),
     ]
     few = torch.zeros(64, 128)
     few[:32, ::25] = few[32:, ::60] = 1  # 6 and 3 columns

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import LEVELS, Codes
+from trimtab.methods.codes import LEVELS, TABLES, Codes
 from trimtab.methods.format.panels import (
     PANEL,
     TYPES,
@@ -41,6 +41,8 @@ def stored(p: Packed) -> int:
         raise BadInput(f"dense: a panel is {PANEL} outputs high and {p.shape[1]} inputs wide, not {p.rows} x {p.cols}")
     if p.type == "t" and ("zeros" in p.buffers or (p.group < p.shape[1] and p.group % WORD[p.type])):
         raise BadInput(f"dense: ternary codes have no zero points, and groups of a multiple of {WORD[p.type]} inputs, not {p.group}")
+    if p.type in TABLES and ("zeros" in p.buffers or not bool(torch.isfinite(p.buffers["table"]).all())):
+        raise BadInput(f"dense: codes of a table ({p.type}) have finite steps, and no zero points")
     return p.shape[0] * p.shape[1]
 
 
