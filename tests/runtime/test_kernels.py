@@ -582,7 +582,8 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(steps_of, table=steps_of.buffers["table"].double()), broken(steps_of, zeros=threes.buffers["zeros"]),
         broken(steps_of, values=steps_of.buffers["values"][:, 1:]), replace(steps_of, type="l4"), replace(steps_of, type="i3"),
         replace(steps_of, group=16), broken(threes, table=steps_of.buffers["table"]),
-        broken(threes, values=threes.buffers["values"][:, 3:]), replace(threes, type="l3"), replace(threes, type="i2"), replace(threes, format="bsr"), replace(threes, format="nm", n=2, m=4),
+        broken(threes, values=threes.buffers["values"][:, 3:]), replace(threes, type="l3"), replace(threes, type="i2"),
+        replace(threes, format="bsr"), replace(threes, format="nm", n=2, m=4),
     ]
     few = torch.zeros(64, 128)
     few[:32, ::25] = few[32:, ::60] = 1  # 6 and 3 columns
