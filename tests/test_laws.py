@@ -962,6 +962,8 @@ def law_repair_keeps_codes(m: Method) -> None:
                 assert (now.type, now.group, now.grid.zeros is None) == (was.type, was.group, was.grid.zeros is None)
                 assert torch.equal(now.weight(), out.w) and not bool(out.w[~mask].any())
                 assert error(w, out.w, gram) < error(w, new.w, gram)
+                for row in range(len(w)):  # what a group gains alone may cost the row
+                    assert error(w[[row]], out.w[[row]], gram) <= error(w[[row]], new.w[[row]], gram) * (1 + 1e-5)
 
 
 def law_repair_damping_holds_on(m: Method) -> None:

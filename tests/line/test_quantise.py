@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from trimtab import cli
-from trimtab.core import spec
+from trimtab.core import line, spec
 from trimtab.core.types import BadInput
 from trimtab.methods.codes import Codes, Grid
+from trimtab.methods.grid.int_ import int_
 from trimtab.network.checkpoint import Checkpoint, SafeFile
 from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, packed
@@ -77,6 +78,32 @@ def test_awq_folds_and_the_model_says_the_same_before_it_rounds(capsys, tiny_lm,
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
+def test_awq_leaves_alone_what_somebody_else_reads(capsys, tiny_lm, tmp_path, calib):
+    """q alone is not scaled: k and v read the same norm. Nor is o, whose values nobody asked for, but the rest of its inputs are."""
+    trim(capsys, tiny_lm, "*.q,*.down: awq(bits=8,group=0)", tmp_path / "o", calib)
+    before, after = read(tiny_lm), read(tmp_path / "o")
+    changed = {n.split(".", 3)[-1] for n, t in before.items() if not torch.equal(t, after[n])}
+    assert changed == {"self_attn.q_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight"}
+
+
+def test_behind_awq_a_site_hears_of_the_inputs_it_has(capsys, tiny_lm, tmp_path, calib, monkeypatch):
+    """Weights and second moment are both of the scaled inputs: the outputs' power is what it was, to the last digits."""
+    power: dict[str, dict[str, torch.Tensor]] = {}
+    real = line.edit_site
+
+    def spy(p, site, w, share, stats, prior):
+        power.setdefault(str(p.steps.get("rewrite")), {})[site.name] = ((w @ stats["gram"]) * w).sum(1)
+        return real(p, site, w, share, stats, prior)
+
+    monkeypatch.setattr(line, "edit_site", spy)
+    for i, recipe in enumerate(("int(group=32) | gptq(order=dense)", "awq | int(group=32) | gptq(order=dense)")):
+        trim(capsys, tiny_lm, recipe, tmp_path / f"o{i}", calib)
+    plain, scaled = power["None"], power["rewrite/awq"]
+    for name in plain:
+        if not name.endswith((".v", ".up")):  # whose own rows took a scale
+            torch.testing.assert_close(scaled[name], plain[name], rtol=1e-3, atol=1e-5)
+
+
 def test_awq_is_packed_with_its_norms_and_resumed(capsys, tiny_lm, tmp_path, calib, monkeypatch):
     first = trim(capsys, tiny_lm, "awq(group=32)", tmp_path / "a", calib, "--pack")
     from trimtab.core.journal import Journal
@@ -107,6 +134,22 @@ def test_roundings_rank_as_they_should(capsys, tiny_lm, tmp_path, calib):
     assert kl["gptq(bits=3,group=32)"] < kl["rtn(bits=3,group=32)"] < kl["rtn(bits=2,group=32)"]
     assert kl["gptq(bits=2,group=32)"] < kl["rtn(bits=2,group=32)"]
     assert kl["rtn(bits=4,group=32)"] < kl["rtn(bits=3,group=32)"]
+
+
+def test_the_range_of_least_surprise_cuts_an_outlier_and_keeps_what_is_even():
+    """By entropy: of normal weights with one far off most of the range goes, zeros or not; of even ones none."""
+    gen = torch.Generator().manual_seed(0)
+
+    def kept(w: torch.Tensor) -> float:
+        whole, cut = (int_(w, bits=8, group=0, clip=clip).scales for clip in ("max", "entropy"))
+        return float(cut / whole)
+
+    normal = torch.randn(1, 8192, generator=gen)
+    normal[0, 5] = 2 * float(normal.abs().max())
+    assert 0.25 < kept(normal) < 0.6
+    mostly_zeros = torch.nn.functional.pad(normal, (0, 100_000))
+    assert kept(mostly_zeros) == kept(normal)
+    assert kept(torch.rand(1, 8192, generator=gen) * 2 - 1) > 0.95
 
 
 def test_a_grid_is_a_step_of_its_own():
