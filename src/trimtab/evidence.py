@@ -41,7 +41,7 @@ SETTINGS = {
                                "wanda_redundancy", "wanda(unit=model)", "sparsegpt"), "70 % of all linear weights gone"),
     "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
-    **{f"{bits} bits": Setting(None, None, tuple(f"{r}bits={bits}{end}" for r, end in (
+    **{f"{bits}-bits": Setting(None, None, tuple(f"{r}bits={bits}{end}" for r, end in (
         ("rtn(", ")"), ("rtn(asymmetric=true,", ")"), ("rtn(clip=mse,", ")"), ("rtn(grid=nf,", ")"), ("rtn(grid=kmeans,", ")"),
         *([("rtn(grid=fp,", ")")] if bits != 2 else []), ("gptq(", ")"), ("gptq(asymmetric=true,", ")"), ("gptq(act_order=true,", ")"),
         ("gptq(clip=mse,", ")"), ("gptq(grid=nf,", ")"), ("awq(", ")"), ("awq | int(asymmetric=true,", ") | gptq"))),

@@ -52,13 +52,13 @@ recipe("blocks", "block(b=32) | magnitude | uniform | mask", source="arXiv:2507.
 recipe("rtn", "int(bits=4,group=128) | rtn", source="common practice; the baseline of arXiv:2210.17323 (GPTQ)",
        note="Round to nearest. After a pruning pass it keeps the zeros: `nm(n=2,m=4) | wanda ; rtn(bits=4)`.")
 recipe("gptq", "int(bits=4,group=128) | gptq", source="arXiv:2210.17323 (Frantar et al. 2022)", claims=[
-    Claim("better than rounding to nearest at 4 bits", "gptq(bits=4)", "rtn(bits=4)", "4 bits", "figures recalled, not asserted"),
-    Claim("better than rounding to nearest at 3 bits", "gptq(bits=3)", "rtn(bits=3)", "3 bits", "figures recalled, not asserted"),
+    Claim("better than rounding to nearest at 4 bits", "gptq(bits=4)", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
+    Claim("better than rounding to nearest at 3 bits", "gptq(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
 ], note="`gptq(grid=nf)`, `gptq(asymmetric=true)`, `gptq(act_order=true)`: any grid, with the same sweep.")
 recipe("awq", "awq | int(bits=4,group=128,asymmetric=true) | rtn | clip", source="arXiv:2306.00978 (Lin et al. 2023)", claims=[
-    Claim("better than rounding to nearest at 4 bits", "awq(bits=4)", "rtn(asymmetric=true,bits=4)", "4 bits",
+    Claim("better than rounding to nearest at 4 bits", "awq(bits=4)", "rtn(asymmetric=true,bits=4)", "4-bits",
           "figures recalled, not asserted"),
-    Claim("better than rounding to nearest at 3 bits", "awq(bits=3)", "rtn(asymmetric=true,bits=3)", "3 bits",
+    Claim("better than rounding to nearest at 3 bits", "awq(bits=3)", "rtn(asymmetric=true,bits=3)", "3-bits",
           "figures recalled, not asserted"),
 ], note="`awq | int(bits=4) | gptq` rounds behind the same scales by GPTQ.")
 recipe("svd", "svd", source="Eckart and Young 1936; the baseline of arXiv:2403.07378 (SVD-LLM)",
