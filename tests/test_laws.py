@@ -1126,6 +1126,8 @@ def law_format_bytes(m: Method) -> None:
             want = m.facts["bytes"](tuple(new.w.shape), packed.entries, kept, knobs)
             assert {k: b.nbytes for k, b in packed.buffers.items()} == want, knobs
             assert packed.nbytes == sum(want.values())
+            if m.facts["holds"] == "nm" and knobs["m"] == 2:  # one bit says which of two
+                assert want["bits"] == -(-new.w.shape[0] // 32) * 32 * new.w.shape[1] // 2 // 8
 
 
 def law_format_knows_what_it_stores(m: Method) -> None:
