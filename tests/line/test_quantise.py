@@ -86,6 +86,23 @@ def test_awq_leaves_alone_what_somebody_else_reads(capsys, tiny_lm, tmp_path, ca
     assert changed == {"self_attn.q_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight"}
 
 
+def test_a_later_sweep_keeps_what_an_earlier_one_folded(capsys, tiny_lm, tmp_path, calib):
+    """Two orders, two sweeps: the norms that took a scale in the first one are in the files of the second."""
+    result = trim(capsys, tiny_lm, "attn: awq(bits=8,group=0,order=dense) ; *.up: rtn(bits=8,group=0)", tmp_path / "o", calib)
+    assert result["recovery"] > 0.99
+    name = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(read(tiny_lm)[name], read(tmp_path / "o")[name])
+
+
+def test_rows_that_are_rounded_already_take_no_scale(capsys, tiny_lm, tmp_path, calib):
+    """What an earlier sweep left of up is codes, which a scale for down's inputs would leave behind."""
+    recipe = "*.up: rtn(bits=8,group=0,order=dense) ; *.down: awq(bits=8,group=0)"
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "o", calib)["recovery"] > 0.99
+    parts, plain = SafeFile(tmp_path / "o" / "trimtab.safetensors"), read(tmp_path / "o")
+    for i in range(3):
+        assert torch.equal(codes_of(parts, f"{i}.mlp.up").weight().bfloat16(), plain[f"model.layers.{i}.mlp.up_proj.weight"])
+
+
 def test_behind_awq_a_site_hears_of_the_inputs_it_has(capsys, tiny_lm, tmp_path, calib, monkeypatch):
     """Weights and second moment are both of the scaled inputs: the outputs' power is what it was, to the last digits."""
     power: dict[str, dict[str, torch.Tensor]] = {}

@@ -115,10 +115,10 @@ def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
 
 
 def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
-                  stats: Callable[[Site], dict[str, Tensor]]) -> tuple[dict[str, Tensor], set[str]]:
+                  stats: Callable[[Site], dict[str, Tensor]], settled: set[str]) -> tuple[dict[str, Tensor], set[str]]:
     """Scale the inputs of the block's sites as their passes' rewrites ask: outputs unchanged.
 
-    Returns the scale [in] of every site that has one, and the names of other parameters that took its inverse.
+    Sites that are `settled`, on a grid or as factors of an earlier sweep, take no scale. Returns the scale [in] of every site that has one, and the names of other parameters that took its inverse.
     """
     scales: dict[str, Tensor] = {}
     changed: set[str] = set()
@@ -127,6 +127,8 @@ def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
         p = next(iter(passes.values()), None)
         if len(passes) != 1 or p is None or "rewrite" not in p.steps or any(s.name not in owner for s in fold.readers):
             continue  # somebody reads the input who would not follow
+        if fold.writer is not None and fold.writer.name in settled:
+            continue
         step, its = p.steps["rewrite"], stats(fold.readers[0])
         env: dict[str, Any] = {**its, "w": torch.cat([net.weight(module, s).float() for s in fold.readers])}
         if "grid" in p.steps:
@@ -561,11 +563,12 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                  owner: dict[str, Pass] = owner) -> None:
             if journal.has_block(k, i):
                 return
-            priors = read_block(journal.block_path(k - 1, i))[1] if k else {}
+            before, priors, said = read_block(journal.block_path(k - 1, i)) if k else ({}, {}, {"packed_bytes": {}, "formats": {}})
             parts: dict[str, Tensor] = {f"trimtab:{n}": t for n, t in priors.items()}
-            notes: dict[str, Any] = read_block(journal.block_path(k - 1, i))[2] if k else {"packed_bytes": {}, "formats": {}}
+            notes: dict[str, Any] = said
             notes["starved"] = stats.starved() if stats else []
-            scales, others = rewrite_block(net, module, i, owner, lambda s: stats.of(s) if stats else {})
+            settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left"))}
+            scales, others = rewrite_block(net, module, i, owner, lambda s: stats.of(s) if stats else {}, settled)
             for s in net.sites_of(i):
                 if s.name not in owner:
                     continue
@@ -584,7 +587,8 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
                 parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
-            journal.write_block(k, i, {**net.stored(module, i, others), **parts}, notes)
+            # `before` for the norms that an earlier sweep scaled
+            journal.write_block(k, i, {**before, **net.stored(module, i, others), **parts}, notes)
 
         for i in range(net.n_blocks):
             if journal.has_block(k, i):  # finished by an earlier run: nothing to measure

@@ -201,7 +201,6 @@ def nearest(w: Tensor, bits: int, group: int = 0, *, asymmetric: bool = False, t
     return rounded(w, grid, length(group, w.shape[1]))
 
 
-
 # ---- clipping ---------------------------------------------------------------------------------
 CLIPS = ("max", "mse", "percentile", "entropy")
 TRIED, LEAST = 40, 0.2  # shares of the range that are tried, and the smallest
