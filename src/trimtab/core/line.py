@@ -118,7 +118,8 @@ def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
                   stats: Callable[[Site], dict[str, Tensor]], settled: set[str]) -> tuple[dict[str, Tensor], set[str]]:
     """Scale the inputs of the block's sites as their passes' rewrites ask: outputs unchanged.
 
-    Sites that are `settled`, on a grid or as factors of an earlier sweep, take no scale. Returns the scale [in] of every site that has one, and the names of other parameters that took its inverse.
+    Sites that are `settled`, on a grid or as factors of an earlier sweep, take no scale. Returns the scale [in] of every site that has
+    one, and the names of other parameters that took its inverse.
     """
     scales: dict[str, Tensor] = {}
     changed: set[str] = set()
