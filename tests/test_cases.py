@@ -10,6 +10,7 @@ import torch
 import tests.cases
 from tests.cases import Case
 from trimtab.core.registry import Method, get, load_all
+from trimtab.methods.basis import Basis
 from trimtab.methods.codes import Grid, rounded
 
 CASES: dict[str, Case] = {}
@@ -24,6 +25,8 @@ def result(m: Method, case: Case):
     if isinstance(out, Grid):
         w = case.env["w"]
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()
+    if isinstance(out, Basis):
+        return out.weight(case.env["w"]).abs()
     return getattr(out, "w", getattr(out, "buffers", out))
 
 

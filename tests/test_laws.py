@@ -5,6 +5,7 @@ its axis and its declared facts. A law a method cannot meet is declared on it, `
 """
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,14 +23,16 @@ from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.methods import select
+from trimtab.methods.basis import Basis
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
 from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.panels import Packed
+from trimtab.methods.terms import Spared, Terms
 from trimtab.runtime.layouts import check
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
-SMALL = {"b": 4, "block": 8, "group": 8}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
+SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
 TINY = 1e-12
 
 # --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
@@ -140,7 +143,8 @@ def small(m: Method) -> dict[str, Any]:
 @cache
 def units() -> list[Unit]:
     """What edits and repairs are tried with: every unit that decides nothing else, in its first two variants."""
-    return [Unit(m, **knobs) for m in REG.values() if m.axis == "unit" and not m.joint for knobs in variants(m)[:2]]
+    return [Unit(m, **knobs) for m in REG.values() if m.axis == "unit" and not m.joint and (m.facts["free"] or not m.facts["whole"])
+            for knobs in variants(m)[:2]]
 
 
 def variants(m: Method) -> list[dict[str, Any]]:
@@ -190,7 +194,7 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
     mask = torch.ones_like(pattern) if m.joint else pattern
     new = Change(w * pattern, mask=pattern)
     if "codes" in m.facts.get("keeps", ()):
-        new = nearest(new.w, 3, 8).change(pattern)
+        new = nearest(new.w, 3, 8).change(pattern) if "mask" in m.facts["keeps"] else nearest(w, 3, 8).change()
         new = replace(new, w=new.w.to(dtype))
     return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask, "grid": OnGrid(get("grid/int"), stats(name)),
             "new": new, **have, **given}
@@ -209,6 +213,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
             yield from tensors(x[k])
     elif isinstance(x, Packed):
         yield from tensors(x.buffers)
+    elif isinstance(x, Basis):
+        yield from tensors([x.scale, x.left, x.right])
     elif isinstance(x, Grid):
         yield from tensors([x.scales, x.zeros, x.table, x.levels])
     elif isinstance(x, Change):
@@ -298,8 +304,8 @@ def law_uses_data(m: Method) -> None:
     fresh = {"w": lambda t: t.flip(turned), "target": lambda t: t / 2, "keep": lambda t: t / 2}
     if m.axis in ("score", "edit", "repair", "budget", "unit", "grid", "rewrite"):
         for d in (d for d in m.data if d in m.needs or d in fresh):
-            if d == "keep" and m.axis == "unit" and not m.facts["free"]:
-                continue
+            if (d == "keep" and m.axis == "unit" and not m.facts["free"]) or (d == "w" and m.facts.get("basis")):
+                continue  # a basis may be one of so many inputs, whatever the weights
             changed = False
             for name in THREE:
                 at = env(m, name)
@@ -324,7 +330,9 @@ def law_uses_knobs(m: Method) -> None:
             tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
         given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \
             [env(m, name) for name in THREE]
-        with_it = {"clip": k} if k == "percentile" else {}
+        with_it = {"clip": k} if k == "percentile" else {"whiten": True} if k == "damp" and "whiten" in m.knobs else {}
+        if m.facts.get("spares"):  # whose knobs are those of whole inputs
+            given = [env(m, name, unit=Unit(get("unit/inputs"))) for name in THREE]
         assert any(differs(m, at, {k: t}, with_it) for t in tries if t != v for at in given), f"{k} makes no difference"
 
 
@@ -416,6 +424,11 @@ def slow_unit(u: Unit, s: Tensor, keep: float) -> Tensor | None:
     whole = [p for line in at for p in line]
     groups = {"row": lambda: at, "site": lambda: [whole], "model": lambda: [whole],
               "column": lambda: [list(c) for c in zip(*at, strict=True)], "nm": lambda: nm_groups(u, at)}
+    if u.m.facts["whole"]:
+        worth = [math.fsum(float(s[i, j]) for i in range(rows)) for j in range(cols)]
+        best = top(worth, round(keep * cols) if u.free else cols // 2)
+        chosen = [j in best and (u.free or worth[j] / rows >= u.knobs["limit"]) for j in range(cols)]
+        return torch.tensor(chosen).expand(rows, cols)
     if u.m.name not in groups:
         return None
     out = torch.zeros(s.shape, dtype=torch.bool)
@@ -497,7 +510,7 @@ def law_unit_period(m: Method) -> None:
             for j in range(0, s.shape[1], u.period):
                 part = slice(j, j + u.period)
                 assert torch.equal(u(s, 0.5)[:, part], u(s[:, part].contiguous(), 0.5))
-        elif not u.free and u.knobs.get("dim") != "out":
+        elif not u.free and u.knobs.get("dim") != "out" and not m.facts["whole"]:
             pytest.fail(f"{u} fixes a pattern along the input, so it has a period")
 
 
@@ -714,9 +727,42 @@ def law_grid_refuses(m: Method) -> None:
 
 
 # --- rewrite --------------------------------------------------------------------------------------------------------
+def law_rewrite_basis_loses_nothing(m: Method) -> None:
+    """In the basis a weight gives of turned inputs what it gave of them, and comes back as it was; from poor statistics too."""
+    for name in SITES if m.facts["basis"] else ():
+        for poor in (False, True):
+            at = env(m, name, poor=poor)
+            inside, w = call(m, at), weight(name)
+            (x,) = batches(name, "input", poor)[0]
+            turned = inside.weight(w)
+            close(inside.of(x) @ turned.T, x @ w.T, 1e-4)
+            close(inside.plain(turned), w)
+            close(inside.straight(inside.of(x)), x)
+            y = inside.of(x)
+            close(inside.gram(x.T @ x), y.T @ y, 1e-4)
+            assert inside.size == w.shape[1]
+            if m.facts["outside"]:
+                outside = m.facts["outside"](len(w), small(m), w.device)
+                close(outside.straight(outside.of(w.T)), w.T)
+                assert not torch.allclose(outside.of(w.T), w.T)
+
+
+def law_rewrite_basis_spreads_outliers(m: Method) -> None:
+    """One input that is far above the others is far above them no longer, and rows lose less by rounding."""
+    for name in THREE if m.facts["basis"] else ():
+        w = weight(name).clone()
+        w[:, 3] *= 20
+        gram = torch.eye(w.shape[1])
+        inside = call(m, env(m, name, w=w, gram=gram))
+        turned, grid = inside.weight(w), OnGrid(get("grid/int"), {}, bits=4, group=0)
+        off = [float((rounded(t, grid(t), t.shape[1]).weight() - t).norm()) for t in (turned, w)]
+        assert turned.abs().amax(1).mean() < 0.8 * w.abs().amax(1).mean()
+        assert off[0] < off[1]
+
+
 def law_rewrite_scales_inputs(m: Method) -> None:
     """A finite scale above zero for every input, from poor statistics too."""
-    for name in SITES:
+    for name in SITES if not m.facts["basis"] else ():
         for poor in (False, True):
             s = call(m, env(m, name, poor=poor))
             assert s.shape == weight(name).shape[1:]
@@ -726,7 +772,7 @@ def law_rewrite_scales_inputs(m: Method) -> None:
 
 def law_rewrite_helps_rounding(m: Method) -> None:
     """Rounding costs the outputs less behind it than without it."""
-    for name in THREE:
+    for name in THREE if not m.facts["basis"] else ():
         for bits in (4, 3):
             grid = OnGrid(get("grid/int"), stats(name), bits=bits)
             at, w = env(m, name, grid=grid), weight(name)
@@ -807,10 +853,33 @@ def law_edit_parts_are_the_truth(m: Method) -> None:
     for name in THREE:
         for dtype in (torch.float32, torch.bfloat16):
             new = pruned(m, name, plain(), 0.5, dtype=dtype)
-            for kind, parts in (("codes", Codes.of(new)), ("factors", Factors.of(new))):
-                assert (parts is not None) == m.facts[kind]
-                if parts is not None:
-                    assert torch.equal(parts.weight().to(dtype), new.w)
+            terms, spared = Terms.among(new.parts), Spared.among(new.parts)
+            assert (terms is not None and terms.codes is not None) == bool(m.facts["codes"])
+            assert m.facts["codes"] or (Factors.of(new) is not None) == m.facts["factors"]
+            if terms is not None:
+                assert torch.equal(terms.weight().to(dtype), new.w)
+            assert bool(spared) == m.facts["spares"]
+
+
+def law_edit_spares(m: Method) -> None:
+    """What it spares and what is left make its weight; single weights as they were, inputs in as many bits as asked; nothing of nothing."""
+    for name in THREE if m.facts["spares"] else ():
+        w = weight(name)
+        mask = plain("site")(w.abs(), 0.1)
+        new = call(m, {**env(m, name), "mask": mask})
+        spared = Spared.among(new.parts)
+        assert torch.equal(new.w, w) and len(spared.entries) == int(mask.sum())
+        assert not bool(spared.rest(w)[mask].any()) and torch.equal(spared.rest(w)[~mask], w[~mask])
+        columns = Unit(get("unit/inputs"))(w.abs(), 0.3)
+        off = []
+        for bits in (4, 8):
+            new = call(m, {**env(m, name), "mask": columns}, bits=bits)
+            spared = Spared.among(new.parts)
+            assert spared.columns.tolist() == columns[0].nonzero()[:, 0].tolist() and spared.codes.bits == bits
+            assert torch.equal(spared.whole(spared.rest(w)), new.w) and torch.equal(new.w[~columns], w[~columns])
+            off.append(float((new.w - w).norm()))
+        assert 0 < off[1] < 0.2 * off[0]
+        assert not Spared.among(call(m, {**env(m, name), "mask": torch.zeros_like(mask)}).parts)
 
 
 def law_edit_factors_have_the_share(m: Method) -> None:
@@ -838,7 +907,7 @@ def law_edit_factors_are_the_whole_at_full_rank(m: Method) -> None:
 
 def law_edit_codes_lie_on_any_grid(m: Method) -> None:
     """What it leaves is on the grid it was given, of that type and group, whatever an earlier pass dropped."""
-    if m.facts["codes"]:
+    if m.facts["codes"] is True:
         for name in THREE:
             for grid in grids(stats(name)):
                 for mask in (torch.ones_like(weight(name), dtype=torch.bool), torch.rand(weight(name).shape, generator=generator(3)) > 0.3):
@@ -851,7 +920,7 @@ def law_edit_codes_lie_on_any_grid(m: Method) -> None:
 
 def law_edit_rounding_beats_the_nearest(m: Method) -> None:
     """What it is told of the inputs saves the outputs a good part of what rounding every weight by itself costs them."""
-    if m.facts["codes"] and "gram" in m.needs:
+    if m.facts["codes"] is True and "gram" in m.needs:
         for name in THREE:
             at = env(m, name, mask=torch.ones_like(weight(name), dtype=torch.bool), grid=OnGrid(get("grid/int"), stats(name), bits=3))
             least = error(weight(name), get("edit/rtn")(at).w, at["gram"])
@@ -863,7 +932,7 @@ def law_edit_touches_every_site(m: Method) -> None:
     for name in SITES:
         new = pruned(m, name, plain(), 0.5)
         if not m.facts["drops"]:
-            assert bool((new.w != weight(name)).any(1).all()), name
+            assert m.facts["spares"] or bool((new.w != weight(name)).any(1).all()), name
             continue
         assert 0.25 < float((new.w == 0).float().mean()) < 0.75, name
         assert bool(((new.w != 0).sum(1) > 0).all()), name
@@ -877,7 +946,7 @@ def fisher_error(w: Tensor, new: Tensor, grads: Tensor) -> float:
 def law_edit_beats_magnitude(m: Method) -> None:
     """What it is told of the inputs, or of the gradients, saves it a good part of the error magnitude makes."""
     for need, measure in (("gram", error), ("grads", fisher_error)):
-        if m.joint and need in m.needs:
+        if m.joint and need in m.needs and not isinstance(m.facts["codes"], str):  # a grid of its own may be as coarse as a sign
             for unit in (plain("row"), plain("site"), plain("nm")):
                 for name in THREE:
                     for keep in SHARES if unit.free else (0.5,):
@@ -954,13 +1023,13 @@ def law_repair_keeps_codes(m: Method) -> None:
     """Codes stay codes on a grid of the same kind, decode to the weight, and cost the outputs less than before."""
     for name in THREE if "codes" in m.facts["keeps"] else ():
         w, gram = weight(name), stats(name)["gram"]
-        for mask in (torch.ones_like(w, dtype=torch.bool), plain()(w.abs(), 0.7)):
+        for mask in (torch.ones_like(w, dtype=torch.bool), *([plain()(w.abs(), 0.7)] if "mask" in m.facts["keeps"] else [])):
             for bits, asymmetric in ((3, False), (2, False), (3, True)):
                 new = nearest(w * mask, bits, 8, asymmetric=asymmetric).change(None if bool(mask.all()) else mask)
                 out = call(m, env(m, name, new=new))
                 was, now = Codes.of(new), Codes.of(out)
                 assert (now.type, now.group, now.grid.zeros is None) == (was.type, was.group, was.grid.zeros is None)
-                assert torch.equal(now.weight(), out.w) and not bool(out.w[~mask].any())
+                assert torch.equal(Terms.among(out.parts).weight(), out.w) and not bool(out.w[~mask].any())
                 assert error(w, out.w, gram) < error(w, new.w, gram)
                 for row in range(len(w)):  # what a group gains alone may cost the row
                     assert error(w[[row]], out.w[[row]], gram) <= error(w[[row]], new.w[[row]], gram) * (1 + 1e-5)
@@ -968,7 +1037,7 @@ def law_repair_keeps_codes(m: Method) -> None:
 
 def law_repair_damping_holds_on(m: Method) -> None:
     """Damping draws the kept weights towards the dense ones, not towards zero."""
-    if "damp" in m.knobs:
+    if "damp" in m.knobs and "mask" in m.facts["keeps"]:
         for name in THREE:
             w, gram = weight(name), stats(name)["gram"]
             mask = plain()(w.abs(), 0.5)

@@ -11,6 +11,7 @@ import torch
 
 from trimtab.core import data, line, memory, pack
 from trimtab.core.calibrate import Collector, Walk
+from trimtab.core.edits import edit_block
 from trimtab.core.line import Options, Report
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe
@@ -145,14 +146,10 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
             forward = clock() - began
         began, ranks = clock(), {}
         if not gradients:  # gradient statistics need the whole forward walk: only their storage is tried here
-            for s in net.sites_of(0):
-                if s.name in owner:
-                    p = owner[s.name]
-                    change = line.edit_site(p, s, net.weight(module, s).float(), p.keep or opts.keep,
-                                            collect.of(s) if collect else {}, None)
-                    net.set_weight(module, s, change.w.to(net.stored_dtype(s)))
-                    if (factors := Factors.of(change)) is not None:
-                        ranks[s.name] = factors.rank
+            shares = {name: p.keep or opts.keep for name, p in owner.items()}
+            for s, change in edit_block(net, module, 0, owner, shares, collect, {})[0]:
+                if (factors := Factors.of(change)) is not None:
+                    ranks[s.name] = factors.rank
         from safetensors.torch import save_file
 
         stored, path = net.stored(module, 0), Path(scratch) / "block.safetensors"

@@ -69,4 +69,12 @@ CASES = {
     "edit/rtn": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 2]], differs="edit/gptq"),
     # U as for sparsegpt: 1.4 becomes 1, e = 0.4, and 2.2 - 0.4 * -1 = 2.6 becomes 3.
     "edit/gptq": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 3]], {"damp": 0.0}, differs="edit/rtn"),
+    # The last two inputs are spared, in two bits: their largest is one step, and 0.4 is none.
+    "edit/spare": Case({**site([[1.0, 2.0, 0.4]], torch.eye(3).tolist()), "mask": torch.tensor([[False, True, True]])}, [[1, 2, 0]],
+                       {"bits": 2}, differs="edit/mask"),
+    # Sizes 3 1 / 1 3: the leading pair of singular vectors is even, its value 4, so every size becomes 2.
+    "edit/onebit": Case(site([[3.0, -1.0], [1.0, -3.0]], torch.eye(2).tolist()), [[2, -2], [2, -2]], differs="edit/ptq161"),
+    # Two inputs: a mean and a size of each row say all there is, 1/4 -+ 5/4 and 5/4 -+ 7/4.
+    "edit/ptq161": Case(site([[1.5, -1.0], [-0.5, 3.0]], torch.eye(2).tolist()), [[1.5, -1], [-0.5, 3]], {"damp": 0.0},
+                        differs="edit/onebit"),
 }

@@ -26,4 +26,7 @@ CASES = {
                          "gram": torch.diag(torch.tensor([0.01, 1.0]))}, [[2.2, 2.2]], differs="repair/obs"),
     # One step towards 2 + 1/2, worked out in edit/admm.
     "repair/admm": Case(EVEN, [[0, 34 / 15]], {"damp": 0.0, "iters": 1, "rho": 1.0}, differs="repair/least_squares"),
+    # Two bits, one step of 9: 4 becomes 0, and what is lost is of rank 1.
+    "repair/lorc": Case({"w": torch.tensor([[9.0, 4.0]]), "new": nearest(torch.tensor([[9.0, 4.0]]), 2).change(), "gram": torch.eye(2)},
+                        [[9, 4]], {"rank": 1}, differs="repair/clip"),
 }

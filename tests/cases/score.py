@@ -27,4 +27,8 @@ CASES = {
                         [[1.5, 6, 1.25]], {"block": 2, "damp": 0.5}, differs="score/magnitude"),
     "score/taylor": Case({"w": torch.tensor([[2.0, -1.0]]), "grad": torch.tensor([[-3.0, 0.5]])}, [[6, 0.5]],
                          differs="score/magnitude"),
+    "score/peak": Case({"w": W, "absmax": torch.tensor([9.0, 1.0]), "in_sq": torch.tensor([9.0, 1.0])}, [[9, 1], [9, 1], [9, 1]],
+                       differs="score/wanda"),
+    "score/spike": Case({"w": W, "absmax": torch.tensor([9.0, 1.0]), "in_sq": torch.tensor([9.0, 1.0])}, [[9, 2], [27, 4], [45, 6]],
+                        differs="score/wanda"),
 }

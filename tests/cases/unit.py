@@ -21,4 +21,7 @@ CASES = {
     "unit/nm": Case(HALF, [[0, 1, 0, 1], [1, 0, 1, 0]], {"n": 1, "m": 2}, differs="unit/row"),
     # Squares of the 1 x 2 blocks: 5, 90, 80, 85. By plain sums the last would win: 3, 12, 12, 13.
     "unit/block": Case({"s": S, "keep": 0.25}, [[0, 0, 1, 1], [0, 0, 0, 0]], {"rows": 1, "cols": 2}, differs="unit/site"),
+    # Sums of the columns: 9, 6, 10, 15; their means 4.5, 3, 5 and 7.5.
+    "unit/inputs": Case(HALF, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/column"),
+    "unit/above": Case(HALF, [[0, 0, 0, 1], [0, 0, 0, 1]], {"limit": 6.0}, differs="unit/inputs"),
 }

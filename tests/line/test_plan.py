@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab.core import line, spec
+from trimtab.core import edits, line, spec
 from trimtab.core.registry import get
 from trimtab.core.types import Change, Site, Summary
 from trimtab.network.stream import Network
@@ -34,10 +34,10 @@ def test_a_site_keeps_what_an_earlier_pass_left(text: str) -> None:
     site = Site("0.mlp.up", 0, "mlp", "up", "up", (8, 12), "mlp.in")
     p = spec.parse(text).passes[0]
     have = {n: get(f"stat/{n}").fn(x) / len(x) for n in p.needs}
-    change = line.edit_site(p, site, w * prior, 0.5, have, prior)
+    change = edits.edit_site(p, site, w * prior, 0.5, have, prior)
     assert isinstance(change, Change)
     assert not bool(change.w[~prior].any())
     assert change.mask is not None
     assert not bool((change.mask & ~prior).any())
-    whole = line.edit_site(p, site, w, 0.5, have, None)
+    whole = edits.edit_site(p, site, w, 0.5, have, None)
     assert bool((whole.w != 0).logical_and(~prior).any())  # without a prior the same entries are used

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trimtab import cli
-from trimtab.core import line, spec
+from trimtab.core import edits, spec
 from trimtab.core.types import BadInput
 from trimtab.methods.codes import Codes, Grid
 from trimtab.methods.grid.int_ import int_
@@ -106,13 +106,13 @@ def test_rows_that_are_rounded_already_take_no_scale(capsys, tiny_lm, tmp_path, 
 def test_behind_awq_a_site_hears_of_the_inputs_it_has(capsys, tiny_lm, tmp_path, calib, monkeypatch):
     """Weights and second moment are both of the scaled inputs: the outputs' power is what it was, to the last digits."""
     power: dict[str, dict[str, torch.Tensor]] = {}
-    real = line.edit_site
+    real = edits.edit_site
 
-    def spy(p, site, w, share, stats, prior):
+    def spy(p, site, w, share, stats, *more):
         power.setdefault(str(p.steps.get("rewrite")), {})[site.name] = ((w @ stats["gram"]) * w).sum(1)
-        return real(p, site, w, share, stats, prior)
+        return real(p, site, w, share, stats, *more)
 
-    monkeypatch.setattr(line, "edit_site", spy)
+    monkeypatch.setattr(edits, "edit_site", spy)
     for i, recipe in enumerate(("int(group=32) | gptq(order=dense)", "awq | int(group=32) | gptq(order=dense)")):
         trim(capsys, tiny_lm, recipe, tmp_path / f"o{i}", calib)
     plain, scaled = power["None"], power["rewrite/awq"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -16,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ import trimtab
 from trimtab.core import data as data_
 from trimtab.core import memory, pack
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
+from trimtab.core.edits import Unit, edit_block, score_site
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.registry import get, load_all
-from trimtab.core.spec import Pass, Recipe, Step
-from trimtab.core.types import BadInput, Change, Failed, Site, Summary
-from trimtab.methods.codes import Codes, Grid, length
+from trimtab.core.spec import Pass, Recipe
+from trimtab.core.types import BadInput, Failed, Site, Summary
 from trimtab.methods.factors import Factors
-from trimtab.methods.format.panels import pack_bits, unpack_mask
-from trimtab.network import graph
+from trimtab.methods.format.panels import pack_bits
 from trimtab.network.checkpoint import Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
@@ -68,114 +66,6 @@ class Options:
     cache: StatCache | None = field(default=None, compare=False)  # shared by the recipes of one run
 
 
-# ---- one site ---------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Unit:
-    """A unit with its knobs set, as joint edits receive it: call it with scores and a share."""
-
-    step: Step
-
-    @property
-    def period(self) -> int | None:
-        f = self.step.method.facts["period"]
-        return f(self.step.bound) if f else None
-
-    @property
-    def free(self) -> bool:
-        return bool(self.step.method.facts["free"])
-
-    def __call__(self, s: Tensor, keep: float) -> Tensor:
-        return self.step.method({"s": s, "keep": keep}, **self.step.bound)
-
-
-@dataclass(frozen=True)
-class Gridded:
-    """A grid with its knobs set, as edits receive it: call it with weights [out, in] to fit it to them."""
-
-    step: Step
-    stats: dict[str, Tensor]
-
-    @property
-    def whole(self) -> bool:
-        """Whether it has to see all of a site at once."""
-        return self.step.method.facts["of"] == "site"
-
-    def group(self, w: Tensor) -> int:
-        """Inputs of w [out, in] that share a scale."""
-        return length(self.step.bound["group"], w.shape[1])
-
-    def __call__(self, w: Tensor) -> Grid:
-        return self.step.method({"w": w, **self.stats}, **self.step.bound)
-
-
-def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
-    """Scores of one site [out, in], higher = keep. Joint edits without a score are judged by magnitude for budgets."""
-    step = p.steps.get("score", Step("score/magnitude"))
-    return step.method({"w": w, **stats}, **step.bound)
-
-
-def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
-                  stats: Callable[[Site], dict[str, Tensor]], settled: set[str]) -> tuple[dict[str, Tensor], set[str]]:
-    """Scale the inputs of the block's sites as their passes' rewrites ask: outputs unchanged.
-
-    Sites that are `settled`, on a grid or as factors of an earlier sweep, take no scale. Returns the scale [in] of every site that has
-    one, and the names of other parameters that took its inverse.
-    """
-    scales: dict[str, Tensor] = {}
-    changed: set[str] = set()
-    for fold in graph.folds(net.family, net.config, net.sites_of(i)):
-        passes = {str(owner[s.name]): owner[s.name] for s in fold.readers if s.name in owner}
-        p = next(iter(passes.values()), None)
-        if len(passes) != 1 or p is None or "rewrite" not in p.steps or any(s.name not in owner for s in fold.readers):
-            continue  # somebody reads the input who would not follow
-        if fold.writer is not None and fold.writer.name in settled:
-            continue
-        step, its = p.steps["rewrite"], stats(fold.readers[0])
-        env: dict[str, Any] = {**its, "w": torch.cat([net.weight(module, s).float() for s in fold.readers])}
-        if "grid" in p.steps:
-            env["grid"] = Gridded(p.steps["grid"], its)
-        s, others = net.fold(module, fold, step.method(env, **step.bound))
-        scales |= {r.name: s for r in fold.readers}
-        changed |= others
-    return scales, changed
-
-
-def rescaled(stats: dict[str, Tensor], s: Tensor | None) -> dict[str, Tensor]:
-    """Statistics of an input [in] that was divided by `s`."""
-    return stats if s is None else {n: get(f"stat/{n}").facts["rescaled"](t, s) for n, t in stats.items()}
-
-
-def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None) -> Change:
-    """Edit and repair one weight `w` [out, in] float32. What an earlier pass dropped (`prior`) stays dropped."""
-    step = p.steps["edit"]
-    env: dict[str, Any] = {"w": w, "keep": share, **stats}
-    if "unit" in p.steps:
-        env["unit"] = Unit(p.steps["unit"])
-    if "grid" in p.steps:
-        env["grid"] = Gridded(p.steps["grid"], stats)
-    if "score" in p.steps:
-        s = score_site(p, w, stats)
-        env["mask"] = env["unit"](s if prior is None else s * prior, share)
-        if prior is not None:
-            env["mask"] &= prior
-    else:
-        env["mask"] = torch.ones_like(w, dtype=torch.bool) if prior is None else prior
-    change: Change = step.method(env, **step.bound)
-    if "repair" in p.steps:
-        r = p.steps["repair"]
-        change = r.method({**env, "new": change}, **r.bound)
-    mask = change.mask
-    if change.w.shape != w.shape or not bool(torch.isfinite(change.w).all()):
-        raise Failed(f"{site.name}: {p.steps['edit'].key} returned a weight of wrong shape or with NaN; please report this")
-    if mask is not None and bool((change.w[~mask] != 0).any()):
-        raise Failed(f"{site.name}: {p.steps['edit'].key} left weights outside its own mask; please report this")
-    if any(p is not None and not torch.equal(p.weight(), change.w) for p in (Codes.of(change), Factors.of(change))):
-        raise Failed(f"{site.name}: {p.steps['edit'].key} returned parts that do not decode to its weight; please report this")
-    if prior is not None and bool((change.w[~prior] != 0).any()):
-        raise Failed(f"{site.name}: {p.steps['edit'].key} brought back weights an earlier pass dropped; please report this")
-    return change
-
-
 # ---- the plan ---------------------------------------------------------------------------------
 def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site]]]]:
     """Passes in order with their sites; neighbours that touch different sites and share an order walk the network together."""
@@ -196,9 +86,9 @@ def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site
     return out
 
 
-def scalable() -> list[str]:
-    """Statistics that can be told of scaled inputs without taking them again."""
-    return [m.name for m in load_all().values() if m.axis == "stat" and m.facts["rescaled"]]
+def following(how: str) -> list[str]:
+    """Statistics that can be told of scaled inputs (rescaled), or of inputs in another basis (of_gram), without taking them again."""
+    return [m.name for m in load_all().values() if m.axis == "stat" and m.facts[how]]
 
 
 def differentiates(p: Pass) -> bool:
@@ -224,10 +114,11 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
                                f"lower --samples or raise --max-memory")
-            fixed = [n for n in p.needs if not get(f"stat/{n}").facts["rescaled"] and n not in p.budget.method.needs]
+            follows = "of_gram" if p.turns else "rescaled"
+            fixed = [n for n in p.needs if not get(f"stat/{n}").facts[follows] and n not in p.budget.method.needs]
             if "rewrite" in p.steps and fixed:
-                raise BadInput(f"{p.steps['rewrite']} scales inputs, and what {fixed[0]} says of them would not follow; use methods that "
-                               f"need {', '.join(scalable())} or nothing")
+                raise BadInput(f"{p.steps['rewrite']} changes inputs, and what {fixed[0]} says of them would not follow; use methods that "
+                               f"need {', '.join(following(follows))} or nothing")
             if differentiates(p):
                 if k:
                     raise BadInput("gradient statistics are taken of the dense model: put that pass first")
@@ -240,15 +131,12 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         passes = [p for p in recipe.passes if p.covers(s)]
         if gridded := [p for p in passes[:-1] if p.steps["edit"].method.facts["codes"]]:
             raise BadInput(f"{s.name}: a pass after {gridded[0]} would leave its grid; put what rounds to codes last")
-        drops = any("unit" in p.steps for p in passes[:-1])
-        if drops and "grid" in passes[-1].steps and not (grid := passes[-1].steps["grid"]).method.facts["zero"]:
-            raise BadInput(f"{s.name}: zero is no value of {grid}, and a pass before it drops weights; "
-                           f"use another grid, such as int or ternary")
+        check_terms(s, passes)
         if len(passes) > 1 and (factored := [p for p in passes if p.steps["edit"].method.facts["factors"]]):
             raise BadInput(f"{s.name}: {factored[0]} leaves factors, which hold nothing of the passes before it and which no pass after "
                            f"it keeps; give it sites of its own, such as mlp: or *.down:")
-        step = formats[s.name].step
-        case = (s.shape, str(step), *map(str, passes))
+        how = formats[s.name]
+        case = (s.shape, str(how.step), *map(str, passes))
         if case in tried:
             continue
         tried.add(case)
@@ -257,9 +145,34 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                 if "unit" in p.steps:
                     Unit(p.steps["unit"])(torch.empty(s.shape, device="meta"), 0.5)
             if opts.pack or any("format" in p.steps or p.steps["edit"].method.facts[k] for p in passes for k in ("codes", "factors")):
-                pack.try_format(step, passes, s.shape, opts.keep)
+                pack.try_format(how, passes, s.shape, opts.keep)
         except BadInput as e:
             raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
+
+
+def check_terms(s: Site, passes: list[Pass]) -> None:
+    """What passes leave of a site for each other has to fit: zeros that stay zero, and weights that were spared."""
+    if not passes:
+        return
+    last, edit = passes[-1], passes[-1].steps["edit"].method
+    earlier = [p for p in passes[:-1] if "unit" in p.steps]
+    spares = [p for p in passes if p.steps["edit"].method.facts["spares"]]
+    drops = [p for p in earlier if p not in spares]
+    single = [p for p in earlier if p in spares and not p.steps["unit"].method.facts["whole"]]
+    grid = last.steps["grid"] if "grid" in last.steps else last.steps["edit"]
+    if (drops or single) and edit.facts["codes"] and not grid.method.facts["zero"]:
+        raise BadInput(f"{s.name}: zero is no value of {grid}, and a pass before it drops weights; "
+                       f"use another grid, such as int or ternary")
+    if drops and (last.turns or ("repair" in last.steps and "mask" not in last.steps["repair"].method.facts["keeps"])):
+        who = last.steps["rewrite"] if last.turns else last.steps["repair"]
+        raise BadInput(f"{s.name}: {who} would bring back weights that {drops[0]} drops; give it sites of its own")
+    if spares and (len(spares) > 1 or spares[0] is not passes[max(0, len(passes) - 2)] or (last not in spares and not edit.facts["codes"])):
+        raise BadInput(f"{s.name}: what {spares[0].steps['edit']} keeps is kept from one pass behind it, which rounds to codes, such as "
+                       "rtn or gptq; put that last, and spare once")
+    if spares and spares[0].free and spares[0].keep is None:
+        raise BadInput(f"{s.name}: say how much {spares[0].steps['edit']} keeps, such as spare(keep=0.1%)")
+    if any(p.turns and not (p.steps["edit"].method.facts["codes"] or p.steps["edit"].method.facts["factors"]) for p in passes):
+        raise BadInput(f"{s.name}: a weight stays in another basis as codes or factors alone; use rtn, gptq or svd behind the rewrite")
 
 
 def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: Options) -> dict[str, Any]:
@@ -568,18 +481,8 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             parts: dict[str, Tensor] = {f"trimtab:{n}": t for n, t in priors.items()}
             notes: dict[str, Any] = said
             notes["starved"] = stats.starved() if stats else []
-            settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left"))}
-            scales, others = rewrite_block(net, module, i, owner, lambda s: stats.of(s) if stats else {}, settled)
-            for s in net.sites_of(i):
-                if s.name not in owner:
-                    continue
-                p = owner[s.name]
-                bits = priors.get(f"{s.name}:mask")
-                prior = unpack_mask(bits, s.shape) if bits is not None else None
-                w = net.weight(module, s).float()
-                change = edit_site(p, s, w, shares.get(s.name, math.nan), rescaled(stats.of(s) if stats else {}, scales.get(s.name)), prior)
-                change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
-                net.set_weight(module, s, change.w)
+            changes, others = edit_block(net, module, i, owner, shares, stats, priors)
+            for s, change in changes:
                 if not opts.pack and k == final[s.name]:  # counted here, where it is not written
                     packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
                     notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
 from trimtab.methods.codes import Codes, Grid, length, nearest, rounded
-from trimtab.methods.factors import Factors, rank_of
+from trimtab.methods.composite import based, summed
+from trimtab.methods.factors import Factors, checked_rank, rank_of
 from trimtab.methods.format.dense import dense
+from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.panels import Packed
+from trimtab.methods.format.sell import sell
+from trimtab.methods.terms import ALONE, Terms
 from trimtab.network import graph
 from trimtab.network.checkpoint import SafeFile, copy_others, finite, read, write_safetensors, write_sharded
 from trimtab.network.stream import Layer, Network
@@ -57,8 +61,8 @@ def of_unit(p: Pass, step: Step) -> Step:
 
 def codes_of(p: Pass) -> str:
     """The type of the codes that a pass leaves; of none nothing."""
-    grid = p.steps.get("grid")
-    return grid.method.facts["type"](grid.bound) if grid else ""
+    grid, own = p.steps.get("grid"), p.steps["edit"].method.facts["codes"]
+    return grid.method.facts["type"](grid.bound) if grid else own if isinstance(own, str) else ""
 
 
 def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
@@ -66,6 +70,8 @@ def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
     the last pattern, or dense where that does not store the codes that the site has."""
     found, named, codes = Step("format/dense"), False, ""
     for p in passes:
+        if p.steps["edit"].method.facts["spares"]:
+            continue
         codes = codes_of(p) or codes
         if asked and "unit" in p.steps:
             found, named = of_unit(p, Step(f"format/{asked}")), True
@@ -90,45 +96,58 @@ def has_codes(recipe: Recipe) -> bool:
     return any(p.steps["edit"].method.facts["codes"] for p in recipe.passes)
 
 
-def try_format(step: Step, passes: list[Pass], shape: tuple[int, int], keep: float) -> None:
+def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: float) -> None:
     """BadInput if a site of this shape cannot be stored so; found on noise, before anything is written."""
     w = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
     mask = torch.ones(shape, dtype=torch.bool)
     change = Change(w.bfloat16())
     for p in passes:
+        if p.steps["edit"].method.facts["spares"]:
+            columns = p.steps["unit"].method({"s": w, "keep": p.keep or keep}, **p.steps["unit"].bound).all(0)
+            w = mask = w[:, ~columns] if bool(columns.any()) else w
+            mask = torch.ones_like(w, dtype=torch.bool)
+            change = Change(w.bfloat16())
+            continue
         if "unit" in p.steps:
             unit = p.steps["unit"]
             mask &= unit.method({"s": w * mask, "keep": p.keep or keep}, **unit.bound)
             change = Change((w * mask).bfloat16(), mask=mask)
         if "grid" in p.steps:
             grid = p.steps["grid"]
-            stats = {n: torch.ones(shape[1]) for n in grid.method.needs}
+            stats = {n: torch.ones(w.shape[1]) for n in grid.method.needs}
             fitted = grid.method({"w": w * mask, **stats}, **grid.bound)
-            change = rounded(w * mask, fitted, length(grid.bound["group"], shape[1])).change(change.mask)
+            change = rounded(w * mask, fitted, length(grid.bound["group"], w.shape[1])).change(change.mask)
         if p.steps["edit"].method.facts["factors"]:
-            rank = rank_of(shape, p.keep or keep, p.steps["edit"].bound["rank"])
+            rank = rank_of((len(w), w.shape[1]), p.keep or keep, p.steps["edit"].bound["rank"])
             change = Change(change.w, Factors(w[:, :rank], w[:rank]).parts())
-    step.method({"new": change}, **step.bound)
+        if "repair" in p.steps and "rank" in (knobs := p.steps["repair"].bound):
+            checked_rank(w.shape, knobs["rank"])
+    pack(how, change, "")
 
 
-def valued(how: Format, change: Change) -> Change:
-    """What is packed of a site: codes as they are, else values that take no more bytes than those of its weight."""
-    dtype, factors = value_dtype(change.w.dtype), Factors.of(change)
-    if factors is not None and how.factored:
-        return factors.to(dtype).change()
-    return change if Codes.of(change) is not None else Change(change.w.to(dtype), mask=change.mask)
+def valued(how: Format, change: Change, dtype: torch.dtype | None = None) -> Change:
+    """What is packed of a site: codes as they are, else values of `dtype`, or that take no more bytes than those of its weight."""
+    dtype, terms = dtype or value_dtype(change.w.dtype), Terms.among(change.parts)
+    if terms is None or (terms.simple and terms.factors is not None and not how.factored):
+        return Change(change.w.to(dtype), mask=change.mask)
+    if terms.codes is None and terms.factors is not None:
+        terms = replace(terms, factors=terms.factors.to(dtype))
+    return Change(change.w, terms.parts(), change.mask)
 
 
 # ---- layers -----------------------------------------------------------------------------------
-def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype, factored: bool = False) -> Change:
+def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype, how: Format) -> Change:
     """A layer's change, from its weight [out, in] and the parts of its sites, which may be rows of it.
 
-    Codes where all its sites have them on one grid, factors where the format wants those, else the weight in `dtype`; what was
-    dropped is zero in all.
+    Codes where all its sites have them on one grid, all the terms of a site that has a weight of its own, else the weight in `dtype`;
+    what was dropped is zero in all.
     """
-    if factored:
-        left, right = (parts[f"{layer.sites[0].name}:{part}"] for part in ("left", "right"))
-        return Factors(left, right).to(dtype).change()
+    only = layer.sites[0]
+    if len(layer.sites) == 1 and only.rows is None:
+        mine = {n.rpartition(":")[2]: t for n, t in parts.items() if n.rpartition(":")[0] == only.name}
+        return valued(how, Change(w, mine), dtype)
+    if any(f"{s.name}:{k}" in parts for s in layer.sites for k in ALONE):
+        return Change(w.to(dtype))
 
     def merged(part: str) -> Tensor | None:
         have = [parts.get(f"{s.name}:{part}") for s in layer.sites]
@@ -151,11 +170,37 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
 
 
 def pack(how: Format, change: Change, name: str) -> Packed:
-    step = how.of(change)
+    """The change as a kernel reads it: what `how` makes of its codes, its factors or its weight, and around and beside it the rest."""
     try:
-        return step.method({"new": change}, **step.bound)
+        terms = Terms.among(change.parts)
+        return stored(how, change) if terms is None or terms.simple else composed(how, change, terms)
     except BadInput as e:
-        raise BadInput(f"{name}: {e}") from None
+        raise BadInput(f"{name}: {e}" if name else str(e)) from None
+
+
+def stored(how: Format, change: Change) -> Packed:
+    step = how.of(change)
+    return step.method({"new": change}, **step.bound)
+
+
+def composed(how: Format, change: Change, terms: Terms) -> Packed:
+    """Maps that are added: the codes in their basis with the factors beside them, the columns that were spared, and single entries."""
+    spared, inputs = terms.spared, change.w.shape[1]
+    others = None if spared.columns is None else spared.others(inputs)
+    inner = []
+    if terms.codes is not None:
+        mask = None if change.mask is None or others is None else change.mask[:, others]
+        inner.append(stored(how, terms.codes.change(change.mask if others is None else mask)))
+    if terms.factors is not None:
+        inner.append(lowrank(terms.factors.change()))
+    taken = None if others is None else others.nonzero()[:, 0].int()
+    maps = [based(summed(*inner), inputs, taken, terms.inside, terms.outside)]
+    if spared.columns is not None and spared.codes is not None:
+        maps.append(based(dense(spared.codes.change()), inputs, spared.columns))
+    if spared.entries is not None and spared.at is not None:
+        single = torch.zeros(change.w.shape, device=spared.entries.device)
+        maps.append(sell(Change(single.index_put_((spared.at[:, 0], spared.at[:, 1]), spared.entries, accumulate=True))))
+    return summed(*maps)
 
 
 def head_in_int8(recipe: Recipe, head: str | None) -> bool:
@@ -213,7 +258,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
             else:
                 same = {steps[s.name] for s in layer.sites}
                 how = same.pop() if len(same) == 1 else Format(Step("format/dense"))
-                made[layer.name] = pack(how, whole(layer, w, parts, values, how.factored), layer.name)
+                made[layer.name] = pack(how, whole(layer, w, parts, values, how), layer.name)
         return made
 
     layers = to_pack(net, recipe, head)

@@ -47,10 +47,11 @@ KNOBS = {
     "percentile": "share of the weights of a group whose range is kept",
     "exponent": "bits of a small floating point number's exponent, -1: searched",
     "act_order": "whether the inputs of the largest second moment are decided first",
+    "whiten": "whether nearness is that of the outputs, not of the weights", "limit": "score from which on a unit is chosen",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
-ASIDE = ("xfail", "codes", "format", "rescaled", "keeps")  # declared beside a method, and nothing of what it computes
+ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "keeps")  # declared beside a method, and nothing of what it computes
 SECTIONS = ("Formula", "Source", "Deviations")
 _REG: dict[str, Method] = {}
 
@@ -137,21 +138,27 @@ FACTS: dict[str, dict[str, Any]] = {
     # of: which tensor it sees. input: x [tokens, in]; mid: x = the consumer's input, or the site's own where there is none;
     # grad: g [out, in] of one sequence; sublayer: x, y [tokens, width], the residual stream before and after.
     # merge: sum, max or stack over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
-    # rescaled: of (value, s [in]) what it is where every input was divided by s; None where that cannot be told.
-    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None},
+    # rescaled: of (value, s [in]) what it is where every input was divided by s; of_gram: what it is, of the inputs' second moment
+    # alone, which follows into any basis; None where that cannot be told.
+    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "of_gram": None},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
-    # along: the dimension its groups run along; format: the storage made for its pattern.
-    "unit": {"free": True, "period": None, "along": "in", "format": "bitmask"},
+    # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole.
+    "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False},
     "score": {},
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores).
     "budget": {"mean": "weight", "of": None},
-    "rewrite": {},
+    # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
+    # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one.
+    "rewrite": {"basis": False, "outside": None},
     # of: what it has to see at once: "group" or "site"; zero: whether a weight of zero stays zero, as it has to behind a pass that drops;
     # type: of its codes, a function of the knobs.
     "grid": {"of": "group", "zero": True, "type": None},
-    # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep; factors: whether
-    # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`.
-    "edit": {"drops": True, "codes": False, "factors": False},
+    # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep, or the type of codes
+    # where the grid is its own; factors: whether
+    # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`; spares: whether what the share says is
+    # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
+    # grid.
+    "edit": {"drops": True, "codes": False, "factors": False, "spares": False, "zero": True},
     # keeps: what of an edit it leaves as it is: "mask", "codes", "factors".
     "repair": {"keeps": ("mask",)},
     # holds: what it can store: "any", "mask", "nm", "block", "factors"; codes: the types of codes it stores; bytes: the size of every

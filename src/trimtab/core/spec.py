@@ -56,8 +56,19 @@ class Pass:
         return bool(edit.method.facts["factors"]) and not edit.bound["rank"]
 
     @property
+    def folds(self) -> bool:
+        """Whether what makes an input takes a part of it."""
+        return "rewrite" in self.steps and not self.steps["rewrite"].method.facts["basis"]
+
+    @property
+    def turns(self) -> bool:
+        """Whether sites are edited in a basis that stays with them."""
+        return "rewrite" in self.steps and bool(self.steps["rewrite"].method.facts["basis"])
+
+    @property
     def needs(self) -> set[str]:
-        return {n for s in self.steps.values() for n in s.method.needs}
+        named = {n for s in self.steps.values() for n in s.method.needs}
+        return named | {"gram"} if named and self.turns else named  # which tells the others in another basis
 
     @property
     def budget(self) -> Step:

@@ -37,22 +37,22 @@ struct BoundMlp {
     Mlp mlp;
 
     BoundMlp(nb::object g, nb::object u, nb::object d, const std::string& activation) : gate(g), up(u), down(d) {
-        auto map = [](nb::object o) { return Map{{&nb::cast<const Bound&>(o).linear, {}}}; };
+        auto map = [](nb::object o) { return Map::of(nb::cast<const Bound&>(o).linear); };
         if (!g.is_none()) mlp.gate = map(g);
         mlp.up = map(u);
         mlp.down = map(d);
         mlp.activation = activation_of(activation);
-        if (mlp.gate && (inputs(*mlp.gate) != inputs(mlp.up) || outputs(*mlp.gate) != outputs(mlp.up)))
+        if (mlp.gate && (mlp.gate->in != mlp.up.in || mlp.gate->out != mlp.up.out))
             throw std::invalid_argument("gate and up must be of one shape");
-        if (inputs(mlp.down) != outputs(mlp.up))
-            throw std::invalid_argument("down takes " + std::to_string(inputs(mlp.down)) + " features, up gives " + std::to_string(outputs(mlp.up)));
+        if (mlp.down.in != mlp.up.out)
+            throw std::invalid_argument("down takes " + std::to_string(mlp.down.in) + " features, up gives " + std::to_string(mlp.up.out));
         for (const Map* m : {&mlp.up, &mlp.down, mlp.gate ? &*mlp.gate : &mlp.up})
-            if (!m->front().linear->best(Type::f32, 1)) throw std::invalid_argument("no kernel here runs the layout of a map of this MLP");
+            if (!m->alone()->best(Type::f32, 1)) throw std::invalid_argument("no kernel here runs the layout of a map of this MLP");
     }
 
     void run(In x, Out y, int threads, const std::string& narrowest) const {
-        if (int64_t(x.shape(1)) != inputs(mlp.up) || y.shape(0) != x.shape(0) || int64_t(y.shape(1)) != outputs(mlp.down))
-            throw std::invalid_argument("x must be [batch, " + std::to_string(inputs(mlp.up)) + "] and y [batch, " + std::to_string(outputs(mlp.down)) + "]");
+        if (int64_t(x.shape(1)) != mlp.up.in || y.shape(0) != x.shape(0) || int64_t(y.shape(1)) != mlp.down.out)
+            throw std::invalid_argument("x must be [batch, " + std::to_string(mlp.up.in) + "] and y [batch, " + std::to_string(mlp.down.out) + "]");
         const With with{activation(narrowest), checked_threads(threads), table().ops};
         const float* from = x.data();
         nb::gil_scoped_release free;

@@ -163,25 +163,101 @@ private:
         return a;
     }
 
-    // A name, an object of a name and a bias, or a list of them; `out` 0: any width.
-    Map map(Reader& of, const char* key, int64_t in, int64_t out = 0) {
-        const nb::object o = of.get(key);
-        const std::string at = of.at(key);
-        Map m;
+    // Numbers of a tensor [n], divided into one if they are to be undone.
+    std::vector<float> scale(Reader& r, bool undo) {
+        const std::string name = r.text_of("scale");
+        std::vector<float> v = vector(name, r.at("scale"), int64_t(tensor(name, r.at("scale")).size()));
+        if (undo) for (float& x : v) x = 1 / x;
+        return v;
+    }
+
+    // A basis: x' = left (scale * x) right^T, or where that is undone x = (left^T x' right) / scale.
+    const Turn* turn(Reader& of, const char* key, int64_t size, bool undo) {
+        Reader r(of.get(key), of.at(key));
+        Turn t{size};
+        if (r.has("scale")) (undo ? t.after : t.before) = scale(r, undo);
+        if (const std::vector<float>& v = undo ? t.after : t.before; !v.empty() && int64_t(v.size()) != size)
+            bad(r.at("scale"), std::to_string(v.size()) + " entries for " + std::to_string(size) + " features");
+        if (r.has("left")) {
+            auto square = [&](const char* side, int64_t& n) {
+                const std::string name = r.text_of(side);
+                const int64_t all = int64_t(tensor(name, r.at(side)).size());
+                n = int64_t(std::llround(std::sqrt(double(all))));
+                if (n < 1 || n * n != all) bad(r.at(side), "tensor " + name + " is no square matrix");
+                return vector(name, r.at(side), all);
+            };
+            const std::vector<float> left = square("left", t.a), right = square("right", t.b);
+            if (t.a > size || t.b > size || t.a * t.b != size)
+                bad(r.at("left"), std::to_string(t.a) + " times " + std::to_string(t.b) + " are not " + std::to_string(size) + " features");
+            t.left = left;
+            t.right.assign(size_t(t.b * t.wide()), 0.0f);
+            for (int64_t i = 0; i < t.a; ++i)
+                for (int64_t j = 0; j < t.a; ++j) t.left[size_t(i * t.a + j)] = left[size_t(undo ? j * t.a + i : i * t.a + j)];
+            for (int64_t i = 0; i < t.b; ++i)
+                for (int64_t j = 0; j < t.b; ++j) t.right[size_t(i * t.wide() + j)] = right[size_t(undo ? i * t.b + j : j * t.b + i)];
+        }
+        r.done();
+        if (t.before.empty() && t.after.empty() && !t.a) bad(of.at(key), "a basis is a scale, or two matrices, or both");
+        const auto found = std::find(p.turns.begin(), p.turns.end(), t);
+        return found == p.turns.end() ? &p.turns.emplace_back(std::move(t)) : &*found;
+    }
+
+    std::vector<Affine> chain(nb::handle o, const std::string& at, int64_t width) {
+        std::vector<Affine> c;
         if (nb::isinstance<nb::list>(o)) {
             const nb::list factors = nb::borrow<nb::list>(o);
-            for (size_t i = 0; i < factors.size(); ++i) m.push_back(affine(factors[i], at + "[" + std::to_string(i) + "]"));
-            if (m.empty()) bad(at, "an empty list is no map");
+            for (size_t i = 0; i < factors.size(); ++i) c.push_back(affine(factors[i], at + "[" + std::to_string(i) + "]"));
+            if (c.empty()) bad(at, "an empty list is no map");
         } else {
-            m.push_back(affine(o, at));
+            c.push_back(affine(o, at));
         }
-        int64_t width = in;
-        for (const Affine& a : m) {
+        for (const Affine& a : c) {
             if (a.linear->weights().in != width)
                 bad(at, "takes " + std::to_string(a.linear->weights().in) + " features and is given " + std::to_string(width));
             width = a.linear->weights().out;
         }
-        if (out && width != out) bad(at, "gives " + std::to_string(width) + " features, " + std::to_string(out) + " are wanted");
+        return c;
+    }
+
+    Term term(nb::handle o, const std::string& at, int64_t in) {
+        Reader r(o, at);
+        Term t;
+        int64_t width = in;
+        if (r.has("taken")) {
+            for (nb::handle x : r.list("taken")) {
+                int64_t i = -1;
+                if (!nb::try_cast(x, i) || i < 0 || i >= in) bad(r.at("taken"), "inputs from 0 to " + std::to_string(in - 1) + " are wanted");
+                t.taken.push_back(int32_t(i));
+            }
+            width = int64_t(t.taken.size());
+        }
+        if (r.has("inside")) t.inside = turn(r, "inside", width, false);
+        t.chain = chain(r.get("maps"), r.at("maps"), width);
+        if (r.has("outside")) t.outside = turn(r, "outside", t.out(), true);
+        r.done();
+        return t;
+    }
+
+    // A name, an object of a name and a bias, a list of them applied in turn, or an object of what is added and a bias; `out` 0: any width.
+    Map map(Reader& of, const char* key, int64_t in, int64_t out = 0) {
+        const nb::object o = of.get(key);
+        const std::string at = of.at(key);
+        Map m{in, 0, {}, {}};
+        if (nb::isinstance<nb::dict>(o) && nb::borrow<nb::dict>(o).contains("sum")) {
+            Reader r(o, at);
+            const nb::list terms = r.list("sum");
+            for (size_t i = 0; i < terms.size(); ++i) m.terms.push_back(term(terms[i], at + ".sum[" + std::to_string(i) + "]", in));
+            if (m.terms.empty()) bad(at, "an empty sum is no map");
+            m.out = m.terms[0].out();
+            for (const Term& t : m.terms)
+                if (t.out() != m.out) bad(at, "adds " + std::to_string(t.out()) + " features to " + std::to_string(m.out));
+            if (r.has("bias")) m.bias = vector(r.text_of("bias"), r.at("bias"), m.out);
+            r.done();
+        } else {
+            m.terms.push_back({{}, nullptr, nullptr, chain(o, at, in)});
+            m.out = m.terms[0].out();
+        }
+        if (out && m.out != out) bad(at, "gives " + std::to_string(m.out) + " features, " + std::to_string(out) + " are wanted");
         return m;
     }
 
@@ -234,8 +310,8 @@ private:
     Feed mlp(Reader& r) {
         Feed f{norm(r, "norm", p.hidden), {}};
         f.mlp.up = map(r, "up", p.hidden);
-        if (r.has("gate")) f.mlp.gate = map(r, "gate", p.hidden, outputs(f.mlp.up));
-        f.mlp.down = map(r, "down", outputs(f.mlp.up), p.hidden);
+        if (r.has("gate")) f.mlp.gate = map(r, "gate", p.hidden, f.mlp.up.out);
+        f.mlp.down = map(r, "down", f.mlp.up.out, p.hidden);
         try {
             f.mlp.activation = activation_of(r.text_of("activation"));
         } catch (const std::invalid_argument& e) {

@@ -1,6 +1,7 @@
 // A decoder: a description whose names were looked up and whose widths agree, and the sequences it is working on.
 #pragma once
 #include <atomic>
+#include <deque>
 #include <optional>
 #include <span>
 #include <unordered_set>
@@ -50,6 +51,7 @@ struct Program {
     Type embedding_type;         // f32 or bf16
     float embedding_scale;
     std::vector<Rope> ropes;
+    std::deque<Turn> turns;      // where the maps' terms find theirs: they stay where they are
     std::vector<Step> steps;
     size_t attentions;
     Norm norm;

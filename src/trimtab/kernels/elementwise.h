@@ -1,5 +1,6 @@
 // Norms, rotations, activations and sums: the small work between two linear maps, a row at a time.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "ops.h"
@@ -27,6 +28,41 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
 
 inline void add(float* x, const float* y, int64_t n) {
     each(x, y, x, n, [](Vec a, Vec b) { return a + b; });
+}
+
+// sum[0 .. COUNT * Vec::N] = row [n] times the rows of m [n, stride].
+template <int COUNT>
+inline void combine(const float* row, const float* m, int64_t stride, int64_t n, float* to) {
+    Vec sums[COUNT];
+    for (Vec& s : sums) s = Vec::zero();
+    for (int64_t k = 0; k < n; ++k) {
+        const Vec x = Vec::all(row[k]);
+        for (int i = 0; i < COUNT; ++i) sums[i] = sums[i].fma(x, Vec::load(m + k * stride + i * Vec::N));
+    }
+    for (int i = 0; i < COUNT; ++i) sums[i].store(to + i * Vec::N);
+}
+
+inline void turn(const Turn& t, const float* x, float* y) {
+    const int64_t n = t.size, a = t.a, b = t.b, wide = t.wide();
+    thread_local std::vector<float> scaled, half;
+    if (int64_t(scaled.size()) < n) scaled.resize(size_t(n));
+    if (t.before.empty()) std::copy_n(x, n, scaled.data());
+    else each(x, t.before.data(), scaled.data(), n, [](Vec v, Vec s) { return v * s; });
+    const float* from = scaled.data();
+    if (a) {
+        if (int64_t(half.size()) < a * wide) half.resize(size_t(a * wide));
+        constexpr int COUNT = 16 / Vec::N;
+        for (int64_t i = 0; i < a; ++i)
+            for (int64_t j = 0; j < wide; j += 16) combine<COUNT>(scaled.data() + i * b, t.right.data() + j, wide, b, half.data() + i * wide + j);
+        float some[16];
+        for (int64_t i = 0; i < a; ++i)
+            for (int64_t j = 0; j < b; j += 16) {
+                combine<COUNT>(t.left.data() + i * a, half.data() + j, wide, a, some);
+                std::copy_n(some, std::min<int64_t>(16, b - j), scaled.data() + i * b + j);
+            }
+    }
+    if (t.after.empty()) std::copy_n(from, n, y);
+    else each(from, t.after.data(), y, n, [](Vec v, Vec s) { return v * s; });
 }
 
 // x * sigmoid(z): silu is that of z = x, gelu in its tanh form that of a cubic.

@@ -1,43 +1,121 @@
 #include "map.h"
 
-#include <array>
-#include <utility>
+#include <algorithm>
+#include <deque>
 
 #include "pool.h"
 
 namespace trimtab {
+namespace {
+
+// Memory of one call that the next one uses again.
+class Between {
+public:
+    float* next(int64_t n) {
+        if (used_ == held_.size()) held_.emplace_back();
+        return sized(held_[used_++], n);
+    }
+    void free() { used_ = 0; }
+
+private:
+    std::deque<std::vector<float>> held_;
+    size_t used_ = 0;
+};
+
+struct Work {
+    const Term* term;
+    const float* x;  // as its first map reads it
+    float* y;        // what that gives
+    float* to;       // where its sum goes
+};
+
+bool reads_alike(const Term& a, const Term& b) { return a.inside == b.inside && a.taken == b.taken; }
+
+const float* ready(const Term& t, const float* x, int64_t in, int64_t rows, const With& with, Between& between) {
+    if (!t.taken.empty()) {
+        const int64_t n = int64_t(t.taken.size());
+        float* some = between.next(rows * n);
+        each_row(rows, n, with.threads, [&](int64_t r) {
+            for (int64_t i = 0; i < n; ++i) some[r * n + i] = x[r * in + t.taken[size_t(i)]];
+        });
+        x = some;
+    }
+    if (!t.inside) return x;
+    const int64_t n = t.inside->size;
+    float* turned = between.next(rows * n);
+    each_row(rows, n * t.inside->cost(), with.threads, [&](int64_t r) { with.ops->turn(*t.inside, x + r * n, turned + r * n); });
+    return turned;
+}
+
+void shift(const std::vector<float>& bias, float* y, int64_t rows, int64_t width, const With& with) {
+    if (!bias.empty()) each_row(rows, width, with.threads, [&](int64_t r) { with.ops->add(y + r * width, bias.data(), width); });
+}
+
+}  // namespace
+
+const Linear* Map::alone() const {
+    const bool one = terms.size() == 1 && terms[0].plain() && terms[0].chain.size() == 1 && terms[0].chain[0].bias.empty() && bias.empty();
+    return one ? terms[0].chain[0].linear : nullptr;
+}
 
 int64_t bytes(const Map& m) {
     int64_t all = 0;
-    for (const Affine& a : m) all += a.linear->bytes();
+    for (const Term& t : m.terms)
+        for (const Affine& a : t.chain) all += a.linear->bytes();
     return all;
 }
 
 void apply(std::span<const Target> targets, const float* x, int64_t rows, const With& with) {
-    thread_local std::vector<float> between[6];
-    std::array<Job, 3> jobs;
-    std::array<float*, 3> at;
-    for (size_t i = 0; i < targets.size(); ++i) {
-        const Map& m = *targets[i].map;
-        const Linear& first = *m[0].linear;
-        at[i] = m.size() == 1 ? targets[i].y : sized(between[2 * i], rows * first.weights().out);
-        jobs[i] = {&first.weights(), first.best(with.narrowest, rows), at[i]};
-    }
-    run({jobs.data(), targets.size()}, x, rows, with.threads);
-    for (size_t i = 0; i < targets.size(); ++i) {
-        const Map& m = *targets[i].map;
-        for (size_t s = 0; s < m.size(); ++s) {
-            const Linear& linear = *m[s].linear;
-            const int64_t width = linear.weights().out;
-            if (s) {
-                float* y = s + 1 == m.size() ? targets[i].y : sized(between[2 * i + s % 2], rows * width);
-                const Job job{&linear.weights(), linear.best(with.narrowest, rows), y};
-                run({&job, 1}, std::exchange(at[i], y), rows, with.threads);
-            }
-            if (!m[s].bias.empty())
-                each_row(rows, width, with.threads, [&](int64_t r) { with.ops->add(at[i] + r * width, m[s].bias.data(), width); });
+    thread_local Between between;
+    thread_local std::vector<Work> work;
+    thread_local std::vector<Job> jobs;
+    between.free();
+    work.clear();
+    for (const Target& target : targets)
+        for (const Term& t : target.map->terms) {
+            const auto seen = std::find_if(work.begin(), work.end(), [&](const Work& w) { return reads_alike(*w.term, t); });
+            const float* from = seen != work.end() ? seen->x : t.plain() ? x : ready(t, x, target.map->in, rows, with, between);
+            const bool straight = t.chain.size() == 1 && !t.outside && &t == &target.map->terms[0];
+            const Linear& first = *t.chain[0].linear;
+            work.push_back({&t, from, straight ? target.y : between.next(rows * first.weights().out), target.y});
         }
+    for (size_t i = 0; i < work.size(); ++i) {
+        if (std::any_of(work.begin(), work.begin() + i, [&](const Work& w) { return w.x == work[i].x; })) continue;
+        jobs.clear();
+        for (size_t j = i; j < work.size(); ++j)
+            if (work[j].x == work[i].x) {
+                const Linear& first = *work[j].term->chain[0].linear;
+                jobs.push_back({&first.weights(), first.best(with.narrowest, rows), work[j].y});
+            }
+        run(jobs, work[i].x, rows, with.threads);
     }
+    for (const Work& w : work) {
+        const Term& t = *w.term;
+        float* y = w.y;
+        for (size_t s = 0; s < t.chain.size(); ++s) {
+            const Linear& linear = *t.chain[s].linear;
+            if (s) {
+                const float* from = y;
+                y = between.next(rows * linear.weights().out);
+                const Job job{&linear.weights(), linear.best(with.narrowest, rows), y};
+                run({&job, 1}, from, rows, with.threads);
+            }
+            shift(t.chain[s].bias, y, rows, linear.weights().out, with);
+        }
+        if (y == w.to) continue;
+        const int64_t width = t.out();
+        const bool first = &w == work.data() || (&w)[-1].to != w.to;
+        each_row(rows, t.outside ? width * t.outside->cost() : width, with.threads, [&](int64_t r) {
+            float *from = y + r * width, *to = w.to + r * width;
+            if (t.outside) {
+                if (first) return with.ops->turn(*t.outside, from, to);
+                with.ops->turn(*t.outside, from, from);
+            }
+            if (first) std::copy_n(from, width, to);
+            else with.ops->add(to, from, width);
+        });
+    }
+    for (const Target& target : targets) shift(target.map->bias, target.y, rows, target.map->out, with);
 }
 
 }  // namespace trimtab

@@ -1,4 +1,4 @@
-// Linear maps with their biases: alone, as the factors of one, or several of the same input.
+// Linear maps with their biases: alone, made of several, or several of the same input.
 #pragma once
 #include <span>
 #include <vector>
@@ -20,12 +20,28 @@ struct Affine {
     const Linear* linear;
     std::vector<float> bias;
 };
-using Map = std::vector<Affine>;
-inline int64_t inputs(const Map& m) { return m.front().linear->weights().in; }
-inline int64_t outputs(const Map& m) { return m.back().linear->weights().out; }
+
+// One of the maps that are added: the inputs it takes (all, if none is named), the bases around it, and what it is.
+struct Term {
+    std::vector<int32_t> taken;
+    const Turn *inside = nullptr, *outside = nullptr;
+    std::vector<Affine> chain;
+    bool plain() const { return taken.empty() && !inside && !outside; }
+    int64_t out() const { return chain.back().linear->weights().out; }
+};
+
+struct Map {
+    int64_t in, out;
+    std::vector<Term> terms;
+    std::vector<float> bias;  // of the sum
+    // A linear map and nothing else.
+    static Map of(const Linear& l) { return {l.weights().in, l.weights().out, {{{}, nullptr, nullptr, {{&l, {}}}}}, {}}; }
+    // That linear map; null for what has more to it.
+    const Linear* alone() const;
+};
 int64_t bytes(const Map& m);  // of all its weights
 
-// Up to three maps of the same x [rows, in]. Their first factors run together, what is left of each one after the other.
+// Up to three maps of the same x [rows, in]. What reads the same input runs together, what is left of each one after the other.
 struct Target { const Map* map; float* y; };
 void apply(std::span<const Target> targets, const float* x, int64_t rows, const With& with);
 

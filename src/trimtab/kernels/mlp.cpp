@@ -15,11 +15,9 @@ constexpr int64_t TOGETHER = 24;
 // Every thread reads all weights for every so many rows, which pays where they stay in the last-level cache.
 constexpr int64_t CACHED = 16 << 20;
 
-bool plain(const Map& m) { return m.size() == 1 && m[0].bias.empty(); }
-
 void whole(const Mlp& m, const float* x, int64_t rows, float* y, const With& with) {
     thread_local std::vector<float> gates, ups;
-    const int64_t width = outputs(m.up);
+    const int64_t width = m.up.out;
     float *up = sized(ups, rows * width), *gate = m.gate ? sized(gates, rows * width) : nullptr;
     const auto activated = [&](int64_t r, int64_t begin, int64_t end) {
         with.ops->activate(m.activation, gate ? gate + r * width + begin : nullptr, up + r * width + begin, end - begin);
@@ -28,7 +26,7 @@ void whole(const Mlp& m, const float* x, int64_t rows, float* y, const With& wit
     if (gate) targets.push_back({&*m.gate, gate});
     std::vector<Job> jobs;
     for (const Target& t : targets)
-        if (plain(*t.map)) jobs.push_back({&t.map->front().linear->weights(), t.map->front().linear->best(with.narrowest, rows), t.y});
+        if (const Linear* l = t.map->alone()) jobs.push_back({&l->weights(), l->best(with.narrowest, rows), t.y});
     if (jobs.size() == targets.size() && side_by_side(jobs)) {
         run(jobs, x, rows, with.threads, [&](int64_t begin, int64_t end) {
             for (int64_t r = 0; r < rows; ++r) activated(r, begin, end);
@@ -55,7 +53,7 @@ void run(const Mlp& m, const float* x, int64_t rows, float* y, const With& with)
     if (weights > CACHED || rows < with.threads * TOGETHER) return whole(m, x, rows, y, with);
     parallel(rows, with.threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; r += TOGETHER)
-            whole(m, x + r * inputs(m.up), std::min(TOGETHER, end - r), y + r * outputs(m.down), {with.narrowest, 1, with.ops});
+            whole(m, x + r * m.up.in, std::min(TOGETHER, end - r), y + r * m.down.out, {with.narrowest, 1, with.ops});
     });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kernel.h"
 
@@ -40,12 +41,24 @@ struct Attend {
     }
 };
 
+// A vector of n in another basis: as a matrix [a, b] it becomes left (x * before) right, times `after`.
+struct Turn {
+    int64_t size, a = 0, b = 0;          // a of 0: no matrices
+    std::vector<float> before, after;    // [n], or empty
+    std::vector<float> left, right;      // [a, a]; [b, wide], filled up with zeros
+    int64_t wide() const { return (b + 15) / 16 * 16; }
+    int64_t cost() const { return a + b + 1; }  // steps an entry
+    bool operator==(const Turn&) const = default;
+};
+
 struct Ops {
     // y = x / sqrt(mean(x^2) + eps) * weight; y may be x.
     void (*rms)(const float* x, const float* weight, int64_t n, float eps, float* y);
     // Pairs (i, i + half) of x turned by an angle.
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
     void (*add)(float* x, const float* y, int64_t n);
+    // y = x in the basis; y may be x.
+    void (*turn)(const Turn& t, const float* x, float* y);
     // x = f(gate) * x, or f(x) where there is no gate.
     void (*activate)(Activation f, const float* gate, float* x, int64_t n);
     // Keys and values [heads, dim] of one position go into its page.

@@ -1,7 +1,7 @@
 """Weights as codes: weight = scale * (step of the code - zero), one scale for some inputs of an output."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -123,12 +123,17 @@ class Codes:
         return Change(self.weight(), self.parts(), mask)
 
     @staticmethod
-    def of(new: Change) -> Codes | None:
-        """The codes among the parts; None where there are none. BadInput where they contradict each other."""
-        if "codes" not in new.parts:
+    def among(parts: Mapping[str, Tensor]) -> Codes | None:
+        """The codes among the parts of a change; None where there are none. BadInput where they contradict each other."""
+        if "codes" not in parts:
             return None
-        levels, group = new.parts["grid"].tolist()
-        return Codes(new.parts["codes"], Grid(new.parts["scales"], levels, new.parts.get("zeros"), new.parts.get("table")), group)
+        levels, group = parts["grid"].tolist()
+        return Codes(parts["codes"], Grid(parts["scales"], levels, parts.get("zeros"), parts.get("table")), group)
+
+    @staticmethod
+    def of(new: Change) -> Codes | None:
+        """The codes of a change."""
+        return Codes.among(new.parts)
 
 
 # ---- fitting ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +47,14 @@ class Factors:
         return Change(self.weight(), self.parts())
 
     @staticmethod
+    def among(parts: Mapping[str, Tensor]) -> Factors | None:
+        """The factors among the parts of a change; None where there are none. BadInput where they do not meet."""
+        return Factors(parts["left"], parts["right"]) if "left" in parts else None
+
+    @staticmethod
     def of(new: Change) -> Factors | None:
-        """The factors among the parts; None where there are none. BadInput where they do not meet."""
-        return Factors(new.parts["left"], new.parts["right"]) if "left" in new.parts else None
+        """The factors of a change."""
+        return Factors.among(new.parts)
 
 
 def rank_of(shape: tuple[int, ...], keep: float, rank: int = 0) -> int:
@@ -60,3 +66,10 @@ def rank_of(shape: tuple[int, ...], keep: float, rank: int = 0) -> int:
     if rank and not 1 <= rank <= min(shape):
         raise BadInput(f"a rank is 1 to {min(shape)} here (0: what the share of parameters allows), not {rank}")
     return rank or max(1, math.floor(keep * out * inputs / (out + inputs) + 1e-9))
+
+
+def checked_rank(shape: tuple[int, ...], rank: int) -> int:
+    """`rank`, if factors of a weight of this shape may have it; else BadInput."""
+    if not 1 <= rank <= min(shape):
+        raise BadInput(f"a rank is 1 to {min(shape)} here, not {rank}")
+    return rank

@@ -65,3 +65,22 @@ recipe("svd", "svd", source="Eckart and Young 1936; the baseline of arXiv:2403.0
        note="`--keep` is the share of parameters; above `out * in / (out + in)` a rank takes more than the weight did.")
 recipe("ternary", "ternary(group=0) | rtn", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",
        note="Below two bits a weight, for a model that was trained to be ternary; of any other it is an honest zero point.")
+recipe("quip", "incoherent | int(bits=2,group=64,asymmetric=true,clip=mse) | gptq", source="arXiv:2307.13304 (Chee et al. 2023)", claims=[
+    Claim("better than GPTQ at 2 bits", "quip", "gptq(bits=2,group=64,asymmetric=true,clip=mse)", "2-bits",
+          "figures recalled, not asserted"),
+], note="`incoherent | int(bits=2,group=0,clip=rms) | ldlq` is the paper's own grid; `hadamard` in place of `incoherent` as in QuIP#.")
+recipe("lorc", "int(bits=4,group=128) | rtn | lorc(rank=8)", source="arXiv:2303.08302 (Yao et al. 2023)", claims=[
+    Claim("better than rounding to nearest alone at 4 bits", "lorc(bits=4)", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
+    Claim("better than rounding to nearest alone at 3 bits", "lorc(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
+], note="`gptq(bits=2) | lorc` behind any codes; `lorc(whiten=true)` is nearest in the outputs.")
+recipe("super_weight", "*.down: site | spike | uniform | spare(keep=0.01%) ; all: int(bits=4,group=128) | rtn",
+       source="arXiv:2411.07191 (Yu et al. 2024)", claims=[
+    Claim("better than rounding to nearest alone at 4 bits", "super_weight", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
+], note="Small networks have no super weight: `spare` then keeps what is largest, and little is gained.")
+recipe("llm_int8", "above(limit=6) | peak | spare(bits=8) ; int(bits=8,group=0) | rtn", source="arXiv:2208.07339 (Dettmers et al. 2022)",
+       note="Inputs whose magnitude reaches 6 are multiplied beside the others; the runtime rounds x by groups of inputs, not by tokens.")
+recipe("ptq161", "inputs | peak | uniform | spare(keep=0.2,bits=4) ; ptq161", source="arXiv:2502.13179 (Zhao et al. 2025)", claims=[
+    Claim("better than GPTQ at 2 bits", "ptq161", "gptq(bits=2)", "2-bits", "figures not read"),
+])
+recipe("onebit", "onebit", source="arXiv:2402.11295 (Xu et al. 2024), its initialisation, without the training",
+       note="One bit a weight: a start for training, and an honest zero point without it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change, Failed
+from trimtab.methods import composite
 from trimtab.methods.codes import LEVELS
+from trimtab.methods.composite import BASED, SUM
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.panels import Packed
@@ -40,28 +43,68 @@ def _runnable(name: str, w: Packed | native.Linear) -> native.Linear:
     return linear
 
 
-def _in_turn(m: Any, chains: Mapping[str, list[str]]) -> Any:
-    """A map of a description whose linears may be `chains` of several: the bias is the last one's."""
-    if isinstance(m, list):
-        each = [_in_turn(x, chains) if isinstance(x, str | dict) else x for x in m]
-        return [f for x in each for f in (x if isinstance(x, list) else [x])]
-    name = m.get("linear") if isinstance(m, dict) else m
-    if not isinstance(name, str) or name not in chains:
-        return m
-    return [*chains[name][:-1], {**m, "linear": chains[name][-1]} if isinstance(m, dict) else chains[name][-1]]
+@dataclass
+class _Made:
+    """Linear maps that are made of others, as the core takes them: `terms` by name, the `maps` they name, and `tensors` of their bases."""
 
+    terms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    maps: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
-def _in_chains(description: Mapping[str, Any], chains: Mapping[str, list[str]]) -> dict[str, Any]:
-    """The description with these of its linears as what they are made of."""
-    def step(s: Mapping[str, Any]) -> dict[str, Any]:
-        new = {k: _in_turn(m, chains) if k in MAPS else m for k, m in s.items()}
-        return {**new, "branches": [step(b) for b in s["branches"]]} if "branches" in s else new
+    def of(self, name: str, w: native.Linear) -> list[dict[str, Any]]:
+        """What is added to give this map: the inputs each takes, the bases around it, and the maps in turn."""
+        if w.packed.format == SUM:
+            return [t for i, f in enumerate(w.factors) for t in self.of(f"{name}:{i}", f)]
+        if w.packed.format == BASED:
+            taken, inside, outside = composite.around(w.packed)
+            own: dict[str, Any] = {} if taken is None else {"taken": taken.tolist()}
+            for side, basis in (("inside", inside), ("outside", outside)):
+                if basis is not None:
+                    parts = {k.removeprefix("of_"): t for k, t in basis.parts("of").items()}
+                    self.tensors |= {f"{name}:{side}:{k}": t.flatten() for k, t in parts.items()}
+                    own[side] = {k: f"{name}:{side}:{k}" for k in parts}
+            inner = self.of(f"{name}:inner", w.factors[0])
+            if any(t.keys() - {"maps"} for t in inner):
+                raise NoKernel(f"{name}: a decoder runs one change of basis around a map, not two")
+            return [{**t, **own} for t in inner]
+        if w.factors:
+            self.maps |= {f"{name}:{side}": f._native for side, f in zip(SIDES, w.factors, strict=True)}
+            return [{"maps": [f"{name}:{side}" for side in SIDES]}]
+        self.maps[name] = w._native
+        return [{"maps": name}]
 
-    try:
-        return {**description, "head": _in_turn(description["head"], chains),
-                "layers": [[step(s) for s in layer] for layer in description["layers"]]}
-    except NOT_DESCRIBED:
-        raise BadInput("this is no description of a decoder") from None
+    def add(self, name: str, w: native.Linear) -> None:
+        terms = self.of(name, w)
+        if terms != [{"maps": name}]:
+            self.terms[name] = terms
+
+    def map(self, m: Any) -> Any:
+        """A map of a description with these of its linears as what they are made of: the bias is that of the whole."""
+        if isinstance(m, list):  # applied in turn: so are the factors of one of them
+            each = [self.map(x) if isinstance(x, str | dict) else x for x in m]
+            if any(isinstance(x, dict) and "sum" in x for x in each):
+                raise NoKernel("a decoder adds maps where one alone is applied, not one of several in turn")
+            return [f for x in each for f in (x if isinstance(x, list) else [x])]
+        name = m.get("linear") if isinstance(m, dict) else m
+        if not isinstance(name, str) or name not in self.terms:
+            return m
+        terms = self.terms[name]
+        if len(terms) == 1 and not terms[0].keys() - {"maps"}:
+            *first, last = terms[0]["maps"]
+            return [*first, {**m, "linear": last} if isinstance(m, dict) else last]
+        return {"sum": terms, **({k: v for k, v in m.items() if k != "linear"} if isinstance(m, dict) else {})}
+
+    def description(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        def step(s: Mapping[str, Any]) -> dict[str, Any]:
+            new = {k: self.map(m) if k in MAPS else m for k, m in s.items()}
+            return {**new, "branches": [step(b) for b in s["branches"]]} if "branches" in s else new
+
+        if not self.terms:
+            return dict(given)
+        try:
+            return {**given, "head": self.map(given["head"]), "layers": [[step(s) for s in layer] for layer in given["layers"]]}
+        except NOT_DESCRIBED:
+            raise BadInput("this is no description of a decoder") from None
 
 
 class Decoder:
@@ -79,13 +122,11 @@ class Decoder:
         if core is None:
             raise BadInput(f"there is no native decoder: {native.absent()}")
         try:
-            runnable = {name: _runnable(name, w) for name, w in linears.items()}
-            maps = {name: w._native for name, w in runnable.items() if not w.factors}
-            chains = {name: [f"{name}:{side}" for side in SIDES] for name, w in runnable.items() if w.factors}
-            for name, parts in chains.items():
-                maps |= {part: f._native for part, f in zip(parts, runnable[name].factors, strict=True)}
+            made = _Made()
+            for name, w in linears.items():
+                made.add(name, _runnable(name, w))
             plain = {name: _plain(t) for name, t in tensors.items()}
-            self._core = core.Decoder(_in_chains(description, chains) if chains else dict(description), maps, plain)
+            self._core = core.Decoder(made.description(description), made.maps, plain | made.tensors)
         except ValueError as e:
             raise BadInput(str(e)) from None
         self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in _packed(w).buffers.items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.core.registry import load_all
 from trimtab.core.types import BadInput, Change
+from trimtab.methods import composite
 from trimtab.methods.codes import LEVELS
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.bsr import bsr
@@ -20,6 +21,7 @@ from trimtab.methods.format.panels import PANEL, TYPES, Packed
 
 VERSION = 2  # of packed directories; 1 laid out n:m otherwise, and had csr
 LARGEST = 2**31 - 1
+DEEPEST = 4   # maps of maps
 NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64,), "windows": (torch.int32,),
@@ -29,6 +31,8 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 
 def restored(p: Packed) -> Tensor:
     """The weight [out, in] that was packed; of codes what they stand for, float32."""
+    if p.format in composite.FORMATS:
+        return composite.restored(p, [restored(f) for f in p.factors])
     inverse = load_all()[f"format/{p.format}"].inverse
     assert inverse is not None
     return inverse(p)
@@ -36,6 +40,11 @@ def restored(p: Packed) -> Tensor:
 
 def check(p: Packed) -> None:
     """BadInput unless the numbers make a layout, every buffer is there in its type and length, and every index lies inside."""
+    if p.format in composite.FORMATS:
+        for f in p.factors:
+            check(f)
+        composite.check(p)
+        return
     m = load_all().get(f"format/{p.format}")
     numbers = [getattr(p, k) for k in NUMBERS]
     values = {name: dtype for dtype, name in TYPES.items()} | dict.fromkeys(LEVELS, torch.uint8)
@@ -72,28 +81,31 @@ def describe(p: Packed) -> dict[str, Any]:
 def described(name: str, about: Any, buffers: Mapping[str, Tensor]) -> Packed:
     """The inverse of `describe`, with its buffers in any shape; checked. BadInput names the layer."""
     try:
-        if isinstance(about, dict) and "factors" in about:
-            each, about = about["factors"], {k: v for k, v in about.items() if k != "factors"}
-            if not isinstance(each, list) or len(each) != len(SIDES):
-                raise BadInput(f"its factors should be a list of the {' and the '.join(SIDES)} one")
-            own = [{k.removeprefix(f"{side}_"): t for k, t in buffers.items() if k.startswith(f"{side}_")} for side in SIDES]
-            p = replace(_said(about, buffers), factors=tuple(map(_said, each, own)))
-        else:
-            p = _said(about, buffers)
+        p = _said(about, buffers)
         check(p)
     except BadInput as e:
         raise BadInput(f"packed layer {name} is corrupt: {e}; fetch or pack it again") from None
     return p
 
 
-def _said(about: Any, buffers: Mapping[str, Tensor]) -> Packed:
-    """What a description says, its factors left out, not checked but for the types of what it holds."""
+def _said(about: Any, buffers: Mapping[str, Tensor], depth: int = 0) -> Packed:
+    """What a description says, not checked but for the types of what it holds."""
     keys = {"format", "type", "shape", "dim", *NUMBERS}
-    if not isinstance(about, dict) or set(about) != keys or not isinstance(about["shape"], list):
+    if not isinstance(about, dict) or set(about) - {"factors"} != keys or not isinstance(about["shape"], list):
         raise BadInput(f"it should be described by {', '.join(sorted(keys))}")
     if not all(isinstance(about[k], str) for k in ("format", "type", "dim")):
         raise BadInput("its format, type and dim should be words")
-    return Packed(**{**about, "shape": tuple(about["shape"]), "buffers": {k: t.reshape(-1) for k, t in buffers.items()}})
+    own = {k: t.reshape(-1) for k, t in buffers.items()}
+    p = Packed(**{**about, "shape": tuple(about["shape"]), "buffers": own, "factors": ()})
+    if (each := about.get("factors")) is None:
+        if p.format in composite.FORMATS:
+            raise BadInput(f"{p.format}: it is made of other maps, and none is described")
+        return p
+    sides = composite.names(p.format, len(each)) if isinstance(each, list) and p.format in composite.FORMATS else list(SIDES)
+    if not isinstance(each, list) or len(each) != len(sides) or depth >= DEEPEST:
+        raise BadInput(f"its factors should be a list of {len(sides)}" if depth < DEEPEST else "it is made of maps of maps of maps")
+    parts = [{k.removeprefix(f"{side}_"): t for k, t in own.items() if k.startswith(f"{side}_")} for side in sides]
+    return replace(p, factors=tuple(_said(a, b, depth + 1) for a, b in zip(each, parts, strict=True)))
 
 
 def smallest(w: Tensor) -> Packed:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import trimtab
 from trimtab.core.types import BadInput
+from trimtab.methods import composite
+from trimtab.methods.composite import BASED, SUM
 from trimtab.methods.format.panels import BITS, DENSE, Packed
 from trimtab.runtime import layouts
 
@@ -63,6 +65,8 @@ def level() -> str:
 
 def kind(p: Packed) -> str:
     """In words: what decides whether a kernel takes it."""
+    if p.format in composite.FORMATS:
+        return " + ".join(map(kind, p.factors))
     what = {"nm": [f"{p.n}:{p.m} along the {p.dim}put"], "bsr": [f"blocks of {p.rows} x {p.cols}"],
             "lowrank": [f"rank {f.shape[0]}" for f in p.factors[:1]]}.get(p.format, [])
     what += [f"groups of {p.group}"] if p.type in DENSE else []
@@ -82,7 +86,7 @@ class Linear:
     """A packed weight ready to run: y [batch, out] = x [batch, in] W^T in float32.
 
     `kernels`: names of those that can run it here, best last; empty where torch does it, which is said in one warning.
-    `factors`: where the weight is several that are applied in turn, those; kernels are then the ones that run each of them.
+    `factors`: where the weight is made of several, those; kernels are then the ones of the first that run, as far as they can, the rest.
     BadInput if the buffers contradict each other: every index and length is checked once, here.
     """
 
@@ -93,7 +97,11 @@ class Linear:
         if packed.factors:
             layouts.check(packed)
             self.factors = [Linear(f) for f in packed.factors]
-            self.kernels = [k for k in self.factors[0].kernels if all(k in f.kernels for f in self.factors)]
+            if packed.format == BASED:
+                self._around = composite.around(packed)
+            # Factors are of one kind; what is added need not be: each runs on its own best one.
+            alike = packed.format == "lowrank"
+            self.kernels = [k for k in self.factors[0].kernels if all(k in f.kernels if alike else f.kernels for f in self.factors)]
             return
         if core() is None or _strange(packed):
             layouts.check(packed)
@@ -132,9 +140,7 @@ class Linear:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
         narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
         if self.factors:
-            for f in self.factors:
-                x = f(x, kernel, threads, narrowest)
-            return x
+            return self._composed(x, kernel, threads, narrowest)
         if self._weight is not None:
             return torch.nn.functional.linear(x.float(), self._weight)
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
@@ -144,6 +150,22 @@ class Linear:
         except ValueError as e:
             raise BadInput(str(e)) from None
         return y.view(*x.shape[:-1], self.packed.shape[0])
+
+    def _composed(self, x: Tensor, kernel: str, threads: int, narrowest: str) -> Tensor:
+        """What is made of several: one after the other, added, or with a change of inputs and outputs around it."""
+        if self.packed.format == BASED:
+            taken, inside, outside = self._around
+            x = x.float() if taken is None else x.float()[..., taken.long()]
+            y = self.factors[0](x if inside is None else inside.of(x), kernel, threads, narrowest)
+            return y if outside is None else outside.straight(y)
+        if self.packed.format == SUM:
+            y = self.factors[0](x, kernel, threads, narrowest)
+            for f in self.factors[1:]:
+                y += f(x, kernel if kernel in f.kernels else "", threads, narrowest)
+            return y
+        for f in self.factors:
+            x = f(x, kernel, threads, narrowest)
+        return x
 
 
 class Mlp:
@@ -157,7 +179,7 @@ class Mlp:
         if not all(m.kernels for m in given):
             raise BadInput("an MLP runs on native kernels alone, and one of its weights has none here")
         if any(m.factors for m in given):
-            raise BadInput("an MLP of three weights takes no factors of one; a decoder runs them")
+            raise BadInput("an MLP of three weights takes none that is made of others; a decoder runs them")
         try:
             self._native = core().Mlp(gate and gate._native, up._native, down._native, activation)
         except ValueError as e:

@@ -56,12 +56,12 @@ class Values:
 class Packed:
     """One linear map [out, in] as a kernel reads it.
 
-    `format`: dense, bsr, bitmask, sell, nm or lowrank; `type` of the values: f32, bf16, or of codes; `rows`, `cols` of a block;
+    `format`: dense, bsr, bitmask, sell, nm, lowrank, sum or based; `type` of the values: f32, bf16, or of codes; `rows`, `cols` of a block;
     `n`, `m` of n:m along `dim` (in, or out: the transpose is what is packed); `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint8 of
     entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), table (float32), those it has.
-    A map that is several applied in turn has these as its `factors`, the first one first, and their buffers as its own, their side
-    before the name.
+    A map that is made of others, applied in turn (lowrank), added (sum) or with a change of inputs and outputs around it (based), has
+    these as its `factors` and their buffers as its own, what they are before the name.
     """
 
     format: str
@@ -82,7 +82,9 @@ class Packed:
 
     @property
     def label(self) -> str:
-        """In a word: the format, and what its codes are."""
+        """In a word: the format, and what its codes are; of a map made of others theirs."""
+        if self.factors and self.format != "lowrank":
+            return " + ".join(f.label for f in self.factors)
         return f"{self.format} {self.type}" if self.type in LEVELS else self.format
 
     @property

@@ -1,0 +1,221 @@
+"""What a pass does to the sites of a block: rewrites, scores, edits, repairs."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.core.calibrate import Collector
+from trimtab.core.registry import get
+from trimtab.core.spec import Pass, Step
+from trimtab.core.types import Change, Failed, Site
+from trimtab.methods.basis import Basis
+from trimtab.methods.codes import Grid, length
+from trimtab.methods.format.panels import unpack_mask
+from trimtab.methods.terms import NOTHING, Spared, Terms, put_together
+from trimtab.network import graph
+from trimtab.network.stream import Network
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit with its knobs set, as joint edits receive it: call it with scores and a share."""
+
+    step: Step
+
+    @property
+    def period(self) -> int | None:
+        f = self.step.method.facts["period"]
+        return f(self.step.bound) if f else None
+
+    @property
+    def free(self) -> bool:
+        return bool(self.step.method.facts["free"])
+
+    def __call__(self, s: Tensor, keep: float) -> Tensor:
+        return self.step.method({"s": s, "keep": keep}, **self.step.bound)
+
+
+@dataclass(frozen=True)
+class Gridded:
+    """A grid with its knobs set, as edits receive it: call it with weights [out, in] to fit it to them."""
+
+    step: Step
+    stats: dict[str, Tensor]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has to see all of a site at once."""
+        return self.step.method.facts["of"] == "site"
+
+    def group(self, w: Tensor) -> int:
+        """Inputs of w [out, in] that share a scale."""
+        return length(self.step.bound["group"], w.shape[1])
+
+    def __call__(self, w: Tensor) -> Grid:
+        return self.step.method({"w": w, **self.stats}, **self.step.bound)
+
+
+def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
+    """Scores of one site [out, in], higher = keep. Joint edits without a score are judged by magnitude for budgets."""
+    step = p.steps.get("score", Step("score/magnitude"))
+    return step.method({"w": w, **stats}, **step.bound)
+
+
+def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
+                  stats: Callable[[Site], dict[str, Tensor]], settled: set[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """Scale the inputs of the block's sites as their passes' rewrites ask: outputs unchanged.
+
+    Sites that an earlier sweep `settled`, with parts that a scale would leave behind, take none. Returns the scale [in] of every site
+    that has one, and the names of other parameters that took its inverse.
+    """
+    scales: dict[str, Tensor] = {}
+    changed: set[str] = set()
+    for fold in graph.folds(net.family, net.config, net.sites_of(i)):
+        passes = {str(owner[s.name]): owner[s.name] for s in fold.readers if s.name in owner}
+        p = next(iter(passes.values()), None)
+        if len(passes) != 1 or p is None or not p.folds or any(s.name not in owner for s in fold.readers):
+            continue  # somebody reads the input who would not follow
+        if settled & {s.name for s in (*fold.readers, *([fold.writer] if fold.writer else []))}:
+            continue
+        s, others = net.fold(module, fold, rewritten(net, module, p, fold.readers, stats(fold.readers[0])))
+        scales |= {r.name: s for r in fold.readers}
+        changed |= others
+    return scales, changed
+
+
+def rewritten(net: Network, module: Any, p: Pass, readers: Iterable[Site], stats: dict[str, Tensor]) -> Any:
+    """What the pass's rewrite says of an input, for all these sites that read it."""
+    step = p.steps["rewrite"]
+    env: dict[str, Any] = {**stats, "w": torch.cat([net.weight(module, s).float() for s in readers])}
+    if "grid" in p.steps:
+        env["grid"] = Gridded(p.steps["grid"], stats)
+    return step.method(env, **step.bound)
+
+
+Bases = tuple[Basis | None, Basis | None]  # of a site's inputs and of its outputs
+PLAIN: Bases = (None, None)
+
+
+def bases_of(net: Network, module: Any, i: int, owner: dict[str, Pass], stats: Callable[[Site], dict[str, Tensor]],
+             spared: Callable[[Site], Spared]) -> dict[str, Bases]:
+    """The bases that the block's sites are edited in, where their passes' rewrites ask for them: one for all that read an input."""
+    found: dict[str, Bases] = {}
+    readers: dict[tuple[str, str], list[Site]] = {}
+    for s in net.sites_of(i):
+        if s.name in owner and owner[s.name].turns:
+            alone = s.name if spared(s).columns is not None else ""  # who reads only a part of an input
+            readers.setdefault((s.input + alone, str(owner[s.name])), []).append(s)
+    for sites in readers.values():
+        p, kept = owner[sites[0].name], spared(sites[0])
+        step, its = p.steps["rewrite"], restricted(stats(sites[0]), kept.others(sites[0].shape[1]))
+        w = torch.cat([spared(s).rest(net.weight(module, s).float()) for s in sites])
+        inside = step.method({**its, "w": w}, **step.bound)
+        outside = step.method.facts["outside"]
+        found |= {s.name: (inside, outside(s.shape[0], step.bound, w.device) if outside and s.rows is None else None) for s in sites}
+    return found
+
+
+def rescaled(stats: dict[str, Tensor], s: Tensor | None) -> dict[str, Tensor]:
+    """Statistics of an input [in] that was divided by `s`."""
+    return stats if s is None else {n: get(f"stat/{n}").facts["rescaled"](t, s) for n, t in stats.items()}
+
+
+def turned(stats: dict[str, Tensor], basis: Basis | None) -> dict[str, Tensor]:
+    """Statistics of an input in another basis: those that its second moment tells."""
+    if basis is None or not stats:
+        return stats
+    gram = basis.gram(stats["gram"])
+    return {n: f(gram) for n in stats if (f := get(f"stat/{n}").facts["of_gram"])}
+
+
+def restricted(stats: dict[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
+    """Statistics of some of the inputs, bool [in]."""
+    if bool(inputs.all()):
+        return stats
+    return {n: t[inputs][:, inputs] if t.ndim == 2 else t[inputs] for n, t in stats.items() if get(f"stat/{n}").facts["of"] == "input"}
+
+
+def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares: Mapping[str, float],
+               stats: Collector | None, priors: Mapping[str, Tensor]) -> tuple[Iterator[tuple[Site, Change]], set[str]]:
+    """Edit the sites of a block by the passes that own them, in place, one after the other.
+
+    `priors`: the parts that earlier passes left, by `<site>:<part>`. Returns the changes, each made as it is asked for and with w in the
+    type of the files, and the names of further parameters that a rewrite changed.
+    """
+    def its(s: Site) -> dict[str, Tensor]:
+        return stats.of(s) if stats else {}
+
+    spared = {s.name: Spared.among({n.rpartition(":")[2]: t for n, t in priors.items() if n.rpartition(":")[0] == s.name})
+              for s in net.sites_of(i)}
+    settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", ":entries", ":columns"))}
+    scales, others = rewrite_block(net, module, i, owner, its, settled)
+    bases = bases_of(net, module, i, owner, its, lambda s: spared[s.name])
+
+    def changes() -> Iterator[tuple[Site, Change]]:
+        for s in net.sites_of(i):
+            if s.name not in owner:
+                continue
+            bits = priors.get(f"{s.name}:mask")
+            prior = unpack_mask(bits, s.shape) if bits is not None else None
+            change = edit_site(owner[s.name], s, net.weight(module, s).float(), shares.get(s.name, math.nan),
+                               rescaled(its(s), scales.get(s.name)), prior, spared[s.name], bases.get(s.name, PLAIN))
+            change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
+            net.set_weight(module, s, change.w)
+            yield s, change
+
+    return changes(), others
+
+
+def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None,
+              spared: Spared = NOTHING, bases: Bases = PLAIN) -> Change:
+    """Edit and repair one weight `w` [out, in] float32, but for what was `spared`, in its `bases`. What an earlier pass dropped
+    (`prior`) stays dropped."""
+    if not spared and bases == PLAIN:
+        return checked(p, site, w, prior, edited(p, w, share, stats, prior))
+    others = spared.others(w.shape[1])
+    rest, inside, outside = spared.rest(w), *bases
+    rest = rest if inside is None else inside.weight(rest)
+    rest = rest if outside is None else outside.of(rest.T).T.contiguous()
+    change = edited(p, rest, share, turned(restricted(stats, others), inside), None if prior is None else prior[:, others])
+    return checked(p, site, w, prior, put_together(change, spared, inside, outside))
+
+
+def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None) -> Change:
+    """What the edit and the repair of a pass make of w [out, in]."""
+    step = p.steps["edit"]
+    env: dict[str, Any] = {"w": w, "keep": share, **stats}
+    if "unit" in p.steps:
+        env["unit"] = Unit(p.steps["unit"])
+    if "grid" in p.steps:
+        env["grid"] = Gridded(p.steps["grid"], stats)
+    if "score" in p.steps:
+        s = score_site(p, w, stats)
+        env["mask"] = env["unit"](s if prior is None else s * prior, share)
+        if prior is not None:
+            env["mask"] &= prior
+    else:
+        env["mask"] = torch.ones_like(w, dtype=torch.bool) if prior is None else prior
+    change: Change = step.method(env, **step.bound)
+    if "repair" in p.steps:
+        r = p.steps["repair"]
+        change = r.method({**env, "new": change}, **r.bound)
+    return change
+
+
+def checked(p: Pass, site: Site, w: Tensor, prior: Tensor | None, change: Change) -> Change:
+    """The change, if it keeps what every change has to keep."""
+    mask, edit = change.mask, p.steps["edit"].key
+    if change.w.shape != w.shape or not bool(torch.isfinite(change.w).all()):
+        raise Failed(f"{site.name}: {edit} returned a weight of wrong shape or with NaN; please report this")
+    if mask is not None and bool((change.w[~mask] != 0).any()):
+        raise Failed(f"{site.name}: {edit} left weights outside its own mask; please report this")
+    if (terms := Terms.among(change.parts)) is not None and not torch.equal(terms.weight(), change.w):
+        raise Failed(f"{site.name}: {edit} returned parts that do not decode to its weight; please report this")
+    if prior is not None and bool((change.w[~prior] != 0).any()):
+        raise Failed(f"{site.name}: {edit} brought back weights an earlier pass dropped; please report this")
+    return change

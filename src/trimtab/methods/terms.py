@@ -1,0 +1,130 @@
+"""A weight as what its parts add up to: codes or factors in a basis of their own, a product beside them, weights that were spared."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimtab.core.types import BadInput, Change
+from trimtab.methods.basis import Basis
+from trimtab.methods.codes import Codes
+from trimtab.methods.factors import Factors
+
+INSIDE, OUTSIDE, COLUMNS = "in", "out", "columns_"  # before the names of parts: the basis of the inputs, of the outputs; spared columns
+ALONE = ("left", "entries", "columns", *(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left")))  # of a whole weight alone
+
+
+@dataclass(frozen=True)
+class Spared:
+    """What an edit kept out of the hands of later ones, of a weight [out, in]: single `entries` [n] at `at` [n, 2] (output, input), to be
+    added, and whole `columns` (int32 [k], rising) with their `codes` [out, k], in place of the weight's."""
+
+    entries: Tensor | None = None
+    at: Tensor | None = None
+    columns: Tensor | None = None
+    codes: Codes | None = None
+
+    def __bool__(self) -> bool:
+        return self.entries is not None or self.columns is not None
+
+    def others(self, inputs: int) -> Tensor:
+        """The inputs whose columns were not spared, bool [inputs]."""
+        left = torch.ones(inputs, dtype=torch.bool, device=None if self.columns is None else self.columns.device)
+        if self.columns is not None:
+            left[self.columns] = False
+        return left
+
+    def rest(self, w: Tensor) -> Tensor:
+        """What is left of w [out, in] for others: [out, in - k], without the entries."""
+        if self.entries is not None and self.at is not None:
+            w = w.index_put((self.at[:, 0], self.at[:, 1]), -self.entries, accumulate=True)
+        return w if self.columns is None else w[:, self.others(w.shape[1])]
+
+    def whole(self, rest: Tensor) -> Tensor:
+        """The weight [out, in] that `rest` [out, in - k] was left of."""
+        w = rest
+        if self.columns is not None and self.codes is not None:
+            w = torch.empty(len(rest), rest.shape[1] + len(self.columns), device=rest.device)
+            w[:, self.others(w.shape[1])] = rest
+            w[:, self.columns] = self.codes.weight()
+        if self.entries is not None and self.at is not None:
+            w = w.index_put((self.at[:, 0], self.at[:, 1]), self.entries, accumulate=True)
+        return w
+
+    def parts(self) -> dict[str, Tensor]:
+        """As a change carries them."""
+        some = {"entries": self.entries, "entries_at": self.at, "columns": self.columns}
+        codes = {f"{COLUMNS}{k}": t for k, t in self.codes.parts().items()} if self.codes is not None else {}
+        return {k: t for k, t in some.items() if t is not None} | codes
+
+    @staticmethod
+    def among(parts: Mapping[str, Tensor]) -> Spared:
+        """What was spared, among the parts; BadInput where they contradict each other."""
+        entries, at, columns = (parts.get(k) for k in ("entries", "entries_at", "columns"))
+        if (entries is None) != (at is None) or (entries is not None and at is not None and at.shape != (len(entries), 2)):
+            raise BadInput("single entries have a place, output and input, each")
+        codes = Codes.among({k.removeprefix(COLUMNS): t for k, t in parts.items() if k.startswith(COLUMNS)})
+        if (columns is None) != (codes is None) or (columns is not None and codes is not None and codes.codes.shape[1] != len(columns)):
+            raise BadInput("spared columns have codes, each of them")
+        return Spared(entries, at, columns, codes)
+
+
+NOTHING = Spared()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A weight [out, in]: `codes`, `factors` or both added, behind a basis of the inputs (`inside`) and of the outputs (`outside`),
+    and beside them what was `spared`."""
+
+    codes: Codes | None
+    factors: Factors | None
+    inside: Basis | None = None
+    outside: Basis | None = None
+    spared: Spared = NOTHING
+
+    @property
+    def simple(self) -> bool:
+        """Whether one matrix of codes, or one pair of factors, is all of it."""
+        return (self.codes is None) != (self.factors is None) and not (self.inside or self.outside or self.spared)
+
+    def plain(self, w: Tensor) -> Tensor:
+        """A weight in its bases as one that knows of none."""
+        w = w if self.inside is None else self.inside.plain(w)
+        return w if self.outside is None else self.outside.straight(w.T).T.contiguous()
+
+    def weight(self) -> Tensor:
+        """What it stands for, float32 [out, in]."""
+        each = [t.weight() for t in (self.codes, self.factors) if t is not None]
+        return self.spared.whole(self.plain(each[0] + each[1] if len(each) > 1 else each[0]))
+
+    def parts(self) -> dict[str, Tensor]:
+        """As a change carries them."""
+        own = {k: t for part in (self.codes, self.factors) if part is not None for k, t in part.parts().items()}
+        bases = {k: t for side, b in ((INSIDE, self.inside), (OUTSIDE, self.outside)) if b is not None for k, t in b.parts(side).items()}
+        return own | bases | self.spared.parts()
+
+    @staticmethod
+    def among(parts: Mapping[str, Tensor]) -> Terms | None:
+        """What the parts say; None where they say nothing but what was spared. BadInput where they contradict each other."""
+        terms = Terms(Codes.among(parts), Factors.among(parts), Basis.among(parts, INSIDE), Basis.among(parts, OUTSIDE), Spared.among(parts))
+        if terms.codes is None and terms.factors is None:
+            return None
+        return terms
+
+
+def put_together(new: Change, spared: Spared, inside: Basis | None, outside: Basis | None) -> Change:
+    """What an edit made of the rest of a weight, in bases of its own, as a change of the whole weight."""
+    terms = Terms.among(new.parts)
+    if terms is None or not (inside or outside or spared):
+        return new
+    terms = replace(terms, inside=inside or terms.inside, outside=outside or terms.outside, spared=spared)
+    mask = new.mask
+    if mask is not None and spared.columns is not None:
+        others = spared.others(mask.shape[1] + len(spared.columns))
+        whole = torch.ones(len(mask), len(others), dtype=torch.bool, device=mask.device)
+        whole[:, others] = mask
+        mask = whole
+    return Change(terms.weight().to(new.w.dtype), terms.parts(), mask)
