@@ -148,6 +148,11 @@ class Network:
             found.append(Layer(name, self._pieces[self.table if self.tied_head else f"{name}.weight"][0].file))
         return found
 
+    def linears(self) -> list[str]:
+        """The names of all plain linear layers, in blocks and around them."""
+        places = [(f"{self._stem}{i}.", b) for i, b in enumerate(self._blocks)]
+        return [at + n for at, part in (*places, ("", self.model)) for n, m in part.named_modules() if type(m) is nn.Linear]
+
     @property
     def table(self) -> str:
         """The name of the table of embeddings, which a tied head shares."""
