@@ -205,6 +205,46 @@ def test_sizes_and_speed(tmp_path, capsys, monkeypatch):
     assert tt.load(path).module.config.model_type == "llama"
 
 
+def test_shards(tmp_path):
+    """A layer's tensors may lie in different files, and one that is missing from its file is named."""
+    path = checkpoint("gptq", tmp_path)
+    tensors, names = load_file(path / "model.safetensors"), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    where = {n: names[n.endswith((".scales", "norm.weight"))] for n in tensors}
+    for file in names:
+        save_file({n: t for n, t in tensors.items() if where[n] == file}, path / file)
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(logits(load_module(path)), logits(load_module(tmp_path / "plain")))
+    lost = "model.layers.0.mlp.up_proj.scales"
+    save_file({n: t for n, t in tensors.items() if where[n] == names[1] and n != lost}, path / names[1])
+    with pytest.raises(BadInput, match=r"up_proj: its tensor scales is missing"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [k for k in KINDS if "gptq" not in k])
+def test_another_program_decodes_the_same(kind):
+    """compressed-tensors itself: its own layouts, and AWQ, which it converts."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    gen = torch.Generator().manual_seed(3)
+    mine, means = made(kind, torch.randn(64, 96, generator=gen), gen)
+    if kind == "awq":
+        given = {f"a.{k}": t.clone() for k, t in mine.items()}
+        mine = {k.removeprefix("a."): t for k, t in AutoAWQConverter.from_autoawq_config(says(kind)).process(given).items()}
+    grouped = kind in ("awq", "packed4", "packed4_asym")
+    args = QuantizationArgs(num_bits=4 if grouped else 8, type="float" if "float" in kind else "int", group_size=16 if grouped else None,
+                            symmetric=kind != "awq" and "asym" not in kind,
+                            strategy="group" if grouped else "tensor" if "tensor" in kind else "channel")
+    form = says(kind).get("format", "pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    got = BaseCompressor.get_value_from_registry(form).decompress({**mine, "weight_scale": mine["weight_scale"].float()}, scheme)
+    assert torch.equal(got["weight"], means)
+
+
 def test_ours_come_back_as_they_went(tmp_path, no_proof):
     """What is written as compressed-tensors opens here with the weights of the directory it was made from."""
     tiny.save("llama", tmp_path / "plain", dtype=torch.bfloat16)
@@ -226,29 +266,29 @@ def broken(path: Path, **changes: Any) -> None:
 
 I32 = torch.int32
 DAMAGED: list[tuple[str, dict[str, Any], str]] = [
-    ("gptq", {"scales": None}, r"layer model\.layers\.0\.self_attn\.k_proj: its scales is missing"),
-    ("gptq", {"qweight": None}, "its qweight is missing"),
-    ("gptq", {"qzeros": torch.zeros(2, 3, dtype=I32)}, r"its qzeros is int32 \[2, 3\], and int32 \[2, 2\] is wanted"),
-    ("gptq", {"scales": torch.ones(2, 15)}, r"its scales is float32 \[2, 15\]"),
+    ("gptq", {"scales": None}, r"layer model\.layers\.0\.self_attn\.k_proj: its tensor scales is missing"),
+    ("gptq", {"qweight": None}, "its tensor qweight is missing"),
+    ("gptq", {"qzeros": torch.zeros(2, 3, dtype=I32)}, r"its tensor qzeros is int32 \[2, 3\], and int32 \[2, 2\] is wanted"),
+    ("gptq", {"scales": torch.ones(2, 15)}, r"its tensor scales is float32 \[2, 15\]"),
     ("gptq", {"scales": torch.ones(5, 16).half(), "qzeros": torch.zeros(5, 2, dtype=I32)}, "5 groups, which do not divide its 32 inputs"),
     ("gptq", {"qweight": torch.zeros(5, 16, dtype=I32)}, r"its qweight \[5, 16\] holds no codes"),
-    ("gptq", {"qweight": torch.zeros(4, 16)}, r"its qweight is float32 \[4, 16\]"),
+    ("gptq", {"qweight": torch.zeros(4, 16)}, r"its tensor qweight is float32 \[4, 16\]"),
     ("gptq", {"g_idx": torch.full((32,), 2, dtype=I32)}, "names groups from 2 to 2, and there are 2"),
-    ("gptq", {"g_idx": torch.tensor(0, dtype=I32)}, r"its g_idx is int32 \[\]"),
+    ("gptq", {"g_idx": torch.tensor(0, dtype=I32)}, r"its tensor g_idx is int32 \[\]"),
     ("gptq", {"scales": torch.full((2, 16), torch.nan)}, "NaN"),
     ("gptq", {"says": {"checkpoint_format": "marlin"}}, "gptq in the layout marlin; trimtab reads"),
     ("gptq", {"says": {"quant_method": "bitsandbytes"}}, "it was quantised with bitsandbytes; trimtab reads"),
-    ("gptq", {"says": {"quant_method": "awq"}}, r"its scales is float16|its qweight|do not divide|is wanted"),
+    ("gptq", {"says": {"quant_method": "awq"}}, r"its tensor scales is|its tensor qweight|do not divide|is wanted"),
     ("awq", {"says": {"version": "gemv"}}, "awq in the layout gemv"),
     ("awq", {"says": {"bits": 3}}, "awq stores codes of 4 bits, and config.json says 3"),
-    ("awq", {"qzeros": None}, "its qzeros is missing"),
-    ("packed4", {"weight_scale": None}, "its weight_scale is missing"),
+    ("awq", {"qzeros": None}, "its tensor qzeros is missing"),
+    ("packed4", {"weight_scale": None}, "its tensor weight_scale is missing"),
     ("packed4", {"weight_shape": torch.tensor([16, 99])}, r"holds no codes of 8, 4, 3 or 2 bits of \[16, 99\]"),
     ("packed4", {"weight_packed": None}, r"self_attn\.k_proj\.weight .* is missing"),
     ("packed4", {"says": {"format": "nvfp4-pack-quantized"}}, "compressed-tensors as nvfp4-pack-quantized"),
     ("packed4", {"says": {"sparsity_config": {"format": "sparse-24-bitmask"}}}, "sparse-24-bitmask sparsity"),
     ("packed4", {"says": {"config_groups": [1]}}, "malformed"),
-    ("int8", {"weight_scale": torch.ones(3, 1)}, r"its weight_scale is float32 \[3, 1\], and float16 \[16, 1\] is wanted"),
+    ("int8", {"weight_scale": torch.ones(3, 1)}, r"its tensor weight_scale is float32 \[3, 1\], and float16 \[16, 1\] is wanted"),
     ("float8", {"weight": torch.full((16, 32), torch.nan).to(torch.float8_e4m3fn)}, "NaN"),
 ]
 

@@ -117,11 +117,11 @@ def _strange(method: str, about: Mapping[str, Any]) -> str:
 def _expect(entries: Mapping[str, Any], part: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None) -> Any:
     """A tensor of the layer. BadInput where it is not there, or not of these types and this shape."""
     if part not in entries:
-        raise BadInput(f"its {part} is missing")
+        raise BadInput(f"its tensor {part} is missing")
     e = entries[part]
     if e.dtype not in dtypes or 0 in e.shape or (len(e.shape) != 2 if shape is None else e.shape != shape):
         want = f"{dtypes[0]} {list(shape) if shape else 'of two dimensions'}".removeprefix("torch.")
-        raise BadInput(f"its {part} is {str(e.dtype).removeprefix('torch.')} {list(e.shape)}, and {want} is wanted")
+        raise BadInput(f"its tensor {part} is {str(e.dtype).removeprefix('torch.')} {list(e.shape)}, and {want} is wanted")
     return e
 
 
