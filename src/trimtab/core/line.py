@@ -424,7 +424,7 @@ def check_room(out: Path, need: float) -> None:
 def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch], packed: bool = False) -> int:
     hidden = sum(tokens_of(net, b) for b in samples) * int(getattr(net.config, "hidden_size", 0)) * 4
     places = net.n_blocks + 2 if any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs) else 1
-    return int(net.checkpoint.weight_bytes * (2.2 + 1.1 * packed + 1.1 * max(0, len(recipe.passes) - 1)) + hidden * places + 1e7)
+    return int(net.checkpoint.plain_bytes * (2.2 + 1.1 * packed + 1.1 * max(0, len(recipe.passes) - 1)) + hidden * places + 1e7)
 
 
 def tokens_of(net: Network, batch: data_.Batch) -> int:
@@ -560,7 +560,7 @@ def write_plain(net: Network, journal: Journal, last: int, out: Path, tick: Repo
 def rest_bytes(net: Network, sites: set[str]) -> int:
     """Bytes of everything that is not one of these sites."""
     taken = sum(s.size * net.stored_dtype(s).itemsize for s in net.sites if s.name in sites)
-    return net.checkpoint.weight_bytes - taken
+    return net.checkpoint.plain_bytes - taken
 
 
 def file_digest(path: Path) -> str:

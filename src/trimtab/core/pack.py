@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
-from trimtab.methods.codes import Codes, Grid, length, nearest, rounded
+from trimtab.methods.codes import LEVELS, Codes, Grid, length, nearest, rounded
 from trimtab.methods.composite import based, summed
 from trimtab.methods.factors import Factors, checked_rank, rank_of
 from trimtab.methods.format.dense import dense
@@ -246,6 +246,11 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
     def weight(name: str) -> Tensor:
         return SafeFile(edited[name]).read(name) if name in edited else net.checkpoint.read(name)
 
+    def as_quantised(layer: Layer, w: Tensor) -> Change | None:
+        """The codes another program made of the weight, if it is still what they say."""
+        codes = net.checkpoint.decoded(layer.file)
+        return codes.change() if isinstance(codes, Codes) and torch.equal(codes.weight().to(w.dtype), w) else None
+
     def packed(layers: list[Layer], parts: Mapping[str, Tensor]) -> dict[str, Packed]:
         made = {}
         for layer in layers:
@@ -253,7 +258,9 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
             if not finite(w):
                 raise BadInput(f"{layer.name}: a weight is NaN or inf; only finite weights can be packed")
             values = value_dtype(w.dtype, dtype)
-            if layer.is_head:
+            if (codes := as_quantised(layer, w)) is not None and not (layer.is_head and head == "int8"):
+                made[layer.name] = pack(Format(Step("format/dense")) if layer.is_head else steps[layer.sites[0].name], codes, layer.name)
+            elif layer.is_head:
                 made[layer.name] = dense(Change(w, in_int8(w).parts()) if head_in_int8(recipe, head) else Change(w.to(values)))
             else:
                 same = {steps[s.name] for s in layer.sites}
@@ -301,7 +308,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
         write_json(out / DECODER, description)
     write_json(out / "config.json", sealed(out, files, config))
     sizes = {name: sum(buffers[b].end - buffers[b].begin for b in buffers if b.rpartition(".packed_")[0] == name) for name in linears}
-    return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, dtype)}
+    return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, linears, dtype)}
 
 
 def description_of(net: Network) -> dict[str, Any] | None:
@@ -314,14 +321,20 @@ def description_of(net: Network) -> dict[str, Any] | None:
         return None
 
 
-def told(net: Network, layers: list[Layer], dtype: str | None) -> list[str]:
+def told(net: Network, layers: list[Layer], linears: Mapping[str, Any], dtype: str | None) -> list[str]:
     """What the user should know of how it was packed."""
     packed = {s.name for x in layers for s in x.sites}
     lines = []
+    unordered = [x.name for x in layers if (q := net.checkpoint.quantized.get(x.file.removesuffix(".weight"))) and q.order is not None]
+    if unordered:
+        names = ", ".join(unordered[:3]) + ", ..." * (len(unordered) > 3)
+        lines.append(f"{len(unordered)} layers ({names}) have groups of inputs that do not follow each other (act_order): they are "
+                     "stored as plain weights")
     if left := [s.name for s in net.sites if s.name not in packed]:
         names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
         lines.append(f"{len(left)} sites ({names}) are no plain linear layers and stay ordinary tensors")
-    if dtype is None and any(net.checkpoint.tensors[x.file].dtype == torch.float16 for x in layers):
+    values = [x.file for x in layers if linears[x.name]["type"] not in LEVELS]
+    if dtype is None and any(net.checkpoint.tensors[n].dtype == torch.float16 for n in values):
         lines.append("float16 weights are rounded to bfloat16, which kernels read; --pack-dtype float32 keeps every bit")
     return lines
 

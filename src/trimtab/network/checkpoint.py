@@ -16,7 +16,9 @@ from torch import Tensor
 
 from trimtab.core.journal import sync, write_json
 from trimtab.core.types import BadInput
+from trimtab.methods.codes import Codes
 from trimtab.methods.format.panels import Packed
+from trimtab.network import foreign
 from trimtab.runtime.layouts import VERSION, described, restored
 
 CHUNK = 8 << 20
@@ -29,6 +31,7 @@ NOT_JSON = (ValueError, RecursionError)  # JSON and UTF-8 errors; lists in lists
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # Other copies of the weights: an edited checkpoint that carried them along would contradict itself.
 COPIES = PICKLES | {".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
+SAYS_HOW = ("quantize_config.json", "quant_config.json", "quant_log.csv")  # of the programs whose codes are decoded here
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -121,7 +124,8 @@ class Checkpoint:
 
     path, config; `tensors`: {name: Entry} in file order; `files`: the weight files; `metadata` of each; `other_files`: what to carry over
     (tokenizer and the like, no pickles, no second copies of the weights). Of a packed directory, `packed` describes its
-    layers by name; their weights are among the tensors as what they stand for, an Entry that lies nowhere.
+    layers by name; their weights are among the tensors as what they stand for, an Entry that lies nowhere. So are those of the
+    layers that another program `quantized`, whose own tensors are in `stored` alone, with all others of the files.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], files: list[Path]):
@@ -135,7 +139,9 @@ class Checkpoint:
                 if name in self.tensors:
                     raise BadInput(f"tensor {name} is in both {self.tensors[name].file.name} and {f.name} of {path}; keep one")
                 self.tensors[name] = e
+        self.stored = dict(self.tensors)
         self.packed, self.buffers = self._packed()
+        self.quantized = self._quantized()
         self.weight_bytes = sum(os.stat(f).st_size for f in files)
         self.sharded = files != [path / SINGLE]
 
@@ -167,6 +173,37 @@ class Checkpoint:
             self.tensors[f"{name}.weight"] = Entry(values.file, dtype, tuple(shape), 0, 0)
         return linears, buffers
 
+    def _quantized(self) -> dict[str, foreign.Quantized]:
+        """The layers of another program's quantization_config, whose tensors leave `tensors` for the weights they stand for."""
+        about = self.config.get("quantization_config")
+        if not isinstance(about, dict) or about.get("quant_method") == "trimtab":
+            return {}
+        try:
+            found = foreign.quantized(self.config, self.stored, lambda n: read(self.stored[n]))
+        except BadInput as e:
+            raise BadInput(f"{self.path}: {e}") from None
+        for name, q in found.items():
+            for n in q.stored.values():
+                del self.tensors[n]
+            self.tensors[f"{name}.weight"] = Entry(self.stored[next(iter(q.stored.values()))].file, q.plain, q.shape, 0, 0)
+        return found
+
+    @property
+    def plain_bytes(self) -> int:
+        """What the files take, or would take with decoded weights where another program quantised them."""
+        if not self.quantized:
+            return self.weight_bytes
+        return sum(e.dtype.itemsize * math.prod(e.shape) for e in self.tensors.values())
+
+    def decoded(self, name: str) -> Codes | Tensor | None:
+        """What a weight says that another program quantised: its codes, or, where no grid of ours holds them, its values in float32.
+        None for any other weight."""
+        q = self.quantized.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        try:
+            return None if q is None else q.decoded(lambda n: read(self.stored[n]))
+        except BadInput as e:
+            raise BadInput(f"layer {name.removesuffix('.weight')} of {self.path}: {e}; fetch it again") from None
+
     def linear(self, name: str) -> Packed:
         """A packed layer, in memory of its own and checked. KeyError for an unknown name."""
         return described(name, self.packed[name], {k: read(e) for k, e in self.buffers[name].items()})
@@ -196,7 +233,7 @@ class Checkpoint:
                 raise BadInput(f"shard {s}, named in {path / INDEX}, is missing; fetch it again")
         c = Checkpoint(path, config, [path / s for s in shards])
         for name, s in where.items():
-            if PACKED not in name and (name not in c.tensors or c.tensors[name].file.name != s):
+            if PACKED not in name and (name not in c.stored or c.stored[name].file.name != s):
                 raise BadInput(f"tensor {name} is missing from {path / s}, where {INDEX} puts it; fetch the shard again")
         return c
 
@@ -209,6 +246,7 @@ class Checkpoint:
             for name in sorted(names):
                 p = (Path(folder) / name).relative_to(self.path)
                 weights = p.suffix in COPIES or name.endswith(".index.json") or (p.suffix == ".safetensors" and len(p.parts) == 1)
+                weights |= bool(self.quantized) and str(p) in SAYS_HOW
                 if not (weights or name.startswith(".")) and (self.path / p).is_file():
                     found.append(p)
         return found
@@ -220,6 +258,7 @@ class Checkpoint:
         """
         wanted, h, config = set(names), hashlib.sha256(), self.path / "config.json"
         wanted |= {f"{name}{PACKED}{k}" for name, buffers in self.buffers.items() for k in buffers}
+        wanted |= {n for q in self.quantized.values() for n in q.stored.values()}
         h.update(f"{config.name}\0{os.stat(config).st_size}\0".encode() + config.read_bytes())
         for f in self.files:
             inside = SafeFile(f)
@@ -235,7 +274,10 @@ class Checkpoint:
         return h.hexdigest()
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, in memory of its own; a packed weight as what it stands for. KeyError for an unknown name."""
+        """The tensor in its stored dtype, in memory of its own; a packed weight as what it stands for, a quantised one as that in the
+        model's type. KeyError for an unknown name."""
+        if (found := self.decoded(name)) is not None:
+            return (found.weight() if isinstance(found, Codes) else found).to(self.tensors[name].dtype)
         if (layer := name.removesuffix(".weight")) in self.packed and name.endswith(".weight"):
             return restored(self.linear(layer))
         return read(self.tensors[name])
@@ -268,9 +310,19 @@ def read(e: Entry) -> Tensor:
 def write_like(src: Checkpoint, out: Path, replace: Callable[[str], Tensor | None]) -> None:
     """Write `src` into directory `out`: same files, order, metadata and dtypes, with the tensors that `replace` gives.
 
-    One tensor in memory at a time, untouched ones are copied in chunks. ValueError when a shape differs.
+    One tensor in memory at a time, untouched ones are copied in chunks. ValueError when a shape differs. A source that another
+    program quantised is written as plain tensors.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if src.quantized:
+        def plain(name: str) -> Tensor:
+            t = replace(name)
+            return src.read(name) if t is None else t.to(src.tensors[name].dtype)
+
+        write_sharded(out, {n: (e.dtype, e.shape) for n, e in src.tensors.items()}, plain, lambda _: {"format": "pt"})
+        copy_others(src, out, without=("config.json",))
+        write_json(out / "config.json", {k: v for k, v in src.config.items() if k != "quantization_config"})
+        return
     for file in src.files:
         entries = {n: e for n, e in src.tensors.items() if e.file == file}
         fd = os.open(out / file.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

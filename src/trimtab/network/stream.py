@@ -65,6 +65,9 @@ class Network:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
         self.checkpoint, self.dtype, self._trust = checkpoint, dtype, trust_remote_code
         self.family = graph.family_of(checkpoint.config, checkpoint.path / "config.json")
+        if checkpoint.quantized and self.family.transposed:
+            raise BadInput(f"{checkpoint.path} is a quantised {self.family.name}, whose weights are stored transposed; trimtab reads its "
+                           "plain weights alone")
         self.config, self.model = _skeleton(checkpoint, self.family, dtype, trust_remote_code)
         self.kind = _kind(type(self.model).__name__, self.family)
         base = self.model.base_model
@@ -147,6 +150,11 @@ class Network:
             name = next(n for n, m in self.model.named_modules() if m is head)
             found.append(Layer(name, self._pieces[self.table if self.tied_head else f"{name}.weight"][0].file))
         return found
+
+    def linears(self) -> list[str]:
+        """The names of all plain linear layers, in blocks and around them."""
+        places = [(f"{self._stem}{i}.", b) for i, b in enumerate(self._blocks)]
+        return [at + n for at, part in (*places, ("", self.model)) for n, m in part.named_modules() if type(m) is nn.Linear]
 
     @property
     def table(self) -> str:
@@ -440,6 +448,11 @@ def load_module(path: Path, dtype: torch.dtype = torch.float32, trust_remote_cod
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        if c.quantized:  # decoded here: transformers would ask for the program that made it
+            config, _ = _skeleton(c, graph.family_of(c.config, c.path / "config.json"), dtype, trust_remote_code)
+            del config.quantization_config
+            state = {n: c.read(n) for n in c.tensors}
+            return cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, trust_remote_code=trust_remote_code).eval()
         return cls.from_pretrained(c.path, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     finally:
         if shown:

@@ -14,15 +14,16 @@ _SIGNLESS = {1: (torch.int8, 0x7F), 2: (torch.int16, 0x7FFF), 4: (torch.int32, 0
 
 
 def _weights(c: Checkpoint, file: Path) -> list[Entry]:
-    """The floating point tensors of a file that are weights as they stand: no part of a packed layer."""
+    """The floating point tensors of a file that are weights as they stand: no part of a packed layer, or of a quantised one."""
     hidden = {(e.file, e.begin) for buffers in c.buffers.values() for e in buffers.values()}
+    hidden |= {(c.stored[n].file, c.stored[n].begin) for q in c.quantized.values() for n in q.stored.values()}
     return [e for e in SafeFile(file).entries.values() if e.dtype.is_floating_point and (e.file, e.begin) not in hidden]
 
 
 def parameters(c: Checkpoint) -> int:
-    """Floating point entries stored, without reading them; tied tensors are stored once and counted once, of packed layers
-    what they stand for."""
-    packed = sum(c.tensors[f"{name}.weight"].shape[0] * c.tensors[f"{name}.weight"].shape[1] for name in c.packed)
+    """Floating point entries stored, without reading them; tied tensors are stored once and counted once, of packed and
+    quantised layers what they stand for."""
+    packed = sum(c.tensors[f"{name}.weight"].shape[0] * c.tensors[f"{name}.weight"].shape[1] for name in (*c.packed, *c.quantized))
     return packed + _plain(c)
 
 
@@ -39,6 +40,10 @@ def sizes(c: Checkpoint) -> dict[str, int]:
         for w in map(restored, linear.factors or (linear,)):
             params += w.numel()
             nonzero += int(torch.count_nonzero(w))
+    for name in c.quantized:
+        w = c.read(f"{name}.weight")
+        params += w.numel()
+        nonzero += int(torch.count_nonzero(w))
     for file in c.files:
         with open(file, "rb") as f:
             for e in _weights(c, file):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.core.types import BadInput, Change, Failed
 from trimtab.methods import composite
-from trimtab.methods.codes import LEVELS
+from trimtab.methods.codes import LEVELS, Codes
 from trimtab.methods.composite import BASED, SUM
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
@@ -352,8 +352,8 @@ def open_packed(path: Path, dtype: str | None = None) -> Decoder:
 def open_plain(path: Path, dtype: str = "float32") -> Decoder:
     """A Hugging Face directory of safetensors, computed in float32 or bfloat16.
 
-    Weights stored as bfloat16 stay so in either case: that loses nothing. BadInput where the directory is damaged or the
-    native decoder does not run its family.
+    Weights stored as bfloat16 stay so in either case, and so do the codes of another program: that loses nothing. BadInput where the
+    directory is damaged or the native decoder does not run its family.
     """
     narrowest = _narrowest(dtype)
     c = Checkpoint.open(Path(path))
@@ -370,7 +370,16 @@ def open_plain(path: Path, dtype: str = "float32") -> Decoder:
             raise BadInput(f"tensor {stored} of {c.path} holds NaN or inf; only finite weights can be run")
         return t.to(torch.bfloat16 if t.dtype == torch.bfloat16 or dtype == "bfloat16" else torch.float32)
 
+    def linear(name: str) -> Packed | native.Linear:
+        codes = next((c.decoded(n) for n in (name, name.removeprefix("model.")) if n.removesuffix(".weight") in c.quantized), None)
+        if isinstance(codes, Codes):  # as they are, where a kernel takes them
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = native.Linear(dense(codes.change()))
+            if found.kernels:
+                return found
+        return _dense(name, c.path, read(name))
+
     linears, tensors = wanted(description)
     stored = {n: description["embedding"] if tied and n == description["head"] else f"{n}.weight" for n in linears}
-    return Decoder(description, {n: _dense(name, c.path, read(name)) for n, name in stored.items()}, {n: read(n) for n in tensors},
-                   narrowest=narrowest)
+    return Decoder(description, {n: linear(name) for n, name in stored.items()}, {n: read(n) for n in tensors}, narrowest=narrowest)
