@@ -319,7 +319,7 @@ def jumbled(t: Any) -> Any:
 def law_uses_knobs(m: Method) -> None:
     """Each knob changes the result somewhere."""
     for k, v in small(m).items():
-        tries = {bool: [not v] if isinstance(v, bool) else [], str: ["out", "in", "max", "mse", "percentile", "entropy"]}.get(type(v))
+        tries = {bool: [not v] if isinstance(v, bool) else [], str: ["out", "in", "max", "mse", "percentile", "entropy", "rms"]}.get(type(v))
         if tries is None:
             tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
         given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \
@@ -683,7 +683,7 @@ def law_grid_keeps_zeros(m: Method) -> None:
     for name in THREE:
         w = weight(name).clone()
         w[::2, ::3], w[1], w[:, 8:16] = 0, 0, 0
-        for knobs in ({}, {"asymmetric": True}, {"clip": "mse"}, {"clip": "percentile"}, {"clip": "entropy"}):
+        for knobs in ({}, {"asymmetric": True}, {"clip": "mse"}, {"clip": "percentile"}, {"clip": "entropy"}, {"clip": "rms"}):
             if set(knobs) <= set(m.knobs):
                 new = on(m, name, w, **knobs).weight()
                 assert bool(new.isfinite().all())
@@ -967,15 +967,20 @@ def law_repair_keeps_codes(m: Method) -> None:
 
 
 def law_repair_damping_holds_on(m: Method) -> None:
-    """Damping draws the kept weights towards the dense ones, not towards zero."""
+    """Damping draws the kept weights towards the dense ones, or the values nearest to them, not towards zero."""
     if "damp" in m.knobs:
         for name in THREE:
             w, gram = weight(name), stats(name)["gram"]
             mask = plain()(w.abs(), 0.5)
-            out = call(m, env(m, name, new=Change(w * mask * 0.5, mask=mask)), damp=1e5)
-            nearer = [error(w[[i]], (w * mask)[[i]], gram) < error(w[[i]], (w * mask * 0.5)[[i]], gram) for i in range(len(w))]
+            new, goal = Change(w * mask * 0.5, mask=mask), w * mask
+            if "codes" in m.facts["keeps"]:
+                grid = nearest(goal, 4).grid
+                new, goal = (rounded(t, grid, w.shape[1]).change(mask) for t in (goal * 0.5, goal))
+                goal = goal.w
+            out = call(m, env(m, name, new=new), damp=1e5)
+            nearer = [error(w[[i]], goal[[i]], gram) < error(w[[i]], new.w[[i]], gram) for i in range(len(w))]
             assert any(nearer)
-            close(out.w[nearer], (w * mask)[nearer], 1e-3)
+            close(out.w[nearer], goal[nearer], 1e-3)
 
 
 def law_repair_keeps_the_mask(m: Method) -> None:

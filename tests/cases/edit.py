@@ -36,6 +36,18 @@ class Whole:
         return replace(fitted, scales=torch.full_like(fitted.scales, self.scale)) if self.scale else fitted
 
 
+class Pairs:
+    """Two bits, one scale for two inputs."""
+
+    whole = False
+
+    def group(self, w: torch.Tensor) -> int:
+        return 2
+
+    def __call__(self, w: torch.Tensor) -> Grid:
+        return integers(w, 2, 2)
+
+
 def site(w: list[list[float]], gram: list[list[float]], **more: Any) -> dict:
     t = torch.tensor(w)
     return {"w": t, "keep": 0.5, "mask": torch.ones_like(t, dtype=torch.bool), "unit": Row(),
@@ -69,4 +81,7 @@ CASES = {
     "edit/rtn": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 2]], differs="edit/gptq"),
     # U as for sparsegpt: 1.4 becomes 1, e = 0.4, and 2.2 - 0.4 * -1 = 2.6 becomes 3.
     "edit/gptq": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 3]], {"damp": 0.0}, differs="edit/rtn"),
+    # A pair of scale 2 and another one: 0.9 becomes 0, and 2 + 0.9 stays within the range of 2 that was fitted to it before.
+    "edit/ldlq": Case(site([[2.0, 0.9, 2.0, 0.5]], [[1.0, 0, 0, 0], [0, 2.0, 1.0, 0], [0, 1.0, 1.0, 0], [0, 0, 0, 1.0]], grid=Pairs()),
+                      [[2, 0, 2, 0]], {"damp": 0.0}, differs="edit/gptq"),
 }

@@ -43,7 +43,7 @@ KNOBS = {
     "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
     "bits": "bits of a code", "group": "inputs that share a scale, 0 for the whole row",
     "asymmetric": "whether a grid has a zero point of its own",
-    "clip": "how the range of a grid is chosen: max, mse, percentile or entropy",
+    "clip": "how the range of a grid is chosen: max, mse, percentile, entropy or rms",
     "percentile": "share of the weights of a group whose range is kept",
     "exponent": "bits of a small floating point number's exponent, -1: searched",
     "act_order": "whether the inputs of the largest second moment are decided first",

@@ -202,9 +202,10 @@ def nearest(w: Tensor, bits: int, group: int = 0, *, asymmetric: bool = False, t
 
 
 # ---- clipping ---------------------------------------------------------------------------------
-CLIPS = ("max", "mse", "percentile", "entropy")
+CLIPS = ("max", "mse", "percentile", "entropy", "rms")
 TRIED, LEAST = 40, 0.2  # shares of the range that are tried, and the smallest
 BINS = 2048             # of the histogram whose entropy is compared
+SPREAD = 2.4            # root mean squares that a range by `rms` reaches
 
 
 def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tensor | float], Grid]) -> Grid:
@@ -212,7 +213,7 @@ def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tenso
 
     max: all of it; mse: the one of 40 between 1 and 0.2 with the least squared error; percentile: up to the magnitude that a
     `share` of the group is below; entropy: one share for the whole of w, the one whose histogram loses least to the reference by
-    Kullback and Leibler. BadInput for another name, or a share that is not above 0 and at most 1.
+    Kullback and Leibler; rms: up to 2.4 times the root mean square, where that is less than all. BadInput for another name, or a share that is not above 0 and at most 1.
     """
     if clip not in CLIPS:
         raise BadInput(f"a range is clipped by {', '.join(CLIPS)}, not {clip}")
@@ -227,6 +228,9 @@ def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tenso
         most = each.abs().amax(-1)
         below = torch.stack([g[..., : int(n)].abs().quantile(share, -1) for g, n in zip(each.unbind(1), real.sum(-1)[0], strict=True)], 1)
         return fit(torch.where(most > 0, below / most, 1.0))
+    if clip == "rms":
+        most, reach = each.abs().amax(-1), SPREAD * (each.square().sum(-1) / real.sum(-1)).sqrt()
+        return fit(torch.where(most > reach, reach / most, 1.0))
     return fit(_least_surprise(each, real, fit(1.0).levels) if clip == "entropy" else 1.0)
 
 
