@@ -29,7 +29,7 @@ from trimtab.runtime.layouts import check
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
-SMALL = {"b": 4, "block": 8, "group": 8}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
+SMALL = {"b": 4, "block": 8, "group": 8, "iters": 100}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
 TINY = 1e-12
 
 # --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
@@ -319,7 +319,8 @@ def jumbled(t: Any) -> Any:
 def law_uses_knobs(m: Method) -> None:
     """Each knob changes the result somewhere."""
     for k, v in small(m).items():
-        tries = {bool: [not v] if isinstance(v, bool) else [], str: ["out", "in", "max", "mse", "percentile", "entropy", "rms"]}.get(type(v))
+        words = ["out", "in", "max", "mse", "percentile", "entropy", "rms"]
+        tries = {bool: [not v] if isinstance(v, bool) else [], str: words}.get(type(v))
         if tries is None:
             tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
         given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \

@@ -84,4 +84,8 @@ CASES = {
     # A pair of scale 2 and another one: 0.9 becomes 0, and 2 + 0.9 stays within the range of 2 that was fitted to it before.
     "edit/ldlq": Case(site([[2.0, 0.9, 2.0, 0.5]], [[1.0, 0, 0, 0], [0, 2.0, 1.0, 0], [0, 1.0, 1.0, 0], [0, 0, 0, 1.0]], grid=Pairs()),
                       [[2, 0, 2, 0]], {"damp": 0.0}, differs="edit/gptq"),
+    # Off by (-0.45, -0.2) a row loses 0.46, by (0.55, -0.2) 0.16, by (-0.45, 0.8) 0.76: the first goes up, which no sweep from it would do.
+    "edit/adaround": Case(site([[1.45, 2.2]], [[1.0, 1.0], [1.0, 2.0]], grid=Whole(4, 1.0)), [[2, 2]], differs="edit/ldlq"),
+    # 0.496 is 0, and 0.496^2 is lost. One step of Adam adds 0.01 to it and takes 0.01 off the scale: 1 code of 0.99, of which 0.494^2.
+    "edit/adaquant": Case(site([[0.496]], [[1.0]], grid=Whole(4, 1.0)), [[0.99]], {"iters": 2}, differs="edit/rtn"),
 }

@@ -64,10 +64,22 @@ class Grid:
             return steps.round_().add_(self.zero()[..., None]).clamp_(0, self.levels - 1).to(torch.uint8)
         return torch.bucketize(steps.contiguous(), (self.table[1:] + self.table[:-1]) / 2).to(torch.uint8)
 
+    def below(self, w: Tensor) -> Tensor:
+        """The lower of the two codes, one apart, between whose values weights [..., n] lie, or that are next to them, uint8 [..., n]."""
+        scales = self.scales.float()[..., None]
+        steps = w.float() * torch.where(scales != 0, 1 / scales, 0.0)
+        if self.table is None:
+            return steps.floor_().add_(self.zero()[..., None]).clamp_(0, self.levels - 2).to(torch.uint8)
+        return (torch.bucketize(steps.contiguous(), self.table, right=True) - 1).clamp_(0, self.levels - 2).to(torch.uint8)
+
     def values(self, codes: Tensor) -> Tensor:
         """What these codes stand for, float32 [..., n]."""
         steps = codes.float() - self.zero().float()[..., None] if self.table is None else self.table[codes.int()]
         return self.scales.float()[..., None] * steps
+
+    def rows(self, at: slice) -> Grid:
+        """The grid of some of the outputs, which the first dimension of the scales counts."""
+        return replace(self, scales=self.scales[at], zeros=None if self.zeros is None else self.zeros[at])
 
     def group(self, at: int | slice) -> Grid:
         """The grid of some of the groups, which the last dimension of the scales counts."""
@@ -213,7 +225,8 @@ def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tenso
 
     max: all of it; mse: the one of 40 between 1 and 0.2 with the least squared error; percentile: up to the magnitude that a
     `share` of the group is below; entropy: one share for the whole of w, the one whose histogram loses least to the reference by
-    Kullback and Leibler; rms: up to 2.4 times the root mean square, where that is less than all. BadInput for another name, or a share that is not above 0 and at most 1.
+    Kullback and Leibler; rms: up to 2.4 times the root mean square, where that is less than all. BadInput for another name, or a
+    share that is not above 0 and at most 1.
     """
     if clip not in CLIPS:
         raise BadInput(f"a range is clipped by {', '.join(CLIPS)}, not {clip}")
