@@ -22,7 +22,7 @@ DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
     "unit": {"s", "keep"},
     "score": {"w"},
-    "budget": {"scores", "target"},
+    "budget": {"scores", "target", "options"},
     "rewrite": {"w", "grid"},
     "grid": {"w"},
     "edit": {"w", "keep", "mask", "unit", "grid"},
@@ -47,6 +47,7 @@ KNOBS = {
     "percentile": "share of the weights of a group whose range is kept",
     "exponent": "bits of a small floating point number's exponent, -1: searched",
     "act_order": "whether the inputs of the largest second moment are decided first",
+    "mean": "bits a weight on average, scales and zero points included",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
@@ -143,8 +144,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # along: the dimension its groups run along; format: the storage made for its pattern.
     "unit": {"free": True, "period": None, "along": "in", "format": "bitmask"},
     "score": {},
-    # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores).
-    "budget": {"mean": "weight", "of": None},
+    # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: whether
+    # it has no share to split but one of several grids to choose for every site.
+    "budget": {"mean": "weight", "of": None, "chooses": False},
     "rewrite": {},
     # of: what it has to see at once: "group" or "site"; zero: whether a weight of zero stays zero, as it has to behind a pass that drops;
     # type: of its codes, a function of the knobs.

@@ -119,6 +119,12 @@ class Codes:
         """Of a code."""
         return (self.grid.levels - 1).bit_length()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the codes, as many bits each as they have, and of what the grid has."""
+        grid = (self.grid.scales, self.grid.zeros, self.grid.table)
+        return -(-self.codes.numel() * self.bits // 8) + sum(t.nbytes for t in grid if t is not None)
+
     def weight(self) -> Tensor:
         """What it stands for, float32 [out, in]."""
         out, inputs = self.codes.shape
