@@ -5,6 +5,7 @@ its axis and its declared facts. A law a method cannot meet is declared on it, `
 """
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
-from trimtab.core.types import BadInput, Change, Site, Summary
+from trimtab.core.types import BadInput, Change, Choices, Site, Summary
 from trimtab.methods import select
 from trimtab.methods.basis import Basis
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
@@ -32,7 +33,7 @@ from trimtab.runtime.layouts import check
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
-SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1}  # knobs whose defaults are larger than the sites below; 8 leaves a remainder of 4
+SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1, "iters": 100}  # knobs larger than the sites below; 8 leaves a remainder of 4
 TINY = 1e-12
 
 # --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
@@ -176,6 +177,16 @@ def summaries(of: Callable[[Tensor], Tensor] | None, wild: bool = False) -> dict
     return out
 
 
+@cache
+def choices() -> dict[str, Choices]:
+    """Three grids for every site: what they take, and what rounding to the nearest of their values loses."""
+    out = {}
+    for name, site in SITES.items():
+        losses = tuple(error(weight(name), nearest(weight(name), bits, 8).weight(), stats(name)["gram"]) for bits in (2, 3, 4))
+        out[name] = Choices(site, ("two", "three", "four"), tuple(site.size * bits // 8 for bits in (2, 3, 4)), losses)
+    return out
+
+
 def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float32, keep: float = 0.5,
         unit: Unit | None = None, poor: bool = False, **given: Any) -> dict[str, Any]:
     """Everything the method's signature may name, for one site; `given` replaces it."""
@@ -187,7 +198,7 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
     pattern = unit(w.float().abs(), keep)
     if m.axis == "budget":
         have = {k: {n: stats(n, poor)[k] for n in SITES} for k in have}
-        return {"scores": summaries(m.facts["of"]), "target": keep, **have, **given}
+        return {"scores": summaries(m.facts["of"]), "target": keep, "options": choices(), **have, **given}
     if m.axis == "stat":
         of = m.facts["of"]
         return {**dict(zip(m.data, batches(name, of)[0], strict=True)), **given}
@@ -224,8 +235,12 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, list | tuple):
         for v in x:
             yield from tensors(v)
+    elif isinstance(x, Choices):
+        yield from tensors([x.bytes, x.losses])
     elif isinstance(x, int | float):
         yield torch.tensor(x, dtype=torch.float64)
+    elif isinstance(x, str):
+        yield torch.tensor(list(x.encode()))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -325,7 +340,8 @@ def jumbled(t: Any) -> Any:
 def law_uses_knobs(m: Method) -> None:
     """Each knob changes the result somewhere."""
     for k, v in small(m).items():
-        tries = {bool: [not v] if isinstance(v, bool) else [], str: ["out", "in", "max", "mse", "percentile", "entropy"]}.get(type(v))
+        words = ["out", "in", "max", "mse", "percentile", "entropy", "rms"]
+        tries = {bool: [not v] if isinstance(v, bool) else [], str: words}.get(type(v))
         if tries is None:
             tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
         given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \
@@ -604,7 +620,33 @@ def averaged(m: Method, shares: dict[str, float]) -> float:
     return sum(means) / len(means)
 
 
+def law_budget_chooses_the_best(m: Method) -> None:
+    """Of all that a size allows the least loss: every way is tried. Sites of one input take the same; equal calls in any order agree."""
+    if not m.facts["chooses"]:
+        return
+    have = {**choices(), "0.mlp.up": replace(choices()["0.mlp.gate"], site=replace(SITES["0.mlp.gate"], name="0.mlp.up", role="up"))}
+    weights = sum(c.site.size for c in have.values())
+    ways = []
+    for way in itertools.product(range(3), repeat=len(SITES)):
+        at = dict(zip(SITES, way, strict=True)) | {"0.mlp.up": way[list(SITES).index("0.mlp.gate")]}
+        ways.append((sum(have[n].bytes[i] for n, i in at.items()), sum(have[n].losses[i] for n, i in at.items())))
+    for mean in (2.0, 2.5, 3.1, 3.9, 9.0):
+        names = call(m, {"options": have}, mean=mean)
+        assert names == call(m, {"options": dict(reversed(have.items()))}, mean=mean)
+        at = {n: have[n].names.index(name) for n, name in names.items()}
+        assert set(at) == set(have)
+        assert at["0.mlp.gate"] == at["0.mlp.up"]
+        assert sum(have[n].bytes[i] for n, i in at.items()) * 8 <= mean * weights
+        loss = sum(have[n].losses[i] for n, i in at.items())
+        assert loss == pytest.approx(min(lost for size, lost in ways if size * 8 <= mean * weights))
+    assert set(names.values()) == {"four"}
+    with pytest.raises(BadInput, match="less than the smallest grids take"):
+        call(m, {"options": have}, mean=1.0)
+
+
 def law_budget_meets_the_target(m: Method) -> None:
+    if m.facts["chooses"]:
+        return
     for wild in (False, True):
         for target in (0.05, *SHARES, 0.95):
             shares = call(m, env(m, keep=target, scores=summaries(m.facts["of"], wild)))
@@ -614,6 +656,8 @@ def law_budget_meets_the_target(m: Method) -> None:
 
 
 def law_budget_order_of_sites(m: Method) -> None:
+    if m.facts["chooses"]:
+        return
     at = env(m, keep=0.3)
     turned = {k: dict(reversed(v.items())) if isinstance(v, dict) else v for k, v in at.items()}
     a, b = call(m, at), call(m, turned)
@@ -622,6 +666,8 @@ def law_budget_order_of_sites(m: Method) -> None:
 
 def law_budget_treats_equals_alike(m: Method) -> None:
     """Sites that do not differ in anything a budget sees get the same share, the target."""
+    if m.facts["chooses"]:
+        return
     scores = {f"{k}.attn.o": replace(summaries(m.facts["of"])["2.attn.o"], site=replace(SITES["2.attn.o"], block=k))
               for k in range(4)}
     have = {k: dict.fromkeys(scores, v) for k, v in stats("2.attn.o").items()}
@@ -696,7 +742,7 @@ def law_grid_keeps_zeros(m: Method) -> None:
     for name in THREE:
         w = weight(name).clone()
         w[::2, ::3], w[1], w[:, 8:16] = 0, 0, 0
-        for knobs in ({}, {"asymmetric": True}, {"clip": "mse"}, {"clip": "percentile"}, {"clip": "entropy"}):
+        for knobs in ({}, {"asymmetric": True}, {"clip": "mse"}, {"clip": "percentile"}, {"clip": "entropy"}, {"clip": "rms"}):
             if set(knobs) <= set(m.knobs):
                 new = on(m, name, w, **knobs).weight()
                 assert bool(new.isfinite().all())
@@ -1036,15 +1082,20 @@ def law_repair_keeps_codes(m: Method) -> None:
 
 
 def law_repair_damping_holds_on(m: Method) -> None:
-    """Damping draws the kept weights towards the dense ones, not towards zero."""
+    """Damping draws the kept weights towards the dense ones, or the values nearest to them, not towards zero."""
     if "damp" in m.knobs and "mask" in m.facts["keeps"]:
         for name in THREE:
             w, gram = weight(name), stats(name)["gram"]
             mask = plain()(w.abs(), 0.5)
-            out = call(m, env(m, name, new=Change(w * mask * 0.5, mask=mask)), damp=1e5)
-            nearer = [error(w[[i]], (w * mask)[[i]], gram) < error(w[[i]], (w * mask * 0.5)[[i]], gram) for i in range(len(w))]
+            new, goal = Change(w * mask * 0.5, mask=mask), w * mask
+            if "codes" in m.facts["keeps"]:
+                grid = nearest(goal, 4).grid
+                new, goal = (rounded(t, grid, w.shape[1]).change(mask) for t in (goal * 0.5, goal))
+                goal = goal.w
+            out = call(m, env(m, name, new=new), damp=1e5)
+            nearer = [error(w[[i]], goal[[i]], gram) < error(w[[i]], new.w[[i]], gram) for i in range(len(w))]
             assert any(nearer)
-            close(out.w[nearer], (w * mask)[nearer], 1e-3)
+            close(out.w[nearer], goal[nearer], 1e-3)
 
 
 def law_repair_keeps_the_mask(m: Method) -> None:

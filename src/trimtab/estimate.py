@@ -40,8 +40,8 @@ def flops() -> float:
 def walks(sweep: list[tuple[Pass, list[Site]]]) -> float:
     """How often a sweep runs all calibration tokens through every block."""
     passes = [p for p, _ in sweep]
-    planned = [p for p in passes if p.free and p.budget.key != "budget/uniform"]
-    plan = bool(any(set(line.score_needs(p)) | set(p.budget.method.needs) for p in planned))
+    planned = [p for p in passes if p.chooses or (p.free and p.budget.key != "budget/uniform")]
+    plan = any(line.plan_needs(p) for p in planned)
     if any(line.differentiates(p) for p in passes):
         return 5.0 * (1 + plan)  # forward, then forward again and backward
     here = 2.0 if passes[0].order == "sequential" else 1.0
@@ -122,7 +122,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     line.check_room(out, guess["disk"])
     if not plan:
         return {"estimate": guess, "measured": None, "recipe": recipe.text}
-    owner = {s.name: p for p, sites in plan[0] for s in sites}
+    owner = {s.name: p.options[0] for p, sites in plan[0] for s in sites}
     gradients = any(line.differentiates(p) for p, _ in plan[0])
     spill = None if opts.max_memory is None else opts.max_memory // 16
     clock = time.perf_counter

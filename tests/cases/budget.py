@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from tests.cases import Case
-from trimtab.core.types import Site, Summary
+from trimtab.core.types import Choices, Site, Summary
 from trimtab.methods.budget.lamp import lamp_scores
 
 
@@ -24,6 +24,9 @@ BLOCKS = {"0.attn.q": [1.0, 1.0, 1.0, 9.0], "0.attn.o": [1.0, 1.0, 1.0, 1.0], "1
           "2.attn.q": [1.0, 1.0, 1.0, 9.0]}
 FLAT = {"0.attn.o": [1.0] * 4, "0.mlp.down": [1.0] * 4, "1.attn.o": [1.0] * 8}
 COSINE = {"0.attn.o": torch.tensor([0.9]), "0.mlp.down": torch.tensor([0.8]), "1.attn.o": torch.tensor([0.1])}
+LOSSES = {"0.attn.q": (6.0, 3.0, 2.0), "0.attn.k": (4.0, 2.0, 1.0), "0.attn.o": (5.0, 2.0, 1.0)}
+GRIDS = {n: Choices(Site(n, 0, "attn", n[-1], n[-1], (1, 8), "attn.mid" if n.endswith("o") else "attn.in"), ("2", "3", "4"), (2, 3, 4), its)
+         for n, its in LOSSES.items()}
 
 CASES = {
     "budget/uniform": Case({"scores": summaries(TWO), "target": 0.625}, {"0.mlp.up": 0.625, "0.mlp.down": 0.625},
@@ -42,4 +45,7 @@ CASES = {
     "budget/redundancy": Case({"scores": summaries(FLAT), "target": 0.5, "cosine": COSINE},
                               {"0.attn.o": 0.375, "0.mlp.down": 0.475, "1.attn.o": 0.575}, {"spread": 0.1},
                               differs="budget/owl"),
+    # Eight weights take 2, 3 or 4 bytes, all three sites no more than 8: 2 above the least. Those save 5 where q and k take 3 bits, which
+    # they do together, and 4 where o takes 4.
+    "budget/knapsack": Case({"options": GRIDS}, {"0.attn.q": "3", "0.attn.k": "3", "0.attn.o": "2"}, {"mean": 8 * 8 / 24}),
 }

@@ -36,6 +36,18 @@ class Whole:
         return replace(fitted, scales=torch.full_like(fitted.scales, self.scale)) if self.scale else fitted
 
 
+class Pairs:
+    """Two bits, one scale for two inputs."""
+
+    whole = False
+
+    def group(self, w: torch.Tensor) -> int:
+        return 2
+
+    def __call__(self, w: torch.Tensor) -> Grid:
+        return integers(w, 2, 2)
+
+
 def site(w: list[list[float]], gram: list[list[float]], **more: Any) -> dict:
     t = torch.tensor(w)
     return {"w": t, "keep": 0.5, "mask": torch.ones_like(t, dtype=torch.bool), "unit": Row(),
@@ -77,4 +89,11 @@ CASES = {
     # Two inputs: a mean and a size of each row say all there is, 1/4 -+ 5/4 and 5/4 -+ 7/4.
     "edit/ptq161": Case(site([[1.5, -1.0], [-0.5, 3.0]], torch.eye(2).tolist()), [[1.5, -1], [-0.5, 3]], {"damp": 0.0},
                         differs="edit/onebit"),
+    # A pair of scale 2 and another one: 0.9 becomes 0, and 2 + 0.9 stays within the range of 2 that was fitted to it before.
+    "edit/ldlq": Case(site([[2.0, 0.9, 2.0, 0.5]], [[1.0, 0, 0, 0], [0, 2.0, 1.0, 0], [0, 1.0, 1.0, 0], [0, 0, 0, 1.0]], grid=Pairs()),
+                      [[2, 0, 2, 0]], {"damp": 0.0}, differs="edit/gptq"),
+    # Off by (-0.45, -0.2) a row loses 0.46, by (0.55, -0.2) 0.16, by (-0.45, 0.8) 0.76: the first goes up, which no sweep from it would do.
+    "edit/adaround": Case(site([[1.45, 2.2]], [[1.0, 1.0], [1.0, 2.0]], grid=Whole(4, 1.0)), [[2, 2]], differs="edit/ldlq"),
+    # 0.496 is 0, and 0.496^2 is lost. One step of Adam adds 0.01 to it and takes 0.01 off the scale: 1 code of 0.99, of which 0.494^2.
+    "edit/adaquant": Case(site([[0.496]], [[1.0]], grid=Whole(4, 1.0)), [[0.99]], {"iters": 2}, differs="edit/rtn"),
 }

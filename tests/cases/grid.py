@@ -22,4 +22,6 @@ CASES = {
                     differs="grid/int"),
     # Four values, four steps, wherever they are; a bin is a thousandth wide.
     "grid/kmeans": Case(PEAKS, [[4, -2, 0, 1, 4, -2, 0, 1]], {"bits": 2, "group": 0}, differs="grid/int", tol=1e-3),
+    # Steps of -1, -1/3, 1/3 and 1 times 4: 2.4 times the root mean square of 2.21 would reach beyond the largest.
+    "grid/midrise": Case(W, [[4, 4 / 3, -4 / 3, 4 / 3]], {"bits": 2, "group": 0, "clip": "rms"}, differs="grid/nf"),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 import torch
 
 from tests.cases import Case
+from tests.cases.edit import Whole
 from trimtab.core.types import Change
-from trimtab.methods.codes import nearest
+from trimtab.methods.codes import nearest, rounded
 
 
 def halved(w: list[list[float]], mask: list[list[int]], gram: list[list[float]]) -> dict:
@@ -14,6 +15,7 @@ def halved(w: list[list[float]], mask: list[list[int]], gram: list[list[float]])
 
 
 PAIR = halved([[1.0, 2.0], [2.0, 1.0]], [[0, 1], [1, 0]], [[2.0, 1.0], [1.0, 1.0]])
+TWO = torch.tensor([[1.4, 2.4]])
 EVEN = halved([[1.0, 2.0]], [[0, 1]], [[4.0, 2.0], [2.0, 4.0]])
 
 CASES = {
@@ -24,6 +26,10 @@ CASES = {
     # Two bits, one step a row: 4 and 1.4 become 4 and 0, and of 0.55 times the scale 2.2 and 2.2, which the second input likes better.
     "repair/clip": Case({"w": torch.tensor([[4.0, 1.4]]), "new": nearest(torch.tensor([[4.0, 1.4]]), 2).change(),
                          "gram": torch.diag(torch.tensor([0.01, 1.0]))}, [[2.2, 2.2]], differs="repair/obs"),
+    # One step is 1, and 1.4 and 2.4 are 1 and 2: off by (-0.4, -0.4), slopes (-1.2, -0.8). The first goes to 1 + 1.2 / 2, nearest 2; then
+    # off by (0.6, -0.4) the second has a slope of 0.2, and 2 - 0.2 is nearest 2.
+    "repair/greedy": Case({"w": TWO, "new": rounded(TWO, Whole(4, 1.0)(TWO), 2).change(), "gram": torch.tensor([[2.0, 1.0], [1.0, 1.0]])},
+                          [[2, 2]], {"damp": 0.0}, differs="repair/clip"),
     # One step towards 2 + 1/2, worked out in edit/admm.
     "repair/admm": Case(EVEN, [[0, 34 / 15]], {"damp": 0.0, "iters": 1, "rho": 1.0}, differs="repair/least_squares"),
     # Two bits, one step of 9: 4 becomes 0, and what is lost is of rank 1.

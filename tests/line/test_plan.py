@@ -1,6 +1,7 @@
 """The plan: every site's share is what the budget says of that site's own scores."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from trimtab.core import edits, line, spec
 from trimtab.core.registry import get
 from trimtab.core.types import Change, Site, Summary
+from trimtab.network.checkpoint import SafeFile
 from trimtab.network.stream import Network
 
 
@@ -41,3 +43,23 @@ def test_a_site_keeps_what_an_earlier_pass_left(text: str) -> None:
     assert not bool((change.mask & ~prior).any())
     whole = edits.edit_site(p, site, w, 0.5, have, None)
     assert bool((whole.w != 0).logical_and(~prior).any())  # without a prior the same entries are used
+
+
+def test_every_site_takes_one_of_the_grids_within_the_bits(tiny_lm: Path, tmp_path: Path, calib: Path) -> None:
+    """The plan names a grid a site, the sites of one input the same; the codes are on it, and take no more than was allowed."""
+    recipe = spec.load("knapsack(mean=3.5) | int(bits=2/3/4,group=32) | gptq")
+    opts = line.Options(samples=4, seq_len=32, calib=(str(calib),), text=(str(calib),), proof_tokens=64, speed=False, fresh=False)
+    line.trim(tiny_lm, recipe, tmp_path / "o", opts, lambda *_: None)
+    chosen = json.loads((tmp_path / "o" / "trimtab.json").read_text())["shares"]
+    parts, net = SafeFile(tmp_path / "o" / "trimtab.safetensors"), Network.open(tiny_lm)
+    used: dict[tuple[int, str], set[int]] = {}
+    size = 0
+    for s in net.sites:
+        levels, group = parts.read(f"{s.name}:grid").tolist()
+        bits = (levels - 1).bit_length()
+        assert (chosen[s.name], group) == (f"grid/int(bits={bits},group=32)", 32)
+        used.setdefault((s.block, s.input), set()).add(bits)
+        size += s.size * bits // 8 + parts.read(f"{s.name}:scales").nbytes
+    assert all(len(bits) == 1 for bits in used.values())
+    assert len({b for bits in used.values() for b in bits}) > 1
+    assert 3.2 < size * 8 / sum(s.size for s in net.sites) <= 3.5

@@ -29,7 +29,7 @@ def test_a_row_spelled_out_parses_back_to_itself(name):
 @pytest.mark.parametrize("text", [
     "row | wanda | owl(outlier=3.5) | mask | admm | bitmask", "mlp: nm(n=2,m=4) | wanda ; attn: sparsegpt(keep=0.7)",
     "*.down: wanda(unit=4:8)", "site | edit/admm(iters=3)", "block(rows=1,cols=32) | magnitude(keep=30%)",
-    "mlp: svd(keep=0.4) | owl ; attn: svd(rank=8)",
+    "mlp: svd(keep=0.4) | owl ; attn: svd(rank=8)", "knapsack(mean=3.2) | awq | int(bits=2/3/4,clip=max/mse) | rtn | clip",
 ])
 def test_text_round_trips(text):
     first = spec.load(text)
@@ -88,6 +88,14 @@ def test_scope_option_limits_a_row_to_its_part():
     ("row | svd", ["both decide unit"]),
     ("row | uniform", ["no score"]),
     ("row | wanda(", ["unbalanced"]),
+    ("int(bits=2/3) | gptq", ["several grids", "knapsack(mean=3)"]),
+    ("knapsack(mean=3) | int(bits=3) | gptq", ["one of several grids", "int(bits=2/3/4)"]),
+    ("knapsack(mean=3) | gptq", ["one of several grids"]),
+    ("knapsack | int(bits=2/2) | gptq", ["twice"]),
+    ("knapsack | int(bits=2/high) | gptq", ["bits", "int"]),
+    ("knapsack | owl | int(bits=2/3) | gptq", ["both decide budget"]),
+    ("knapsack | row | wanda", ["one of several grids"]),
+    ("gptq(damp=0.1/0.2)", ["damp", "float"]),
     ("head: wanda", ["head", "not supported yet"]),
     ("", ["empty"]),
 ])

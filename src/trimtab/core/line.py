@@ -26,13 +26,15 @@ import trimtab
 from trimtab.core import data as data_
 from trimtab.core import memory, pack
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
-from trimtab.core.edits import Unit, edit_block, score_site
+from trimtab.core.edits import Gridded, Unit, edit_block, score_site
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe
-from trimtab.core.types import BadInput, Failed, Site, Summary
+from trimtab.core.types import BadInput, Choices, Failed, Site, Summary
+from trimtab.methods.codes import rounded
 from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits
+from trimtab.methods.solvers import errors
 from trimtab.network.checkpoint import Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
@@ -98,6 +100,10 @@ def differentiates(p: Pass) -> bool:
 
 def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], opts: Options, samples: int) -> None:
     """What can be known to fail is refused before anything is written."""
+    if len(each := recipe.options) > 1:
+        for one in each:
+            check_recipe(net, one, sweeps(one, net.sites), opts, samples)
+        return
     if net.checkpoint.packed:
         raise BadInput(f"{net.checkpoint.path} is packed, and its weights with it; trim the model it was made from")
     if not opts.pack and (opts.pack_dtype or opts.head):
@@ -186,34 +192,38 @@ def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: 
     }
 
 
-def plan_hash(header: dict[str, Any], shares: dict[str, float]) -> str:
+def plan_hash(header: dict[str, Any], shares: dict[str, float | str]) -> str:
     return hashlib.sha256(json.dumps([header, shares], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn,
-           opts: Options, tick: Report) -> dict[str, float]:
-    """The share of every site of a sweep. Budgets see summaries; scores live for one block at a time."""
-    shares: dict[str, float] = {}
+           opts: Options, tick: Report) -> dict[str, float | str]:
+    """The share of every site of a sweep, or its grid. Budgets see summaries; scores live for one block at a time."""
+    shares: dict[str, float | str] = {}
     asking = []
     for p, sites in sweep:
         target = p.keep if p.keep is not None else opts.keep
         b = p.budget
-        if b.key == "budget/uniform" or not p.free:
+        if not p.chooses and (b.key == "budget/uniform" or not p.free):
             shares |= dict.fromkeys((s.name for s in sites if p.free), target)  # n:m fixes its own
         else:
             asking.append((p, sites, target))
     if not asking:
         return dict(sorted(shares.items()))
     summaries: dict[str, Summary] = {}
+    choices: dict[str, Choices] = {}
     extra: dict[str, dict[str, Tensor]] = {}
     owner = {s.name: p for p, sites, _ in asking for s in sites}
-    needs = {name: set(score_needs(p)) | set(p.budget.method.needs) for name, p in owner.items()}
+    needs = {name: plan_needs(p) for name, p in owner.items()}
 
     def look(i: int, module: Any, stats: Collector | None) -> None:
         for s in net.sites_of(i):
             if s.name in owner:
                 p = owner[s.name]
                 got = stats.of(s) if stats else {}
+                if p.chooses:
+                    choices[s.name] = options_of(p, s, net.weight(module, s).float(), got)
+                    continue
                 scores = score_site(p, net.weight(module, s).float(), got)
                 of = p.budget.method.facts["of"]
                 summaries[s.name] = Summary.of(s, of(scores) if of else scores)
@@ -221,14 +231,29 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
 
     walk_on(needs, look, "dense", lambda d, n: tick("plan", d, n), k)
     for p, sites, target in asking:
+        if p.chooses:
+            shares |= p.budget.method({"options": {s.name: choices[s.name] for s in sites}}, **p.budget.bound)
+            continue
         env: dict[str, Any] = {"scores": {s.name: summaries[s.name] for s in sites}, "target": target}
         env |= {n: {s.name: extra[s.name][n] for s in sites} for n in p.budget.method.needs}
         shares |= p.budget.method(env, **p.budget.bound)
     return shares
 
 
-def score_needs(p: Pass) -> tuple[str, ...]:
-    return p.steps["score"].method.needs if "score" in p.steps else ()
+def options_of(p: Pass, site: Site, w: Tensor, stats: dict[str, Tensor]) -> Choices:
+    """What rounding w [out, in] to the nearest value of each of its grids takes and loses: of its outputs' power, the share."""
+    steps = p.steps["grid"].options
+    grids = [Gridded(step, stats) for step in steps]
+    codes = [rounded(w, grid(w), grid.group(w)) for grid in grids]
+    power = float(errors(w, torch.zeros_like(w), stats["gram"]).sum())
+    losses = [float(errors(w, c.weight(), stats["gram"]).sum()) / max(power, 1e-30) for c in codes]
+    return Choices(site, tuple(map(str, steps)), tuple(c.nbytes for c in codes), tuple(losses))
+
+
+def plan_needs(p: Pass) -> set[str]:
+    """Statistics that the plan of a pass is made from."""
+    seen = {"gram", *p.steps["grid"].method.needs} if p.chooses else set(p.steps["score"].method.needs) if "score" in p.steps else set()
+    return seen | set(p.budget.method.needs)
 
 
 # ---- walking ----------------------------------------------------------------------------------
@@ -459,19 +484,20 @@ def writing(journal: Journal, out: Path) -> Iterator[None]:
 
 
 def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], samples: list[data_.Batch],
-               journal: Journal, header: dict[str, Any], opts: Options, tick: Report) -> dict[str, float]:
+               journal: Journal, header: dict[str, Any], opts: Options, tick: Report) -> dict[str, float | str]:
     spill = None if opts.max_memory is None else opts.max_memory // 16
     walk_on = walker(net, samples, journal.dir, spill, journal, opts.cache)
     formats = pack.formats(net.sites, recipe, "")
     final = {s.name: k for k, sweep in enumerate(plan_sweeps) for _, sites in sweep for s in sites}
     plan = journal.plan() or {"header": header}
-    all_shares: dict[str, dict[str, float]] = plan.get("shares", {})
+    all_shares: dict[str, dict[str, float | str]] = plan.get("shares", {})
     for k, sweep in enumerate(plan_sweeps):
         if str(k) not in all_shares:
             all_shares[str(k)] = decide(net, sweep, k, walk_on, opts, tick)
             write_json(journal.dir / "plan.json", {**plan, "shares": all_shares})
-        shares, owner = all_shares[str(k)], {s.name: p for p, sites in sweep for s in sites}
-        needs = {name: p.needs - set(p.budget.method.needs) for name, p in owner.items()}
+        shares = {n: v for n, v in all_shares[str(k)].items() if not isinstance(v, str)}
+        owner = {s.name: p.chosen(all_shares[str(k)].get(s.name)) for p, sites in sweep for s in sites}
+        needs = {name: p.working for name, p in owner.items()}
 
         def edit(i: int, module: Any, stats: Collector | None, k: int = k, shares: dict[str, float] = shares,
                  owner: dict[str, Pass] = owner) -> None:
@@ -503,7 +529,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
 
 
 def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], journal: Journal,
-             header: dict[str, Any], shares: dict[str, float], opts: Options, tick: Report) -> dict[str, Any]:
+             header: dict[str, Any], shares: dict[str, float | str], opts: Options, tick: Report) -> dict[str, Any]:
     """The finished directory: the source's files with the edited tensors, the parts, the recipe, the notes."""
     last = len(plan_sweeps) - 1
     out = journal.dir / "finished"

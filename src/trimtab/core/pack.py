@@ -341,6 +341,9 @@ def told(net: Network, layers: list[Layer], linears: Mapping[str, Any], dtype: s
 
 def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Format]:
     """The format of every site; dense where no pass went over it, and where its factors are those of some rows of a weight."""
+    if len(each := recipe.options) > 1:  # one that stores whatever is chosen
+        first, *others = [formats(sites, one, asked) for one in each]
+        return {n: how if all(o[n] == how for o in others) else Format(Step("format/dense")) for n, how in first.items()}
     found = {s.name: format_of([p for p in recipe.passes if p.covers(s)], asked) for s in sites}
     return found | {s.name: Format(Step("format/dense")) for s in sites if s.rows is not None and found[s.name].factored}
 

@@ -22,7 +22,7 @@ DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
     "unit": {"s", "keep"},
     "score": {"w"},
-    "budget": {"scores", "target"},
+    "budget": {"scores", "target", "options"},
     "rewrite": {"w", "grid"},
     "grid": {"w"},
     "edit": {"w", "keep", "mask", "unit", "grid"},
@@ -43,11 +43,12 @@ KNOBS = {
     "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
     "bits": "bits of a code", "group": "inputs that share a scale, 0 for the whole row",
     "asymmetric": "whether a grid has a zero point of its own",
-    "clip": "how the range of a grid is chosen: max, mse, percentile or entropy",
+    "clip": "how the range of a grid is chosen: max, mse, percentile, entropy or rms",
     "percentile": "share of the weights of a group whose range is kept",
     "exponent": "bits of a small floating point number's exponent, -1: searched",
     "act_order": "whether the inputs of the largest second moment are decided first",
     "whiten": "whether nearness is that of the outputs, not of the weights", "limit": "score from which on a unit is chosen",
+    "mean": "bits a weight on average, scales and zero points included",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
@@ -145,8 +146,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole.
     "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False},
     "score": {},
-    # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores).
-    "budget": {"mean": "weight", "of": None},
+    # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: whether
+    # it has no share to split but one of several grids to choose for every site.
+    "budget": {"mean": "weight", "of": None, "chooses": False},
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one.
     "rewrite": {"basis": False, "outside": None},

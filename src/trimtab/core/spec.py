@@ -2,12 +2,14 @@
 
     row | wanda | owl(outlier=5) | mask | admm | bitmask        one pass, spelled out
     mlp: nm(n=2,m=4) | wanda ; attn: sparsegpt(keep=0.7)         two passes, each with its scope
+    knapsack(mean=3.2) | int(bits=2/3/4,group=64) | gptq         one of three grids for every site, as the budget chooses
 """
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,19 @@ class Step:
         """All knobs with their values, defaults filled in."""
         return {**self.method.knobs, **dict(self.knobs)}
 
+    @property
+    def options(self) -> list[Step]:
+        """With each of the values that a knob may take; itself where no knob has several."""
+        each = [[(k, one) for one in v] if isinstance(v, tuple) else [(k, v)] for k, v in self.knobs]
+        return [Step(self.key, knobs) for knobs in product(*each)]
+
     def __str__(self) -> str:
-        args = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.knobs)
+        args = ",".join(f"{k}={'/'.join(map(_said, v)) if isinstance(v, tuple) else _said(v)}" for k, v in self.knobs)
         return f"{self.key}({args})" if args else self.key
+
+
+def _said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,29 @@ class Pass:
         return "rewrite" in self.steps and bool(self.steps["rewrite"].method.facts["basis"])
 
     @property
-    def needs(self) -> set[str]:
-        named = {n for s in self.steps.values() for n in s.method.needs}
+    def chooses(self) -> bool:
+        """Whether its budget chooses a grid for every site."""
+        return "budget" in self.steps and bool(self.steps["budget"].method.facts["chooses"])
+
+    @property
+    def options(self) -> list[Pass]:
+        """With each of the grids that a site may take; itself where there is nothing to choose."""
+        return [replace(self, steps={**self.steps, "grid": g}) for g in self.steps["grid"].options] if self.chooses else [self]
+
+    def chosen(self, option: float | str | None) -> Pass:
+        """With the grid of this name, where the plan names one; what else it says is a share."""
+        return replace(self, steps={**self.steps, "grid": grid_step(option)}) if isinstance(option, str) else self
+
+    @property
+    def working(self) -> set[str]:
+        """Statistics that sites are edited by, once the plan is made."""
+        named = {n for axis, s in self.steps.items() if axis != "budget" for n in s.method.needs}
         return named | {"gram"} if named and self.turns else named  # which tells the others in another basis
+
+    @property
+    def needs(self) -> set[str]:
+        named = self.working | {n for s in self.steps.values() for n in s.method.needs}
+        return named | {"gram"} if self.chooses else named
 
     @property
     def budget(self) -> Step:
@@ -107,6 +139,11 @@ class Recipe:
     def text(self) -> str:
         """The pipeline spelled out; parses back to the same passes."""
         return " ; ".join(map(str, self.passes)) or "dense"
+
+    @property
+    def options(self) -> list[Recipe]:
+        """With each of the grids that the sites of its passes may take; itself where there is nothing to choose."""
+        return [replace(self, passes=each) for each in product(*(p.options for p in self.passes))]
 
     @property
     def needs(self) -> set[str]:
@@ -291,13 +328,21 @@ def _step(m: Method, knobs: dict[str, Any]) -> Step:
             if k in ("unit", "grid"):
                 raise BadInput(f"{k}= belongs to a row that stands alone; in a pipeline the {k} is a step, such as '{v} | {m.name}'")
             raise BadInput(f"{m.name} has no knob {k!r}{near(k, known) if known else '; it has none'}")
-        want = type(m.knobs[k])
-        if want is float and isinstance(v, int) and not isinstance(v, bool):
-            v = float(v)
-        if type(v) is not want:
-            raise BadInput(f"{m.name}: {k}={v} should be of type {want.__name__}, such as {m.knobs[k]}")
-        out[k] = v
+        several = m.axis == "grid" and isinstance(v, str) and "/" in v
+        each = [_typed(m, k, _value(one)) for one in v.split("/")] if several else [_typed(m, k, v)]
+        if len(set(each)) < len(each):
+            raise BadInput(f"{m.name}: {k}={v} names a value twice")
+        out[k] = tuple(each) if several else each[0]
     return Step(m.key, tuple(sorted(out.items())))
+
+
+def _typed(m: Method, k: str, v: Any) -> Any:
+    want = type(m.knobs[k])
+    if want is float and isinstance(v, int) and not isinstance(v, bool):
+        v = float(v)
+    if type(v) is not want:
+        raise BadInput(f"{m.name}: {k}={v} should be of type {want.__name__}, such as {m.knobs[k]}")
+    return v
 
 
 def _pop_pass_knobs(knobs: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -322,7 +367,9 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
             known = [m.name for m in reg.values() if m.axis in LINE] + list(RECIPES)
             hint = "; a row is a whole pass, it cannot stand inside a pipeline" if name in RECIPES else near(name, known)
             raise BadInput(f"unknown method {name!r}{hint}")
-        open_ = [m for m in named if not {m.axis, *m.joint} & set(decided)]
+        # what rounds to a grid decides a share of its own, and leaves it to a budget which grid that is
+        left = {"budget"} if "budget" in steps and steps["budget"].method.facts["chooses"] else set()
+        open_ = [m for m in named if not {m.axis, *(set(m.joint) - left)} & set(decided)]
         if not decided.keys() - {"unit", "budget"}:  # a repair or a format is named after what it acts on
             open_ = [m for m in open_ if m.axis not in ("repair", "format")] or open_
         if not open_:
@@ -357,6 +404,11 @@ def _checked(p: Pass) -> Pass:
         raise BadInput(f"{edit.name} rounds to no grid, and {p.steps['grid']} is named; add rtn or gptq, in a pass of its own")
     if "rewrite" in p.steps and "grid" in p.steps["rewrite"].method.data and "grid" not in p.steps:
         raise BadInput(f"{p.steps['rewrite']} wants a grid to try its scales on; name one, such as int, with rtn or gptq")
+    several = "grid" in p.steps and len(p.steps["grid"].options) > 1
+    if several and not p.chooses:
+        raise BadInput(f"{p.steps['grid']} names several grids; put what chooses one in front, such as knapsack(mean=3)")
+    if p.chooses and not several:
+        raise BadInput(f"{p.steps['budget']} chooses one of several grids; name them, such as int(bits=2/3/4), with rtn or gptq behind")
     leaves = {k for k in ("codes", "factors") if edit.facts[k]}
     if leaves and "repair" in p.steps and not leaves <= set(p.steps["repair"].method.facts["keeps"]):
         keep = [m.name for m in load_all().values() if m.axis == "repair" and leaves <= set(m.facts["keeps"])]

@@ -128,6 +128,16 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What a budget may see of the grids that one site may take: their `names`, and what each takes in `bytes` and loses (`losses`)."""
+
+    site: Site
+    names: tuple[str, ...]
+    bytes: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Claim:
     """What a paper says of its recipe: `better` of the two recipes (by our names) on `metric`, their figures as `said`."""
 

@@ -64,10 +64,22 @@ class Grid:
             return steps.round_().add_(self.zero()[..., None]).clamp_(0, self.levels - 1).to(torch.uint8)
         return torch.bucketize(steps.contiguous(), (self.table[1:] + self.table[:-1]) / 2).to(torch.uint8)
 
+    def below(self, w: Tensor) -> Tensor:
+        """The lower of the two codes, one apart, between whose values weights [..., n] lie, or that are next to them, uint8 [..., n]."""
+        scales = self.scales.float()[..., None]
+        steps = w.float() * torch.where(scales != 0, 1 / scales, 0.0)
+        if self.table is None:
+            return steps.floor_().add_(self.zero()[..., None]).clamp_(0, self.levels - 2).to(torch.uint8)
+        return (torch.bucketize(steps.contiguous(), self.table, right=True) - 1).clamp_(0, self.levels - 2).to(torch.uint8)
+
     def values(self, codes: Tensor) -> Tensor:
         """What these codes stand for, float32 [..., n]."""
         steps = codes.float() - self.zero().float()[..., None] if self.table is None else self.table[codes.int()]
         return self.scales.float()[..., None] * steps
+
+    def rows(self, at: slice) -> Grid:
+        """The grid of some of the outputs, which the first dimension of the scales counts."""
+        return replace(self, scales=self.scales[at], zeros=None if self.zeros is None else self.zeros[at])
 
     def group(self, at: int | slice) -> Grid:
         """The grid of some of the groups, which the last dimension of the scales counts."""
@@ -106,6 +118,12 @@ class Codes:
     def bits(self) -> int:
         """Of a code."""
         return (self.grid.levels - 1).bit_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the codes, as many bits each as they have, and of what the grid has."""
+        grid = (self.grid.scales, self.grid.zeros, self.grid.table)
+        return -(-self.codes.numel() * self.bits // 8) + sum(t.nbytes for t in grid if t is not None)
 
     def weight(self) -> Tensor:
         """What it stands for, float32 [out, in]."""
@@ -207,9 +225,10 @@ def nearest(w: Tensor, bits: int, group: int = 0, *, asymmetric: bool = False, t
 
 
 # ---- clipping ---------------------------------------------------------------------------------
-CLIPS = ("max", "mse", "percentile", "entropy")
+CLIPS = ("max", "mse", "percentile", "entropy", "rms")
 TRIED, LEAST = 40, 0.2  # shares of the range that are tried, and the smallest
 BINS = 2048             # of the histogram whose entropy is compared
+SPREAD = 2.4            # root mean squares that a range by `rms` reaches
 
 
 def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tensor | float], Grid]) -> Grid:
@@ -217,7 +236,8 @@ def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tenso
 
     max: all of it; mse: the one of 40 between 1 and 0.2 with the least squared error; percentile: up to the magnitude that a
     `share` of the group is below; entropy: one share for the whole of w, the one whose histogram loses least to the reference by
-    Kullback and Leibler. BadInput for another name, or a share that is not above 0 and at most 1.
+    Kullback and Leibler; rms: up to 2.4 times the root mean square, where that is less than all. BadInput for another name, or a
+    share that is not above 0 and at most 1.
     """
     if clip not in CLIPS:
         raise BadInput(f"a range is clipped by {', '.join(CLIPS)}, not {clip}")
@@ -232,6 +252,9 @@ def clipped(w: Tensor, group: int, clip: str, share: float, fit: Callable[[Tenso
         most = each.abs().amax(-1)
         below = torch.stack([g[..., : int(n)].abs().quantile(share, -1) for g, n in zip(each.unbind(1), real.sum(-1)[0], strict=True)], 1)
         return fit(torch.where(most > 0, below / most, 1.0))
+    if clip == "rms":
+        most, reach = each.abs().amax(-1), SPREAD * (each.square().sum(-1) / real.sum(-1)).sqrt()
+        return fit(torch.where(most > reach, reach / most, 1.0))
     return fit(_least_surprise(each, real, fit(1.0).levels) if clip == "entropy" else 1.0)
 
 

@@ -136,6 +136,27 @@ def splitting(v0: Tensor, pull: Tensor, project: Callable[[Tensor, int], Tensor]
     return x
 
 
+class Adam:
+    """Adam (arXiv:1412.6980) for one tensor, its memory of squares short: what is learned from all data at once has no noise to average.
+
+    Every row is learned as if it were alone.
+    """
+
+    FIRST, SECOND = 0.9, 0.95
+
+    def __init__(self, x: Tensor, rate: float):
+        self.x, self.rate, self.steps = x, rate, 0
+        self.mean, self.square = torch.zeros_like(x), torch.zeros_like(x)
+
+    def step(self, slope: Tensor) -> None:
+        """Change the tensor in place, by about `rate` against the sign of its slope."""
+        self.steps += 1
+        self.mean.lerp_(slope, 1 - self.FIRST)
+        self.square.lerp_(slope.square(), 1 - self.SECOND)
+        root = (self.square / (1 - self.SECOND**self.steps)).sqrt_().add_(1e-8)
+        self.x.addcdiv_(self.mean, root, value=-self.rate / (1 - self.FIRST**self.steps))
+
+
 def refit(w: Tensor, mask: Tensor, gram: Tensor, damp: float) -> Tensor:
     """The weights on `mask` that minimise every row's calibration error, [out, in] float32.
 

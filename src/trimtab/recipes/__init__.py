@@ -61,6 +61,17 @@ recipe("awq", "awq | int(bits=4,group=128,asymmetric=true) | rtn | clip", source
     Claim("better than rounding to nearest at 3 bits", "awq(bits=3)", "rtn(asymmetric=true,bits=3)", "3-bits",
           "figures recalled, not asserted"),
 ], note="`awq | int(bits=4) | gptq` rounds behind the same scales by GPTQ.")
+recipe("ldlq", "midrise(clip=rms) | ldlq | greedy", source="arXiv:2307.13304 (Chee et al. 2023), QuIP without incoherence", claims=[
+    Claim("better than GPTQ at 2 bits", "ldlq(bits=2)", "gptq(bits=2)", "2-bits",
+          "there behind incoherence; figures recalled, not asserted"),
+], note="The source's range and grid, fitted before the sweep; `greedy` behind any rounding: `int(bits=3) | gptq | greedy`.")
+recipe("adaround", "int(bits=4,group=128) | adaround", source="arXiv:2004.10568 (Nagel et al. 2020)", claims=[
+    Claim("better than rounding to nearest at 4 bits", "adaround(bits=4)", "rtn(bits=4)", "4-bits",
+          "on image classifiers; figures recalled, not asserted"),
+], note="Layer by layer; `int(clip=mse) | adaround | greedy` goes on where the learned codes can still be bettered one by one.")
+recipe("adaquant", "int(bits=4,group=128) | adaquant", source="arXiv:2006.10518 (Hubara et al. 2020)", claims=[
+    Claim("better than rounding to nearest at 4 bits", "adaquant(bits=4)", "rtn(bits=4)", "4-bits", "on image classifiers"),
+], note="Its bits are a budget, `knapsack`; bias and batch norms are not tuned.")
 recipe("svd", "svd", source="Eckart and Young 1936; the baseline of arXiv:2403.07378 (SVD-LLM)",
        note="`--keep` is the share of parameters; above `out * in / (out + in)` a rank takes more than the weight did.")
 recipe("ternary", "ternary(group=0) | rtn", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",

@@ -29,8 +29,8 @@ def fp(w: Tensor, *, bits: int = 4, group: int = 128, exponent: int = -1, clip: 
 
     `w` [out, in]; `exponent`: its bits, -1 for the number that leaves the least squared error of all of w; returns scales [out,
     groups], float16, or float32 where `group` is 0, the row, and a table of 2^bits steps. BadInput for other
-    bits than 8, 4 and 3, an exponent that leaves no room, another way to clip (max, mse, percentile, entropy), a negative group, or a
-    weight that is not finite.
+    bits than 8, 4 and 3, an exponent that leaves no room, another way to clip (max, mse, percentile, entropy, rms), a negative
+    group, or a weight that is not finite.
 
     Formula: w' = s t_q, t = (-1)^sign 2^max(e - 1, 0) (m / 2^M + [e > 0]); s = c max |w| / max t, c chosen by `clip`: the real exponent
         bias 2^E - log2(max) + log2(2 - 2^-M) - 1 of the source is a scale

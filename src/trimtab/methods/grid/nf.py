@@ -24,8 +24,8 @@ def nf(w: Tensor, *, bits: int = 4, group: int = 64, clip: str = "max", percenti
     """Steps where the quantiles of a normal distribution are, zero among them: NormalFloat.
 
     `w` [out, in]; returns scales [out, groups], float16, or float32 where `group` is 0, the row, and a table
-    of 2^bits steps from -1 to 1. BadInput for other bits than 8, 4, 3 and 2, another way to clip (max, mse, percentile, entropy), a
-    negative group, or a weight that is not finite.
+    of 2^bits steps from -1 to 1. BadInput for other bits than 8, 4, 3 and 2, another way to clip (max, mse, percentile, entropy,
+    rms), a negative group, or a weight that is not finite.
 
     Formula: w' = s t_q, t the quantiles of N(0, 1) at 2^(bits - 1) even probabilities from d to 1/2 and 2^(bits - 1) + 1 from 1/2 to 1 - d,
         1/2 once, over their largest; d = (1/32 + 1/30) / 2; s = c max |w|, c = 1 or what `clip` chooses
