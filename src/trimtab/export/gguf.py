@@ -58,9 +58,13 @@ def write(model: Path, out: Path, *, type: str = "auto") -> dict[str, Any]:
     size = source.checkpoint.tensors[source.find(description["embedding"]) or ""].shape[0]
 
     arch = FAMILIES[source.family.name]
+    if any(x != layers[0] for x in layers):
+        if arch != gguf.MODEL_ARCH.LLAMA:
+            raise BadInput(f"the widths of {source.path} differ from layer to layer, which llama.cpp reads of no {source.family.name}")
+        arch = gguf.MODEL_ARCH.DECI  # a llama whose widths are an array
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
     _describe(writer, source, c, description, layers, size)
-    factors = _add_rope(writer, c, description["layers"][0][0]["rope"], arch)
+    factors = _add_rope(writer, c, description["layers"][0][0]["rope"], plan.turned)
     warnings = add_vocabulary(writer, source.path, c, size) + plan.warnings() + _window(writer, description)
     if factors is not None:
         plan.entries.append(Entry("rope_freqs.weight", tuple(factors.shape), Type.F32, lambda: as_type(factors, Type.F32, "")))
@@ -223,10 +227,10 @@ def _layer(plan: Plan, i: int, sublayers: list[dict[str, Any]]) -> dict[str, int
 # ---- what describes them ----------------------------------------------------------------------
 def _describe(writer: GGUFWriter, source: Source, c: Mapping[str, Any], description: Mapping[str, Any], layers: list[dict[str, int]],
               size: int) -> None:
+    uneven = any(x != layers[0] for x in layers)
+
     def each(key: str) -> Any:
-        """One number where all layers have the same, else one for each."""
-        found = [x[key] for x in layers]
-        return found[0] if len(set(found)) == 1 else found
+        return [x[key] for x in layers] if uneven else layers[0][key]
 
     d = description["layers"][0][0]["head_dim"]
     made = f"trimtab {trimtab.__version__}" + (f": {said}" if (said := source.notes.get("pipeline")) else "")
@@ -246,9 +250,9 @@ def _describe(writer: GGUFWriter, source: Source, c: Mapping[str, Any], descript
     writer.add_rope_dimension_count(d)
 
 
-def _add_rope(writer: GGUFWriter, c: Mapping[str, Any], rope: Mapping[str, Any], arch: Any) -> Tensor | None:
-    """Rotary positions; returns what each frequency is divided by, [head_dim / 2] float32, where that says it. BadInput for what
-    llama.cpp does not compute."""
+def _add_rope(writer: GGUFWriter, c: Mapping[str, Any], rope: Mapping[str, Any], divided: bool) -> Tensor | None:
+    """Rotary positions; returns what each frequency is divided by, [head_dim / 2] float32, where that says it (and the architecture
+    lets them be `divided`). BadInput for what llama.cpp does not compute."""
     given = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
     theta = float(given.get("rope_theta") or c.get("rope_theta") or 10000.0)
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -264,7 +268,7 @@ def _add_rope(writer: GGUFWriter, c: Mapping[str, Any], rope: Mapping[str, Any],
         writer.add_rope_scaling_factor(float(given["factor"]))
         writer.add_rope_scaling_orig_ctx_len(given.get("original_max_position_embeddings") or c["max_position_embeddings"])
         return None
-    if kind == "llama3" and arch == gguf.MODEL_ARCH.LLAMA:
+    if kind == "llama3" and divided:
         inverse = torch.tensor(rope["inverse_frequencies"], dtype=torch.float32)
         plain = 1.0 / theta ** (torch.arange(0, 2 * len(inverse), 2, dtype=torch.float32) / (2 * len(inverse)))
         return plain / inverse

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,24 @@ def _add_cut(writer: GGUFWriter, tokenizer: Any, about: dict[str, Any]) -> list[
             f"other tokens for {apart[name]:.0%} of the lines of some source text: give llama.cpp token ids where that matters"]
 
 
+@cache
+def _lines() -> list[str]:
+    from trimtab.builtin import corpus
+
+    lines = [x for _, t in corpus.modules("validation") for x in t.splitlines(keepends=True) if x.strip()]
+    return lines[::max(1, len(lines) // TRIED)][:TRIED]
+
+
 def _apart(tokenizer: Any, about: dict[str, Any], steps: tuple[str | None, ...]) -> float:
     """The share of lines of source text that become other tokens where they are cut by `steps`."""
     from tokenizers import Tokenizer
-
-    from trimtab.builtin import corpus
 
     pre = [{"type": "Digits", "individual_digits": True} if s is None else
            {"type": "Split", "pattern": {"Regex": s}, "behavior": "Isolated", "invert": False} for s in steps]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     other = Tokenizer.from_str(json.dumps({**about, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre, level]},
                                            "truncation": None, "padding": None}))
-    lines = [x for _, t in corpus.modules("validation") for x in t.splitlines(keepends=True) if x.strip()]
-    lines = lines[::max(1, len(lines) // TRIED)][:TRIED]
+    lines = _lines()
     ours, theirs = (t.encode_batch(lines, add_special_tokens=False) for t in (tokenizer, other))
     return sum(a.ids != b.ids for a, b in zip(ours, theirs, strict=True)) / len(lines)
 
