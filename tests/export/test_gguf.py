@@ -55,8 +55,8 @@ def straight(w: Tensor, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("recipe", "kind", "off"), [
-    ("rtn(bits=8,group=32)", Type.Q8_0, 0), ("gptq(bits=4,group=32)", Type.Q4_0, 0), ("rtn(bits=2,group=32)", Type.Q4_0, 0),
-    ("rtn(bits=3,group=32)", Type.Q4_0, 0), ("gptq(bits=4,group=32,asymmetric=true)", Type.Q4_1, 15 * 2**-11),
+    ("rtn(bits=8,group=32)", Type.Q8_0, 0), ("gptq(bits=4,group=32)", Type.Q4_0, 0), ("rtn(bits=3,group=32)", Type.Q4_0, 0),
+    ("gptq(bits=4,group=32,asymmetric=true)", Type.Q4_1, 15 * 2**-11),
     ("rtn(bits=8,group=0)", Type.Q8_0, 127 * 2**-11), ("ternary", Type.Q4_0, 2**-11), ("awq(group=32)", Type.Q4_1, 15 * 2**-11),
 ])
 def test_codes_are_stored_as_they_are(trimmed, tmp_path, recipe, kind, off):
