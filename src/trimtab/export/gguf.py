@@ -63,9 +63,13 @@ def write(model: Path, out: Path, *, type: str = "auto") -> dict[str, Any]:
             raise BadInput(f"the widths of {source.path} differ from layer to layer, which llama.cpp reads of no {source.family.name}")
         arch = gguf.MODEL_ARCH.DECI  # a llama whose widths are an array
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
-    _describe(writer, source, c, description, layers, size)
+    context = _context(description)
+    _describe(writer, source, description, layers, size, context)
     factors = _add_rope(writer, c, description["layers"][0][0]["rope"], plan.turned)
-    warnings = add_vocabulary(writer, source.path, c, size) + plan.warnings() + _window(writer, description)
+    warnings = add_vocabulary(writer, source.path, c, size) + plan.warnings()
+    if context < description["context"]:
+        warnings.append(f"llama.cpp has no sliding window for this family; the file says a context of {context}, the window, within which "
+                        "it computes the same")
     if factors is not None:
         plan.entries.append(Entry("rope_freqs.weight", tuple(factors.shape), Type.F32, lambda: as_type(factors, Type.F32, "")))
     matrices = Counter(e.type for e in plan.entries if len(e.shape) == 2)
@@ -225,8 +229,8 @@ def _layer(plan: Plan, i: int, sublayers: list[dict[str, Any]]) -> dict[str, int
 
 
 # ---- what describes them ----------------------------------------------------------------------
-def _describe(writer: GGUFWriter, source: Source, c: Mapping[str, Any], description: Mapping[str, Any], layers: list[dict[str, int]],
-              size: int) -> None:
+def _describe(writer: GGUFWriter, source: Source, description: Mapping[str, Any], layers: list[dict[str, int]], size: int,
+              context: int) -> None:
     uneven = any(x != layers[0] for x in layers)
 
     def each(key: str) -> Any:
@@ -237,7 +241,7 @@ def _describe(writer: GGUFWriter, source: Source, c: Mapping[str, Any], descript
     writer.add_type("model")
     writer.add_name(source.path.resolve().name)
     writer.add_description(made)
-    writer.add_context_length(description["context"])
+    writer.add_context_length(context)
     writer.add_embedding_length(description["hidden"])
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length(each("inner"))
@@ -276,15 +280,9 @@ def _add_rope(writer: GGUFWriter, c: Mapping[str, Any], rope: Mapping[str, Any],
                    "--to onnx can express them")
 
 
-def _window(writer: GGUFWriter, description: Mapping[str, Any]) -> list[str]:
-    """llama.cpp lets every position of these families see all before it: within the window that is the same."""
-    windows = [w for sublayers in description["layers"] if (w := sublayers[0].get("window"))]
-    if not windows or min(windows) >= description["context"]:
-        return []
-    writer.kv_data[0].pop(gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=writer.arch))
-    writer.add_context_length(min(windows))
-    return [f"llama.cpp has no sliding window for this family; the file says a context of {min(windows)}, the window, within which it "
-            "computes the same"]
+def _context(description: Mapping[str, Any]) -> int:
+    """Positions that the file promises: llama.cpp lets every one of these families see all before it, which is the same within a window."""
+    return min([description["context"], *(w for sublayers in description["layers"] if (w := sublayers[0].get("window")))])
 
 
 def _write(writer: GGUFWriter, path: Path, entries: list[Entry]) -> None:
