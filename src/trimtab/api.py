@@ -177,3 +177,13 @@ def prove(before: str | Path, after: str | Path, *, text: tuple[str, ...] = (), 
     from trimtab.evaluate import compare
 
     return compare(resolve(after), resolve(before), text, tokens, seq_len, speed=speed)
+
+
+def export(model: str | Path, to: str, out: str | Path, *, force: bool = False, type: str = "auto") -> dict[str, Any]:
+    """Write `model` to `out` as compressed-tensors, gguf or onnx, and return what `trimtab export --json` prints.
+
+    `out` is a directory, or one file where its name ends in .gguf or .onnx. `type` as --type has it.
+    """
+    from trimtab.export import publish
+
+    return publish.export(resolve(model), to, Path(out), force=force, type=type)

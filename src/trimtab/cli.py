@@ -223,6 +223,13 @@ def parser() -> Parser:
     model_options(p)
     p.set_defaults(dtype=None)  # as it was packed
 
+    p = command("export", "write a model in a format that others open")
+    p.add_argument("model")
+    p.add_argument("--to", required=True, help="compressed-tensors, gguf or onnx")
+    p.add_argument("-o", "--out", type=Path, required=True, help="a directory, or one file: model.gguf, model.onnx")
+    p.add_argument("--type", default="auto", help="gguf: f16, bf16, q8_0, q4_0, q4_1 or q6_k; default: codes as they are, and no rounding")
+    p.add_argument("--force", action="store_true", help="replace an existing output")
+
     p = command("verify", "re-measure the claims of recipes on the built-in model")
     p.add_argument("recipe", nargs="*")
     p.add_argument("--seeds", type=count, default=1)
@@ -336,6 +343,19 @@ def run_catalogue(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
     result = catalogue(a.name, a.axis)
     if not a.json:
         print_catalogue(result)
+    return result, 0
+
+
+def run_export(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from trimtab.export.publish import export
+
+    if not a.quiet:
+        print(f"export to {a.to}", file=sys.stderr, flush=True)
+    result = export(find_model(a.model), a.to, a.out, force=a.force, type=a.type)
+    if not a.json:
+        from trimtab.report.table import print_export
+
+        print_export(result)
     return result, 0
 
 

@@ -1,1 +1,4 @@
-"""Checkpoints that other programs open."""
+"""Checkpoints that others open."""
+from trimtab.face import make_callable
+
+make_callable(__name__)

@@ -196,3 +196,14 @@ def comparison(runs: list[Run]) -> Table:
 def ranked(runs: list[Run]) -> list[Run]:
     """Best recovery first; a broken run last."""
     return sorted(runs, key=lambda r: -(r["recovery"] if r.get("recovery") is not None else -math.inf))
+
+
+def print_export(result: dict[str, Any]) -> None:
+    """What was written, of which types, and what to know of it."""
+    out = console()
+    types = ", ".join(f"{n} {kind}" for kind, n in result.get("types", {}).items())
+    size = f"{mb(result['bytes'])} in {result['to']}, from {mb(result['model_bytes'])}"
+    out.print(size + (f"; tensors: {types}" if types else ""), soft_wrap=True)
+    for line in result["warnings"]:
+        out.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True)
+    out.print(f"written: {escape(result['out'])}", soft_wrap=True)

@@ -1,0 +1,79 @@
+"""What is exported: an ordinary checkpoint, and the codes and factors that a trim left beside it."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from trimtab.core.line import file_digest, read_notes
+from trimtab.core.types import BadInput, Change
+from trimtab.methods.codes import Codes
+from trimtab.methods.factors import Factors
+from trimtab.network import graph
+from trimtab.network.checkpoint import Checkpoint, SafeFile, finite, not_finite
+
+PARTS = "trimtab.safetensors"
+
+
+class Source:
+    """A directory of ordinary tensors. `checkpoint`, `family`, `config`, `notes` (of trimtab.json).
+
+    BadInput for a packed or otherwise quantised directory, and for weights that are not those which its parts belong to.
+    """
+
+    def __init__(self, path: Path):
+        self.checkpoint = Checkpoint.open(path)
+        self.path, self.config = path, self.checkpoint.config
+        if self.checkpoint.packed:
+            raise BadInput(f"{path} is packed for trimtab's own runtime; trim the model again without --pack and export that")
+        if about := self.config.get("quantization_config"):
+            method = about.get("quant_method") if isinstance(about, Mapping) else about
+            raise BadInput(f"{path} is quantised already ({method}); export the model it was made from")
+        self.family = graph.family_of(self.config, path / "config.json")
+        self.notes = read_notes(path)
+        self.parts = self._parts()
+
+    def _parts(self) -> SafeFile | None:
+        """What lies beside the weights, once they are known to be the ones it was written for."""
+        if not (self.path / PARTS).exists():
+            return None
+        parts = SafeFile(self.path / PARTS)
+        try:
+            written = json.loads(parts.metadata["trimtab"])["weights"]
+        except (KeyError, TypeError, ValueError):
+            raise BadInput(f"{parts.path} does not say which weights it belongs to; trim the model again") from None
+        found = {f.name: file_digest(f) for f in self.checkpoint.files}
+        if changed := sorted(n for n in found.keys() | written.keys() if found.get(n) != written.get(n)):
+            raise BadInput(f"{self.path / changed[0]} is not the file that {PARTS} was written for; "
+                           f"trim the model again, or remove {PARTS} to export the weights as they are")
+        return parts
+
+    def _part(self, site: str, name: str) -> Tensor | None:
+        full = f"{site}:{name}"
+        return self.parts.read(full) if self.parts is not None and full in self.parts.entries else None
+
+    def codes(self, site: str) -> Codes | None:
+        """The codes of a site, `<block>.<group>.<role>`; None where it has none."""
+        have = {name: t for name in ("codes", "scales", "grid", "zeros", "table") if (t := self._part(site, name)) is not None}
+        return Codes.of(Change(have["codes"], have)) if "codes" in have else None
+
+    def factors(self, site: str) -> Factors | None:
+        """The factors of a site; None where it has none."""
+        left, right = self._part(site, "left"), self._part(site, "right")
+        return Factors(left, right) if left is not None and right is not None else None
+
+    def find(self, name: str) -> str | None:
+        """The stored name of a tensor, with or without the base model's prefix."""
+        return next((n for n in (name, name.removeprefix("model.")) if n in self.checkpoint.tensors), None)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype. BadInput where it is missing or not finite."""
+        stored = self.find(name)
+        if stored is None:
+            raise BadInput(f"tensor {name} is missing from {self.path}; its config.json asks for it")
+        t = self.checkpoint.read(stored)
+        if not finite(t):
+            raise not_finite(stored, self.path)
+        return t
