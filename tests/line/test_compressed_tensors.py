@@ -110,7 +110,7 @@ def test_activations_of_8_bits(tmp_path):
     import transformers
 
     plain = trimmed("llama", W8, tmp_path)
-    assert write(plain, tmp_path / "out", activations=8)["format"] == "int-quantized"
+    assert write(plain, tmp_path / "out", type="w8a8")["format"] == "int-quantized"
     after, parts = load_file(tmp_path / "out" / "model.safetensors"), load_file(plain / "trimtab.safetensors")
     assert torch.equal(after["model.layers.0.mlp.up_proj.weight"].int() + 128, parts["0.mlp.up:codes"].int())
 
@@ -127,9 +127,7 @@ def test_activations_of_8_bits(tmp_path):
     torch.testing.assert_close(answers("llama", tmp_path / "out"), want, rtol=0, atol=1e-4)
     assert not torch.allclose(answers("llama", plain), want, atol=1e-3)
     with pytest.raises(BadInput, match=r"0\.attn\.q: .* it has 4 bits in groups of 16"):
-        write(trimmed("llama", W4, tmp_path / "4"), tmp_path / "no", activations=8)
-    with pytest.raises(BadInput, match="16 bits or 8"):
-        write(plain, tmp_path / "no", activations=4)
+        write(trimmed("llama", W4, tmp_path / "4"), tmp_path / "no", type="w8a8")
     assert not (tmp_path / "no").exists()
 
 

@@ -25,12 +25,15 @@ from torch import Tensor
 from trimtab.core import pack
 from trimtab.core.journal import sync, write_json
 from trimtab.core.line import file_digest
+from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Site
 from trimtab.methods.codes import Codes
+from trimtab.methods.terms import ALONE
 from trimtab.network.checkpoint import NOT_JSON, Checkpoint, SafeFile, copy_others, write_sharded
 from trimtab.network.stream import Layer, Network
 
 PARTS = "trimtab.safetensors"
+TYPES = ("auto", "w8a8")
 OWN = ("config.json", "trimtab.json", "README.md")  # what they say of the weights is no longer so
 RIGHT = "rtn(bits=4,group=128), gptq or awq would do"
 # The sites that servers run as one map, of which each has its own weight in some families.
@@ -63,15 +66,14 @@ class Scheme:
         return (f"{self.bits} bits {'' if self.symmetric else 'asymmetric '}in {f'groups of {self.group}' if self.group else 'rows'}")
 
 
-def write(model: Path, out: Path, *, activations: int = 16) -> dict[str, Any]:
+def write(model: Path, out: Path, *, type: str = "auto") -> dict[str, Any]:
     """Fill the directory `out` with a compressed-tensors checkpoint of `model`, which trimtab trimmed without --pack.
 
-    `activations`: 16, they are not rounded, or 8, to int8 token by token as the model runs (W8A8), for symmetric codes of 8 bits by
-    rows. Returns what was written: format, schemes by name, quantized and ignored (counts of layers), bytes. BadInput where the
+    `type`: auto, activations are not rounded, or w8a8, they are, to int8 token by token as the model runs, for symmetric codes of 8 bits
+    by rows. Returns what was written: format, schemes by name, quantized and ignored (counts of layers), bytes. BadInput where the
     directory is no such one, its weights are no longer those of its parts, or a site has what the format does not hold.
     """
-    if activations not in (8, 16):
-        raise BadInput(f"activations have 16 bits or 8 in compressed-tensors, not {activations}")
+    activations = 8 if type == "w8a8" else 16
     c = Checkpoint.open(Path(model))
     parts = parts_of(c)
     net = Network(c)
@@ -140,8 +142,9 @@ def quantized(net: Network, parts: SafeFile) -> list[Layer]:
     layers = [x for x in net.layers() if not x.is_head]
     plain = {s.name for x in layers for s in x.sites}
     for s in net.sites:
-        if f"{s.name}:left" in parts.names:
-            raise BadInput(f"{s.name}: it is made of factors, which compressed-tensors does not hold; {RIGHT}")
+        if more := next((k for k in ALONE if f"{s.name}:{k}" in parts.names), None):
+            what = "factors" if more == "left" else "weights that were spared" if more in ("entries", "columns") else "a basis of its own"
+            raise BadInput(f"{s.name}: it has {what}, which compressed-tensors does not hold; {RIGHT}")
         if s.expert is not None:
             raise BadInput(f"{s.name}: it is an expert, and transformers opens those with compressed-tensors only as codes, which are not "
                            "written; give a model without experts")
@@ -169,7 +172,7 @@ def reader(net: Network, parts: SafeFile) -> Callable[[Layer], Codes]:
         rows = net.checkpoint.tensors[layer.file].shape[0]
         for s in layer.sites:
             check(s, its)
-        codes = Codes.of(pack.whole(layer, torch.empty(rows, 0), its, torch.float32))
+        codes = Codes.of(pack.whole(layer, torch.empty(rows, 0), its, torch.float32, pack.Format(Step("format/dense"))))
         if codes is None:
             raise BadInput(f"{layer.sites[0].name}: it shares {layer.file} with rows on another grid, and compressed-tensors has one a "
                            "layer; quantise them alike")

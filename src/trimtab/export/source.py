@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from trimtab.core.line import file_digest, read_notes
-from trimtab.core.types import BadInput, Change
+from trimtab.core.types import BadInput
 from trimtab.methods.codes import Codes
 from trimtab.methods.factors import Factors
+from trimtab.methods.terms import Terms
 from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint, SafeFile, finite, not_finite
 
@@ -50,19 +51,22 @@ class Source:
                            f"trim the model again, or remove {PARTS} to export the weights as they are")
         return parts
 
-    def _part(self, site: str, name: str) -> Tensor | None:
-        full = f"{site}:{name}"
-        return self.parts.read(full) if self.parts is not None and full in self.parts.entries else None
+    def _simple(self, site: str) -> Terms | None:
+        """What the parts of a site, `<block>.<group>.<role>`, say; None where that is nothing, or more than one matrix of codes or factors."""
+        if self.parts is None:
+            return None
+        terms = Terms.among({n.rpartition(":")[2]: self.parts.read(n) for n in self.parts.names if n.rpartition(":")[0] == site})
+        return terms if terms is not None and terms.simple else None
 
     def codes(self, site: str) -> Codes | None:
-        """The codes of a site, `<block>.<group>.<role>`; None where it has none."""
-        have = {name: t for name in ("codes", "scales", "grid", "zeros", "table") if (t := self._part(site, name)) is not None}
-        return Codes.of(Change(have["codes"], have)) if "codes" in have else None
+        """The codes that are all of a site; None where there are none."""
+        terms = self._simple(site)
+        return terms.codes if terms else None
 
     def factors(self, site: str) -> Factors | None:
-        """The factors of a site; None where it has none."""
-        left, right = self._part(site, "left"), self._part(site, "right")
-        return Factors(left, right) if left is not None and right is not None else None
+        """The factors that are all of a site; None where there are none."""
+        terms = self._simple(site)
+        return terms.factors if terms else None
 
     def find(self, name: str) -> str | None:
         """The stored name of a tensor, with or without the base model's prefix."""
