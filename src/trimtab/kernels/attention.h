@@ -2,21 +2,36 @@
 #pragma once
 #include <cmath>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "input.h"
+#include "ints.h"
 #include "ops.h"
 #include "tile.h"
 #include "vecmath.h"
 
 namespace trimtab::ISA {
 
+// The place of key t and of value t of channel i in a head's page of T, the values behind the keys.
+template <class T>
+inline int64_t key_at(const Heads& h, int64_t t, int64_t i) {
+    constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
+    return t / PANEL * PANEL * h.key_width() + i / pair * PANEL * pair + t % PANEL * pair + i % pair;
+}
+template <class T>
+inline int64_t value_at(const Heads& h, int64_t t, int64_t i) {
+    constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
+    return PAGE * h.key_width() + i / PANEL * PANEL * PAGE + t / pair * PANEL * pair + i % PANEL * pair + t % pair;
+}
+
 template <class T>
 inline void remember_as(const Heads& h, std::byte* page, int64_t position, const float* k, const float* v) {
-    constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1, ROUND = 64;
-    const int64_t at = position % PAGE, wide = h.key_width();
+    constexpr int64_t ROUND = 64;
+    const int64_t at = position % PAGE;
     // f(i, value): element i of a row, as it is stored.
     auto stored = [&](const float* row, const auto& f) {
-        if constexpr (pair == 1) {
+        if constexpr (sizeof(T) == 4) {
             for (int64_t i = 0; i < h.dim; ++i) f(i, row[i]);
         } else {
             uint16_t part[ROUND];
@@ -28,15 +43,92 @@ inline void remember_as(const Heads& h, std::byte* page, int64_t position, const
         }
     };
     for (int64_t n = 0; n < h.count; ++n, k += h.dim, v += h.dim) {
-        T* keys = reinterpret_cast<T*>(page) + n * h.elements();
-        T* values = keys + PAGE * wide;
-        stored(k, [&](int64_t i, T x) { keys[at / PANEL * PANEL * wide + i / pair * PANEL * pair + at % PANEL * pair + i % pair] = x; });
-        stored(v, [&](int64_t i, T x) { values[i / PANEL * PANEL * PAGE + at / pair * PANEL * pair + i % PANEL * pair + at % pair] = x; });
+        T* to = reinterpret_cast<T*>(page) + n * h.elements();
+        stored(k, [&](int64_t i, T x) { to[key_at<T>(h, at, i)] = x; });
+        stored(v, [&](int64_t i, T x) { to[value_at<T>(h, at, i)] = x; });
     }
 }
 
 inline void remember(const Heads& h, std::byte* page, int64_t position, const float* k, const float* v) {
     h.exact ? remember_as<float>(h, page, position, k, v) : remember_as<uint16_t>(h, page, position, k, v);
+}
+
+// Codes of n numbers that share a grid from the smallest to the largest, to `put(j, code)`. The base is whole, so that any offset costs
+// the scale nothing; where it is more than 32000 steps, the step is larger. What is not finite makes all of them NaN.
+template <int BITS, class F>
+inline Grid encode_row(const float* x, int64_t n, const F& put) {
+    constexpr float top = (1 << BITS) - 1, ROUND = 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
+    float low = x[0], high = x[0];
+    uint32_t most = 0;  // as bits: what is not finite is above all that is
+    for (int64_t j = 0; j < n; ++j) {
+        low = std::min(low, x[j]);
+        high = std::max(high, x[j]);
+        most = std::max(most, peek<uint32_t>(x + j) & 0x7fffffff);
+    }
+    const float size = std::bit_cast<float>(most), step = std::max((high - low) / top, size / 32000.0f);
+    Grid grid{0, 0};
+    if (!(size <= std::numeric_limits<float>::max() / 4)) grid.scale = 0x7fc0;
+    else if (step > 1e-30f) grid.scale = uint16_t((std::bit_cast<uint32_t>(step) + 0x8000) >> 16);
+    if (grid.scale == 0 || grid.scale == 0x7fc0) return grid;
+    const float inverse = 1.0f / std::bit_cast<float>(uint32_t(grid.scale) << 16);
+    const float base = low * inverse + ROUND - ROUND;
+    grid.base = int16_t(base);
+    for (int64_t j = 0; j < n; ++j) put(j, uint32_t(std::clamp((x[j] * inverse + ROUND - ROUND) - base, 0.0f, top)));
+    return grid;
+}
+
+template <int BITS, class T>
+void encode_as(const Heads& h, const T* from, std::byte* to) {
+    constexpr int P = 32 / BITS;
+    thread_local std::vector<float> row;
+    row.resize(size_t(std::max(h.dim, PAGE)));
+    uint32_t* keys = reinterpret_cast<uint32_t*>(to);
+    uint32_t* values = keys + PAGE * h.key_words();
+    Grid* grids = reinterpret_cast<Grid*>(keys + h.code_words());
+    std::fill_n(to, h.code_bytes(), std::byte(0));
+    auto wide = [](T x) {
+        if constexpr (sizeof(T) == 4) return x;
+        else return std::bit_cast<float>(uint32_t(x) << 16);
+    };
+    for (int64_t i = 0; i < h.dim; ++i) {
+        for (int64_t t = 0; t < PAGE; ++t) row[size_t(t)] = wide(from[key_at<T>(h, t, i)]);
+        grids[i] = encode_row<BITS>(row.data(), PAGE, [&](int64_t t, uint32_t code) {
+            keys[(t / PANEL * h.key_words() + i / P) * PANEL + t % PANEL] |= code << shift_of<BITS>(int(i % P));
+        });
+    }
+    for (int64_t t = 0; t < PAGE; ++t) {
+        for (int64_t i = 0; i < h.dim; ++i) row[size_t(i)] = wide(from[value_at<T>(h, t, i)]);
+        grids[h.channels() + t] = encode_row<BITS>(row.data(), h.dim, [&](int64_t i, uint32_t code) {
+            values[(i / PANEL * (PAGE / P) + t / P) * PANEL + i % PANEL] |= code << shift_of<BITS>(int(t % P));
+        });
+    }
+}
+
+inline void encode(const Heads& h, int64_t head, const std::byte* page, std::byte* to) {
+    to += head * h.code_bytes();
+    auto with = [&]<int BITS>() {
+        if (h.exact) encode_as<BITS>(h, reinterpret_cast<const float*>(page) + head * h.elements(), to);
+        else encode_as<BITS>(h, reinterpret_cast<const uint16_t*>(page) + head * h.elements(), to);
+    };
+    h.bits == 8 ? with.template operator()<8>() : with.template operator()<4>();
+}
+
+// A panel of codes as floats [inputs, PANEL]; each input has its grid, as floats in `steps`.
+template <int BITS>
+inline void expand_panel(const uint32_t* words, const Grid* grids, int64_t inputs, float* steps, float* to) {
+    constexpr int P = 32 / BITS;
+    float* lows = steps + inputs;
+    for (int64_t i = 0; i < inputs; ++i) {
+        steps[i] = std::bit_cast<float>(uint32_t(grids[i].scale) << 16);
+        lows[i] = steps[i] * float(grids[i].base);
+    }
+    for (int64_t i = 0; i < inputs; i += P, words += PANEL)
+        for (int v = 0; v < PANEL / Vec::N; ++v) {
+            const Ints word = Ints::load(words + v * Vec::N);
+            unrolled<P>(EACH(j) {
+                Vec::all(lows[i + j]).fma(code_of<BITS>(word, j), Vec::all(steps[i + j])).store(to + (i + j) * PANEL + v * Vec::N);
+            });
+        }
 }
 
 inline void as(const float* x, int64_t n, float* to) { std::copy_n(x, n, to); }
@@ -60,6 +152,20 @@ void attend_as(const Attend& a, float* scratch) {
     X* q = reinterpret_cast<X*>(total + rows);           // [rows, wide] in tiles
     X* shares = q + rows * wide;                         // [rows, PAGE] in tiles
     X* row = shares + rows * PAGE;                       // one of either
+    // Pages of codes become floats, a panel at a time, and meet floats.
+    constexpr bool rounded = !std::is_same_v<X, float>;
+    float* behind = largest + rows * (2 + wide + PAGE) + PAGE + wide;
+    float* panel = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(behind) + 63) / 64 * 64);
+    float* steps = panel + std::max(h.channels(), PAGE) * PANEL;
+    float *whole_q = nullptr, *whole_shares = nullptr;
+    if constexpr (!rounded) {
+        whole_q = q;
+        whole_shares = shares;
+    } else {
+        whole_q = behind + h.expanded();
+        whole_shares = whole_q + rows * wide;
+    }
+    const int64_t own = h.bits ? a.begin / PAGE : 0;     // pages before it are codes
     constexpr int64_t each = 4 / sizeof(X);
     auto at_home = [&](int64_t r) { return tile_at(r, rows, tile_rows<PANEL>()); };
     for (int64_t r = 0; r < rows; ++r) {
@@ -68,21 +174,37 @@ void attend_as(const Attend& a, float* scratch) {
         for (int64_t i = 0; i < h.dim; ++i) scaled[i] = from[i] * a.scale;
         as(scaled, h.dim, row);
         place(row, wide / each, at_home(r), r, wide / each, q);
+        if (rounded && own) place(scaled, h.dim, at_home(r), r, wide, whole_q);
         std::fill_n(sums + r * out, out, 0.0f);
         largest[r] = -std::numeric_limits<float>::infinity();
         total[r] = 0;
     }
     for (int64_t page = a.window ? std::max<int64_t>(0, a.begin - a.window + 1) / PAGE : 0; page <= last / PAGE; ++page) {
         const int64_t start = page * PAGE, n = std::min(PAGE, (last - start) / PANEL * PANEL + PANEL);
-        const T* keys = reinterpret_cast<const T*>(a.pages[page]) + a.head * h.elements();
-        const T* values = keys + PAGE * wide;
-        for (int64_t k = 0; k < n; k += PANEL)
+        const bool coded = page < own;
+        const T* keys = coded ? nullptr : reinterpret_cast<const T*>(a.pages[page]) + a.head * h.elements();
+        const uint32_t* codes = coded ? reinterpret_cast<const uint32_t*>(a.codes[page] + a.head * h.code_bytes()) : nullptr;
+        const Grid* grids = coded ? reinterpret_cast<const Grid*>(codes + h.code_words()) : nullptr;
+        auto expanded = [&](const uint32_t* words, const Grid* its, int64_t inputs) {
+            if (h.bits == 8) expand_panel<8>(words, its, inputs, steps, panel);
+            else expand_panel<4>(words, its, inputs, steps, panel);
+        };
+        auto score = [&](int64_t k, const auto* panel, const auto* x) {
             tiles<PANEL>(rows, [&]<int ROWS>(int64_t r) {
                 Tile<PANEL, ROWS> tile;
                 tile.open(scores, PAGE, k, true);
-                tile.add(keys + k * wide, q + r * wide, h.dim);
+                tile.add(panel, x + r * wide, h.dim);
                 tile.close(scores + r * PAGE, PAGE, k);
             });
+        };
+        for (int64_t k = 0; k < n; k += PANEL) {
+            if (coded) {
+                expanded(codes + k * h.key_words(), grids, h.channels());
+                score(k, panel, whole_q);
+            } else {
+                score(k, keys + k * wide, q);
+            }
+        }
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t at = a.begin + r / a.group - start;  // of the query, seen from the page's first key
             const int64_t from = a.window ? std::clamp<int64_t>(at - a.window + 1, 0, n) : 0, to = std::clamp<int64_t>(at + 1, 0, n);
@@ -105,16 +227,29 @@ void attend_as(const Attend& a, float* scratch) {
             } else {
                 std::fill_n(s, n, 0.0f);
             }
-            as(s, n, row);
-            place(row, n / each, at_home(r), r, PAGE / each, shares);
+            if (rounded && coded) {
+                place(s, n, at_home(r), r, PAGE, whole_shares);
+            } else {
+                as(s, n, row);
+                place(row, n / each, at_home(r), r, PAGE / each, shares);
+            }
         }
-        for (int64_t c = 0; c < out; c += PANEL)
+        auto mix = [&](int64_t c, const auto* panel, const auto* x) {
             tiles<PANEL>(rows, [&]<int ROWS>(int64_t r) {
                 Tile<PANEL, ROWS> tile;
                 tile.open(sums + r * out, out, c, false);
-                tile.add(values + c * PAGE, shares + r * PAGE, n);
+                tile.add(panel, x + r * PAGE, n);
                 tile.close(sums + r * out, out, c);
             });
+        };
+        for (int64_t c = 0; c < out; c += PANEL) {
+            if (coded) {
+                expanded(codes + PAGE * h.key_words() + c * PAGE * h.bits / 32, grids + h.channels(), PAGE);
+                mix(c, panel, whole_shares);
+            } else {
+                mix(c, keys + PAGE * wide + c * PAGE, shares);
+            }
+        }
     }
     for (int64_t r = 0; r < rows; ++r) {
         float* to = a.y + r / a.group * a.stride + r % a.group * h.dim;
