@@ -207,7 +207,8 @@ def parser() -> Parser:
     p.add_argument("--against")
     p.add_argument("--prompt", type=count, help="tokens of the prompt, default 64 or what the model has room for")
     p.add_argument("--new", type=count, help="tokens that follow, the same")
-    p.add_argument("--cache", choices=("f32", "bf16", "int8", "int4"), default="", help="keys and values in our decoder, which alone is timed then; default: as --dtype")
+    p.add_argument("--cache", choices=("f32", "bf16", "int8", "int4"), default="",
+                   help="keys and values in our decoder, which alone is timed then; default: as --dtype")
     p.add_argument("--batch", type=count, default=1)
     p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
     model_options(p)
@@ -221,7 +222,8 @@ def parser() -> Parser:
     p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this share together")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given more than once")
     p.add_argument("--seed", type=seed, default=0)
-    p.add_argument("--cache", choices=("f32", "bf16", "int8", "int4"), default="", help="what keys and values are kept as; default: as --dtype")
+    p.add_argument("--cache", choices=("f32", "bf16", "int8", "int4"), default="",
+                   help="what keys and values are kept as; default: as --dtype")
     model_options(p)
     p.set_defaults(dtype=None)  # as it was packed
 
