@@ -124,9 +124,8 @@ def test_a_session_holds_the_bytes_it_says(cache, narrowest, kv, width, window):
     bits, panels = BITS.get(cache, 0), -(-width // 32) * 32
     size = 4 if (narrowest if bits else cache) == "f32" else 2
     floats = kv * PAGE * (-(-width // 2) * 2 + panels) * size
-    words = -(-width * bits // 32)
-    channels = words * 32 // bits if bits else 0
-    codes = kv * -(-(PAGE * words * 4 + PAGE * panels * bits // 8 + (channels + PAGE) * 4) // 64) * 64  # and a grid of four bytes each
+    channels = -(-width // 16) * 16
+    codes = kv * -(-(PAGE * (channels + panels) * bits // 8 + (channels + PAGE) * 4) // 64) * 64  # and a grid of four bytes each
     full = 1 if window else 2  # the first page is behind the window
     assert session.held == (2 * floats + full * codes if bits else (2 + full) * floats)
     if bits and width > 7:

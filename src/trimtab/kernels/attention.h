@@ -2,7 +2,6 @@
 #pragma once
 #include <cmath>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "input.h"
@@ -83,7 +82,7 @@ void encode_as(const Heads& h, const T* from, std::byte* to) {
     thread_local std::vector<float> row;
     row.resize(size_t(std::max(h.dim, PAGE)));
     uint32_t* keys = reinterpret_cast<uint32_t*>(to);
-    uint32_t* values = keys + PAGE * h.key_words();
+    uint32_t* values = keys + PAGE * h.channels() / P;
     Grid* grids = reinterpret_cast<Grid*>(keys + h.code_words());
     std::fill_n(to, h.code_bytes(), std::byte(0));
     auto wide = [](T x) {
@@ -93,7 +92,7 @@ void encode_as(const Heads& h, const T* from, std::byte* to) {
     for (int64_t i = 0; i < h.dim; ++i) {
         for (int64_t t = 0; t < PAGE; ++t) row[size_t(t)] = wide(from[key_at<T>(h, t, i)]);
         grids[i] = encode_row<BITS>(row.data(), PAGE, [&](int64_t t, uint32_t code) {
-            keys[(t / PANEL * h.key_words() + i / P) * PANEL + t % PANEL] |= code << shift_of<BITS>(int(i % P));
+            keys[(t / PANEL * h.channels() / P + i / P) * PANEL + t % PANEL] |= code << shift_of<BITS>(int(i % P));
         });
     }
     for (int64_t t = 0; t < PAGE; ++t) {
@@ -113,22 +112,52 @@ inline void encode(const Heads& h, int64_t head, const std::byte* page, std::byt
     h.bits == 8 ? with.template operator()<8>() : with.template operator()<4>();
 }
 
-// A panel of codes as floats [inputs, PANEL]; each input has its grid, as floats in `steps`.
-template <int BITS>
-inline void expand_panel(const uint32_t* words, const Grid* grids, int64_t inputs, float* steps, float* to) {
-    constexpr int P = 32 / BITS;
-    float* lows = steps + inputs;
-    for (int64_t i = 0; i < inputs; ++i) {
-        steps[i] = std::bit_cast<float>(uint32_t(grids[i].scale) << 16);
-        lows[i] = steps[i] * float(grids[i].base);
+// The grids of n inputs as floats: scales, and behind them the values of code 0.
+inline void floats(const Grid* grids, int64_t n, float* scales) {
+    for (int64_t i = 0; i < n; ++i) {
+        scales[i] = std::bit_cast<float>(uint32_t(grids[i].scale) << 16);
+        scales[n + i] = scales[i] * float(grids[i].base);
     }
-    for (int64_t i = 0; i < inputs; i += P, words += PANEL)
-        for (int v = 0; v < PANEL / Vec::N; ++v) {
-            const Ints word = Ints::load(words + v * Vec::N);
-            unrolled<P>(EACH(j) {
-                Vec::all(lows[i + j]).fma(code_of<BITS>(word, j), Vec::all(steps[i + j])).store(to + (i + j) * PANEL + v * Vec::N);
+}
+
+// What codes are multiplied by in place of x, and what is added then; n fills whole vectors.
+inline float folded(const float* x, const float* scales, int64_t n, float* to) {
+    Vec offset = Vec::zero();
+    for (int64_t i = 0; i < n; i += Vec::N) {
+        (Vec::load(x + i) * Vec::load(scales + i)).store(to + i);
+        offset = offset.fma(Vec::load(x + i), Vec::load(scales + n + i));
+    }
+    return sum(offset);
+}
+
+// Adds a panel of codes times x [inputs, ROWS].
+template <int BITS, int ROWS>
+[[gnu::always_inline]] inline void add_codes(Tile<PANEL, ROWS>& tile, const uint32_t* words, const float* x, int64_t inputs) {
+    constexpr int P = 32 / BITS, V = PANEL / Vec::N;
+    for (int64_t i = 0; i < inputs; i += P, words += PANEL, x += P * ROWS) {
+        Ints word[V];
+        unrolled<V>(EACH(v) { word[v] = Ints::load(words + v * Vec::N); });
+        for (int k = 0; k < PANEL * 4; k += 64) __builtin_prefetch(reinterpret_cast<const std::byte*>(words) + AHEAD + k);
+        unrolled<P>(EACH(j) {
+            Vec code[V];
+            unrolled<V>(EACH(v) { code[v] = code_of<BITS>(word[v], j); });
+            unrolled<ROWS>(EACH(r) {
+                const Vec b = Vec::all(x[j * ROWS + r]);
+                unrolled<V>(EACH(v) { tile.sum[r][v] = tile.sum[r][v].fma(code[v], b); });
             });
-        }
+        });
+    }
+}
+
+// The same for all rows of x, onto y [rows, out] from `first` on.
+inline void add_codes(const Heads& h, const uint32_t* words, const float* x, int64_t inputs, int64_t rows, float* y, int64_t out, int64_t first) {
+    tiles<PANEL>(rows, [&]<int ROWS>(int64_t r) {
+        Tile<PANEL, ROWS> tile;
+        tile.open(y + r * out, out, first, false);
+        if (h.bits == 8) add_codes<8>(tile, words, x + r * inputs, inputs);
+        else add_codes<4>(tile, words, x + r * inputs, inputs);
+        tile.close(y + r * out, out, first);
+    });
 }
 
 inline void as(const float* x, int64_t n, float* to) { std::copy_n(x, n, to); }
@@ -152,20 +181,12 @@ void attend_as(const Attend& a, float* scratch) {
     X* q = reinterpret_cast<X*>(total + rows);           // [rows, wide] in tiles
     X* shares = q + rows * wide;                         // [rows, PAGE] in tiles
     X* row = shares + rows * PAGE;                       // one of either
-    // Pages of codes become floats, a panel at a time, and meet floats.
-    constexpr bool rounded = !std::is_same_v<X, float>;
-    float* behind = largest + rows * (2 + wide + PAGE) + PAGE + wide;
-    float* panel = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(behind) + 63) / 64 * 64);
-    float* steps = panel + std::max(h.channels(), PAGE) * PANEL;
-    float *whole_q = nullptr, *whole_shares = nullptr;
-    if constexpr (!rounded) {
-        whole_q = q;
-        whole_shares = shares;
-    } else {
-        whole_q = behind + h.expanded();
-        whole_shares = whole_q + rows * wide;
-    }
-    const int64_t own = h.bits ? a.begin / PAGE : 0;     // pages before it are codes
+    // What meets pages of codes, which are never rounded.
+    const int64_t own = h.bits ? a.begin / PAGE : 0, channels = h.channels(), wider = std::max(channels, PAGE);  // pages before `own` are codes
+    float* whole = largest + rows * (2 + wide + PAGE) + PAGE + wide;  // [rows, channels] q
+    float* scales = whole + rows * channels;             // [2, wider]
+    float* met = scales + 2 * wider;                      // [rows, channels or PAGE] in tiles
+    float* one = met + rows * wider;                      // a row of it
     constexpr int64_t each = 4 / sizeof(X);
     auto at_home = [&](int64_t r) { return tile_at(r, rows, tile_rows<PANEL>()); };
     for (int64_t r = 0; r < rows; ++r) {
@@ -174,7 +195,7 @@ void attend_as(const Attend& a, float* scratch) {
         for (int64_t i = 0; i < h.dim; ++i) scaled[i] = from[i] * a.scale;
         as(scaled, h.dim, row);
         place(row, wide / each, at_home(r), r, wide / each, q);
-        if (rounded && own) place(scaled, h.dim, at_home(r), r, wide, whole_q);
+        if (own) std::fill(std::copy_n(scaled, h.dim, whole + r * channels), whole + (r + 1) * channels, 0.0f);
         std::fill_n(sums + r * out, out, 0.0f);
         largest[r] = -std::numeric_limits<float>::infinity();
         total[r] = 0;
@@ -185,25 +206,22 @@ void attend_as(const Attend& a, float* scratch) {
         const T* keys = coded ? nullptr : reinterpret_cast<const T*>(a.pages[page]) + a.head * h.elements();
         const uint32_t* codes = coded ? reinterpret_cast<const uint32_t*>(a.codes[page] + a.head * h.code_bytes()) : nullptr;
         const Grid* grids = coded ? reinterpret_cast<const Grid*>(codes + h.code_words()) : nullptr;
-        auto expanded = [&](const uint32_t* words, const Grid* its, int64_t inputs) {
-            if (h.bits == 8) expand_panel<8>(words, its, inputs, steps, panel);
-            else expand_panel<4>(words, its, inputs, steps, panel);
-        };
-        auto score = [&](int64_t k, const auto* panel, const auto* x) {
-            tiles<PANEL>(rows, [&]<int ROWS>(int64_t r) {
-                Tile<PANEL, ROWS> tile;
-                tile.open(scores, PAGE, k, true);
-                tile.add(panel, x + r * wide, h.dim);
-                tile.close(scores + r * PAGE, PAGE, k);
-            });
-        };
-        for (int64_t k = 0; k < n; k += PANEL) {
-            if (coded) {
-                expanded(codes + k * h.key_words(), grids, h.channels());
-                score(k, panel, whole_q);
-            } else {
-                score(k, keys + k * wide, q);
+        if (coded) {
+            floats(grids, channels, scales);
+            for (int64_t r = 0; r < rows; ++r) {
+                std::fill_n(scores + r * PAGE, PAGE, folded(whole + r * channels, scales, channels, one));
+                place(one, channels, at_home(r), r, channels, met);
             }
+            for (int64_t k = 0; k < PAGE; k += PANEL) add_codes(h, codes + k * channels * h.bits / 32, met, channels, rows, scores, PAGE, k);
+            floats(grids + channels, PAGE, scales);
+        } else {
+            for (int64_t k = 0; k < n; k += PANEL)
+                tiles<PANEL>(rows, [&]<int ROWS>(int64_t r) {
+                    Tile<PANEL, ROWS> tile;
+                    tile.open(scores, PAGE, k, true);
+                    tile.add(keys + k * wide, q + r * wide, h.dim);
+                    tile.close(scores + r * PAGE, PAGE, k);
+                });
         }
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t at = a.begin + r / a.group - start;  // of the query, seen from the page's first key
@@ -227,28 +245,26 @@ void attend_as(const Attend& a, float* scratch) {
             } else {
                 std::fill_n(s, n, 0.0f);
             }
-            if (rounded && coded) {
-                place(s, n, at_home(r), r, PAGE, whole_shares);
+            if (coded) {
+                const Vec offset = Vec::all(folded(s, scales, PAGE, one));
+                for (int64_t i = 0; i < out; i += Vec::N) (Vec::load(sums + r * out + i) + offset).store(sums + r * out + i);
+                place(one, PAGE, at_home(r), r, PAGE, met);
             } else {
                 as(s, n, row);
                 place(row, n / each, at_home(r), r, PAGE / each, shares);
             }
         }
-        auto mix = [&](int64_t c, const auto* panel, const auto* x) {
+        for (int64_t c = 0; c < out; c += PANEL) {
+            if (coded) {
+                add_codes(h, codes + PAGE * (channels + c) * h.bits / 32, met, PAGE, rows, sums, out, c);
+                continue;
+            }
             tiles<PANEL>(rows, [&]<int ROWS>(int64_t r) {
                 Tile<PANEL, ROWS> tile;
                 tile.open(sums + r * out, out, c, false);
-                tile.add(panel, x + r * PAGE, n);
+                tile.add(keys + PAGE * wide + c * PAGE, shares + r * PAGE, n);
                 tile.close(sums + r * out, out, c);
             });
-        };
-        for (int64_t c = 0; c < out; c += PANEL) {
-            if (coded) {
-                expanded(codes + PAGE * h.key_words() + c * PAGE * h.bits / 32, grids + h.channels(), PAGE);
-                mix(c, panel, whole_shares);
-            } else {
-                mix(c, keys + PAGE * wide + c * PAGE, shares);
-            }
         }
     }
     for (int64_t r = 0; r < rows; ++r) {

@@ -35,12 +35,9 @@ struct Heads {
     int64_t elements() const { return PAGE * (key_width() + value_width()); }  // of one head
     int64_t bytes() const { return count * elements() * (exact ? 4 : 2); }
     // The same of a page of codes.
-    int64_t key_words() const { return (dim * bits + 31) / 32; }        // of one position
-    int64_t channels() const { return bits ? key_words() * 32 / bits : 0; }  // that these hold
-    int64_t code_words() const { return PAGE * key_words() + value_width() * PAGE * bits / 32; }
+    int64_t channels() const { return (dim + 15) / 16 * 16; }  // of keys, in whole vectors
+    int64_t code_words() const { return PAGE * (channels() + value_width()) * bits / 32; }
     int64_t code_bytes() const { return (code_words() * 4 + (channels() + PAGE) * int64_t(sizeof(Grid)) + 63) / 64 * 64; }  // of one head
-    // What becomes floats at a time: a panel of keys or of values, with the scales and the smallest values of its inputs.
-    int64_t expanded() const { return bits ? std::max(channels(), PAGE) * (PANEL + 2) + 16 : 0; }
 };
 
 // Some positions of one sequence with one key/value head and the query heads that share it.
@@ -56,8 +53,8 @@ struct Attend {
     const std::byte* const* pages;
     const std::byte* const* codes;  // with `bits`: the pages before the one that all of these positions lie in
     int64_t scratch() const {  // floats
-        const int64_t again = heads.bits ? PAGE + heads.key_width() : 0;  // what meets pages of codes, as floats
-        return count * group * (2 * PAGE + heads.value_width() + heads.key_width() + 2 + again) + PAGE + heads.key_width() + heads.expanded();
+        const int64_t most = std::max(heads.channels(), PAGE), coded = heads.bits ? count * group * (heads.channels() + most) + 3 * most : 0;
+        return count * group * (2 * PAGE + heads.value_width() + heads.key_width() + 2) + PAGE + heads.key_width() + coded;
     }
 };
 
