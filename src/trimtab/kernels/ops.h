@@ -22,7 +22,7 @@ constexpr int64_t PAGE = 128;
 // 2402.02750; KVQuant, arXiv 2401.18079); a position's values are of one size. Both are known once a page is full: nothing is
 // calibrated, and what a position gets does not depend on how many were fed together. KVQuant keeps keys as they are before RoPE; over
 // the 128 positions of a page, each with scales of its own, that was no better here (benchmarks/cache.py), and it would have to be
-// turned every time it is read.
+// turned every time it is read. Nor does the first page, or a scale for every 32 of a head's values, gain what its bytes would elsewhere.
 // The codes lie in words of 32 / bits inputs (ints.h), of channels for keys [PAGE / PANEL, words, PANEL] and of positions for values
 // [dim / PANEL, words, PANEL]; behind them the grids, of keys and of values.
 struct Grid { uint16_t scale; int16_t base; };
