@@ -225,7 +225,15 @@ def test_shapes_are_told_apart_and_what_is_not_measured_is_said(root: Path) -> N
     assert third == "<!-- begin:kernels shape=8x8 -->\nNot measured yet.\n"
 
 
-@pytest.mark.parametrize("name", ["kernels", "layers", "decode", "first_token"])
+def test_a_cache_is_shown_by_its_quality_and_by_its_speed() -> None:
+    shared = {"runner": "trimtab", "model": "m", "setting": "s", "seed": 0, "methods": {}, "recipe": "int4", "cache_bytes": 1_539_000}
+    quality = {**shared, "metric": "ppl", "value": 9.9735, "kl": 0.00249}
+    step = {**shared, "metric": "step_ms", "value": 0.5, "quartiles": [0.4, 0.6], "threads": 2}
+    assert "| int4 | trimtab | 9.973 | 2.5e-03 | 1.54 MB |" in generate.cache_table([quality], {}, {})
+    assert "| m | s | 2 | int4 | 0.50 (0.40 to 0.60) | 1.5 MB |" in generate.cache_table([step], {}, {})
+
+
+@pytest.mark.parametrize("name", ["kernels", "layers", "decode", "first_token", "cache"])
 def test_a_table_of_speed_without_rows_says_so(name: str) -> None:
     assert generate.TABLES[name]([], {}, {}) == "Not measured yet.\n"
 

@@ -328,10 +328,22 @@ def profiles_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, 
     return table(["what", "when", "share of the samples"], body) if body else NOT_YET
 
 
+def cache_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/cache.py: quality, or with --speed a step's time."""
+    quality, steps = ([r for r in every if r["metric"] == m and "cache_bytes" in r] for m in ("ppl", "step_ms"))
+    if quality:
+        return table(["keys and values", "runs in", "perplexity", "KL, nats a token", "held"],
+                     [(r["recipe"], r["runner"], f"{r['value']:.3f}", f"{r['kl']:.1e}",
+                       f"{r['cache_bytes'] / 1e6:.2f} MB" if r["cache_bytes"] else "") for r in quality])
+    body = [(r["model"], r["setting"], r["threads"], r["recipe"], f"{r['value']:.2f} ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f})",
+             f"{r['cache_bytes'] / 1e6:.1f} MB") for r in steps]
+    return table(["network", "behind", "threads", "keys and values", "ms a step", "held"], body) if body else NOT_YET
+
+
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
-    "profiles": profiles_table,
+    "profiles": profiles_table, "cache": cache_table,
 }
 
 

@@ -17,7 +17,7 @@ from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import Network
 from trimtab.runtime import torch_decoder
-from trimtab.runtime.decoder import DTYPES, Decoder, NoKernel, check_sampling, open_decoder, supported
+from trimtab.runtime.decoder import DTYPES, Decoder, NoKernel, check_cache, check_sampling, open_decoder, supported
 from trimtab.runtime.text import Pieces, Until, open_tokenizer, stop_ids
 
 
@@ -77,15 +77,18 @@ class Handle:
         return self._decoders[dtype]
 
     def generate(self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, return_ids: bool = False, *,
-                 top_k: int = 0, top_p: float = 1.0, stop: Sequence[str] = (), dtype: str | None = None) -> Iterator[Any]:
+                 top_k: int = 0, top_p: float = 1.0, stop: Sequence[str] = (), dtype: str | None = None,
+                 cache: str = "") -> Iterator[Any]:
         """New pieces of text one by one, or new ids including the stop token. Greedy at temperature 0.
 
         Text ends before the first of `stop` that is in it (ids behind the token that completes one), at a stop token of the
         model, after `max_new_tokens`, or where the context does.
-        Runs natively where the family is supported and the kernels were built, else with transformers. BadInput where
-        there is nothing to continue, or no room to.
+        Runs natively where the family is supported and the kernels were built, else with transformers. `cache`: what keys and
+        values are kept as, f32, bf16, int8 or int4, natively alone; by default as `dtype`. BadInput where there is nothing to
+        continue, or no room to.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        kept = check_cache(cache)
         if isinstance(stop, str) or not all(stop):
             raise BadInput(f"stop is {stop!r}; it is a list of texts, none of them empty")
         dtype = dtype or self.dtype
@@ -95,6 +98,8 @@ class Handle:
         dtype = dtype or "float32"
         if decoder is None and not type(self._module(dtype)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
             raise BadInput(f"{self.path} is a {type(self._module(dtype)).__name__}, which does not continue text; give a language model")
+        if decoder is None and cache:
+            raise BadInput(f"cache {cache} is of the native decoder, which does not run {self.path}; leave it out")
         tokenizer = open_tokenizer(self.path)
         if tokenizer is not None:
             ids, last = tokenizer.encode(prompt).ids, stop_ids(self.path, tokenizer)
@@ -113,7 +118,7 @@ class Handle:
             max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)  # the last new token needs no position
         how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": sorted(last)}
         if decoder is not None:
-            new = decoder.generate(ids, max_new_tokens, **how)
+            new = decoder.generate(ids, max_new_tokens, cache=kept, **how)
         else:
             new = torch_decoder.generate(self._module(dtype), ids, max_new_tokens, **how)
         return (_ids if return_ids else _pieces)(new, Pieces(decode, ids), last, Until(stop))

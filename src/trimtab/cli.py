@@ -207,6 +207,8 @@ def parser() -> Parser:
     p.add_argument("--against")
     p.add_argument("--prompt", type=count, help="tokens of the prompt, default 64 or what the model has room for")
     p.add_argument("--new", type=count, help="tokens that follow, the same")
+    p.add_argument("--cache", choices=("f32", "bf16", "int8", "int4"), default="",
+                   help="keys and values in our decoder, which alone is timed then; default: as --dtype")
     p.add_argument("--batch", type=count, default=1)
     p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
     model_options(p)
@@ -220,6 +222,8 @@ def parser() -> Parser:
     p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that have this share together")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given more than once")
     p.add_argument("--seed", type=seed, default=0)
+    p.add_argument("--cache", choices=("f32", "bf16", "int8", "int4"), default="",
+                   help="what keys and values are kept as; default: as --dtype")
     model_options(p)
     p.set_defaults(dtype=None)  # as it was packed
 
@@ -311,7 +315,7 @@ def run_generate(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
     pieces = []
     handle = tt.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
     for piece in handle.generate(a.prompt, a.max_new_tokens, a.temperature, a.seed, top_k=a.top_k, top_p=a.top_p,
-                                 stop=a.stop):
+                                 stop=a.stop, cache=a.cache):
         pieces.append(piece)
         if not a.json:
             print(piece, end="", flush=True)

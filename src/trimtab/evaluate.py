@@ -71,7 +71,7 @@ def bench(model: Path, against: Path | None, a: Any) -> dict[str, Any]:
     core, threads = native.core(), torch.get_num_threads()
     read = core and core.read_bandwidth(READ, threads, 2)
     result = measure(nets[0], nets[1] if against else None, prompt=prompt, new=new, batch=a.batch, threads=threads,
-                     dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code, ours=True)
+                     dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code, ours=True, cache=a.cache)
     read = core and max(read, core.read_bandwidth(READ, threads, 2))
     for side, net, name, recipe in zip(("before", "after"), nets, [x for x in (a.against, a.model) if x], recipes, strict=False):
         steps = (result[side]["decode_tok_s"] or 0) / a.batch
@@ -91,6 +91,7 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {k: result[k] for k in ("threads", "repeats", "speed", "machine", "isa", "read_gb_s", "peak_gflop_s")}
     setting = f"prompt {result['prompt']}" + (f", {result['new']} new" if result["new"] else "")
     setting += f", batch {result['batch']}" if result["batch"] > 1 else ""
+    setting += f", cache {result['cache']}" if result["cache"] else ""
     rows = []
     for side in (result["before"], result["after"]):
         for metric, quartiles in (side["quartiles"] if side else {}).items():

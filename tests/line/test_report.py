@@ -157,7 +157,7 @@ def test_bench_prints_one_model_or_two(capsys):
             "quartiles": {"decode_tok_s": [200.0, 220.0], "prefill_tok_s": [3000.0, 3200.0], "first_token_s": [0.01, 0.03]}}
     result = {"before": side, "after": None, "ratio": {}, "speed": "measured", "runner": "torch", "dtype": "float32",
               "threads": 2, "repeats": 5, "prompt": 64, "new": 16, "batch": 1, "machine": {"cpu": "x"}, "isa": "avx2",
-              "read_gb_s": 33.3, "peak_gflop_s": {"f32": 230.0}}
+              "read_gb_s": 33.3, "peak_gflop_s": {"f32": 230.0}, "cache": ""}
     print_bench(result)
     out = capsys.readouterr().out
     assert "210.0 (200 to 220)" in out and "33.3 GB/s" in out and "31.0%" in out

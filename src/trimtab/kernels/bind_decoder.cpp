@@ -352,15 +352,23 @@ struct BoundDecoder {
     BoundDecoder(nb::object description, nb::dict linears, nb::dict tensors) : built(description, linears, tensors) {}
 };
 
+// Of keys and values; unless it is said, as narrow as x.
+Type cache_type(const std::string& name, const std::string& narrowest) {
+    if (name.empty()) return activation(narrowest) == Type::f32 ? Type::f32 : Type::bf16;
+    for (Type t : {Type::f32, Type::bf16, Type::i8, Type::i4})
+        if (name == type_name(t)) return t;
+    throw std::invalid_argument("keys and values are kept as f32, bf16, i8 or i4, not " + name);
+}
+
 struct BoundSession {
     nb::object decoder;
     Session session;
     int64_t vocabulary;
 
     BoundSession(nb::object d, int64_t batch, const std::string& narrowest, int threads, double temperature, int64_t top_k, double top_p,
-                 uint64_t seed, const std::vector<int64_t>& stops, const std::string& isa)
+                 uint64_t seed, const std::vector<int64_t>& stops, const std::string& isa, const std::string& cache)
         : decoder(d), session(nb::cast<const BoundDecoder&>(d).built.p,
-                              {batch, activation(narrowest), checked_threads(threads), {temperature, top_k, top_p, seed}, {stops.begin(), stops.end()}, table(isa).ops}),
+                              {batch, activation(narrowest), cache_type(cache, narrowest), checked_threads(threads), {temperature, top_k, top_p, seed}, {stops.begin(), stops.end()}, table(isa).ops}),
           vocabulary(nb::cast<const BoundDecoder&>(d).built.p.vocabulary) {
         if (!std::isfinite(temperature) || temperature < 0 || top_k < 0 || !(top_p > 0 && top_p <= 1))
             throw std::invalid_argument("temperature is at least 0, top_k at least 0, top_p above 0 and at most 1");
@@ -396,9 +404,10 @@ void bind_decoder(nb::module_& m) {
         .def(nb::init<nb::object, nb::dict, nb::dict>(), "description"_a, "linears"_a, "tensors"_a,
              "A decoder of plain data, {name: Linear} and {name: float32 or bfloat16 array}; ValueError says what does not fit, and where.");
     nb::class_<BoundSession>(m, "Session")
-        .def(nb::init<nb::object, int64_t, const std::string&, int, double, int64_t, double, uint64_t, const std::vector<int64_t>&, const std::string&>(),
+        .def(nb::init<nb::object, int64_t, const std::string&, int, double, int64_t, double, uint64_t, const std::vector<int64_t>&, const std::string&,
+                      const std::string&>(),
              "decoder"_a, "batch"_a, "narrowest"_a, "threads"_a, "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0,
-             "stops"_a = std::vector<int64_t>(), "isa"_a = "", "A batch of sequences that grow.")
+             "stops"_a = std::vector<int64_t>(), "isa"_a = "", "cache"_a = "", "A batch of sequences that grow.")
         .def("feed", &BoundSession::feed, "ids"_a.noconvert(), "logits"_a.noconvert() = nb::none(),
              "Appends ids (int64, one array a sequence); `logits` [all ids, vocabulary] gets what comes after each.")
         .def("step", &BoundSession::step, "The next token of every sequence, -1 behind a stop; the next step appends it.")

@@ -31,7 +31,7 @@ private:
 
 }  // namespace
 
-void Cache::reach(int64_t positions, int64_t bytes) {
+void Pages::reach(int64_t positions, int64_t bytes) {
     while (int64_t(pages_.size()) * PAGE < positions) {
         bytes = (bytes + 63) / 64 * 64;
         std::byte* page = static_cast<std::byte*>(std::aligned_alloc(64, size_t(bytes)));
@@ -41,12 +41,12 @@ void Cache::reach(int64_t positions, int64_t bytes) {
     }
 }
 
-void Cache::forget(int64_t before) {
+void Pages::forget(int64_t before) {
     for (int64_t i = std::min(before / PAGE, int64_t(pages_.size())); i-- > 0 && pages_[size_t(i)];)
         std::free(std::exchange(pages_[size_t(i)], nullptr));
 }
 
-int64_t Cache::held() const {
+int64_t Pages::held() const {
     return std::count_if(pages_.begin(), pages_.end(), [](const std::byte* p) { return p != nullptr; });
 }
 
@@ -83,15 +83,21 @@ void Session::turn() {
     }
 }
 
+Heads Session::heads(const Attention& a) const {
+    const Type t = options_.cache;
+    const int bits = code_bits(t);
+    return {a.kv_heads, a.head_dim, (bits ? options_.narrowest : t) == Type::f32, bits};
+}
+
 void Session::attention(const Attention& a, const float* x) {
     const Ops& ops = *options_.ops;
-    const Heads heads{a.kv_heads, a.head_dim, options_.narrowest == Type::f32};
+    const Heads heads = this->heads(a);
     const int64_t wide = a.heads * a.head_dim, narrow = a.kv_heads * a.head_dim, group = a.heads / a.kv_heads;
     normed(a.norm, x, count_, sized(normed_, count_ * p_.hidden));
     float *q = sized(q_, count_ * wide), *k = sized(k_, count_ * narrow), *v = sized(v_, count_ * narrow);
     apply(std::array<Target, 3>{{{&a.q, q}, {&a.k, k}, {&a.v, v}}}, normed_.data(), count_, with());
     Cache* caches = &caches_[a.cache * rows_.size()];
-    for (const Segment& s : segments_) caches[s.sequence].reach(s.begin + s.count, heads.bytes());
+    for (const Segment& s : segments_) caches[s.sequence].floats.reach(s.begin + s.count, heads.bytes());
     auto ready = [&](float* row, int64_t count, const std::optional<Norm>& norm, const float* cos, size_t pairs) {
         for (int64_t h = 0; h < count; ++h, row += a.head_dim) {
             if (norm) ops.rms(row, norm->weight.data(), a.head_dim, norm->eps, row);
@@ -106,17 +112,21 @@ void Session::attention(const Attention& a, const float* x) {
             const float* cos = turns + size_t(r) * 2 * pairs;
             ready(q + r * wide, a.heads, a.q_norm, cos, pairs);
             ready(k + r * narrow, a.kv_heads, a.k_norm, cos, pairs);
-            ops.remember(heads, caches[s.sequence].page(s.begin + i), s.begin + i, k + r * narrow, v + r * narrow);
+            ops.remember(heads, caches[s.sequence].floats.page(s.begin + i), s.begin + i, k + r * narrow, v + r * narrow);
         });
+    if (heads.bits) shrink(heads, caches);
     float* mixed = sized(mixed_, count_ * wide);
     const int64_t some = std::max<int64_t>(1, TOGETHER / group);
     int64_t cost = 0;
     work_.clear();
     for (const Segment& s : segments_)
         for (int64_t h = 0; h < a.kv_heads; ++h)
-            for (int64_t i = 0; i < s.count; i += some) {
-                const int64_t at = (s.row + i) * wide + h * group * a.head_dim, count = std::min(some, s.count - i), end = s.begin + i + count;
-                work_.push_back({heads, h, group, s.begin + i, count, a.window, a.scale, q + at, mixed + at, wide, caches[s.sequence].pages()});
+            for (int64_t i = 0, count; i < s.count; i += count) {
+                count = std::min(some, s.count - i);
+                if (heads.bits) count = std::min(count, PAGE - (s.begin + i) % PAGE);  // the page of a position is not codes to it
+                const int64_t at = (s.row + i) * wide + h * group * a.head_dim, end = s.begin + i + count;
+                const Cache& c = caches[s.sequence];
+                work_.push_back({heads, h, group, s.begin + i, count, a.window, a.scale, q + at, mixed + at, wide, c.floats.pages(), c.codes.pages()});
                 cost += count * group * a.head_dim * (a.window ? std::min(end, a.window) : end);
             }
     auto attend = [&](int64_t begin, int64_t end, int) {
@@ -124,9 +134,30 @@ void Session::attention(const Attention& a, const float* x) {
         for (int64_t i = begin; i < end; ++i) ops.attend(work_[size_t(i)], sized(scratch, work_[size_t(i)].scratch()));
     };
     parallel(int64_t(work_.size()), cost < SMALL ? 1 : options_.threads, std::ref(attend));
-    if (a.window)
-        for (const Segment& s : segments_) caches[s.sequence].forget(s.begin + s.count - a.window + 1);
+    for (const Segment& s : segments_) {
+        const int64_t end = s.begin + s.count;
+        Cache& c = caches[s.sequence];
+        if (heads.bits) c.floats.forget(end - 1);
+        if (a.window) (heads.bits ? c.codes : c.floats).forget(end - a.window + 1);
+    }
     apply(std::array<Target, 1>{{{&a.o, sized(out_, count_ * p_.hidden)}}}, mixed, count_, with());
+}
+
+// Pages that a position follows become codes. That they are full is not enough: what a position sees of its own page would depend on
+// whether others were fed with it.
+void Session::shrink(const Heads& heads, Cache* caches) {
+    shrinking_.clear();
+    for (const Segment& s : segments_) {
+        Cache& c = caches[s.sequence];
+        const int64_t from = c.codes.reached(), to = (s.begin + s.count - 1) / PAGE;
+        c.codes.reach(to * PAGE, heads.count * heads.code_bytes());
+        for (int64_t page = from; page < to; ++page)
+            for (int64_t h = 0; h < heads.count; ++h) shrinking_.push_back({h, c.floats.page(page * PAGE), c.codes.page(page * PAGE)});
+    }
+    each_row(int64_t(shrinking_.size()), heads.dim * PAGE * 16, options_.threads, [&](int64_t i) {
+        const Shrink& s = shrinking_[size_t(i)];
+        options_.ops->encode(heads, s.head, s.from, s.to);
+    });
 }
 
 void Session::feed_forward(const Feed& f, const float* x) {
@@ -238,8 +269,11 @@ int64_t Session::held() const {
     for (const Step& step : p_.steps)
         for (const Sublayer& s : step)
             if (const Attention* a = std::get_if<Attention>(&s))
-                for (size_t i = 0; i < rows_.size(); ++i)
-                    bytes += caches_[a->cache * rows_.size() + i].held() * Heads{a->kv_heads, a->head_dim, options_.narrowest == Type::f32}.bytes();
+                for (size_t i = 0; i < rows_.size(); ++i) {
+                    const Cache& c = caches_[a->cache * rows_.size() + i];
+                    const Heads h = heads(*a);
+                    bytes += c.floats.held() * h.bytes() + (h.bits ? c.codes.held() * h.count * h.code_bytes() : 0);
+                }
     return bytes;
 }
 

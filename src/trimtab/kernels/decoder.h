@@ -58,26 +58,34 @@ struct Program {
     Map head;
 };
 
-// The keys and values of one attention and sequence: pages, made as they are reached.
-class Cache {
+// Pages of some size, in the order of their positions.
+class Pages {
 public:
-    Cache() = default;
-    Cache(Cache&& other) noexcept : pages_(std::exchange(other.pages_, {})) {}
-    ~Cache() { forget(int64_t(pages_.size()) * PAGE); }
+    Pages() = default;
+    Pages(Pages&& other) noexcept : pages_(std::exchange(other.pages_, {})) {}
+    ~Pages() { forget(int64_t(pages_.size()) * PAGE); }
+    // Makes pages of zeros up to a position.
     void reach(int64_t positions, int64_t bytes);
     // Gives back the pages that lie wholly before a position.
     void forget(int64_t before);
     std::byte* page(int64_t position) const { return pages_[size_t(position / PAGE)]; }
     const std::byte* const* pages() const { return pages_.data(); }
+    int64_t reached() const { return int64_t(pages_.size()); }
     int64_t held() const;        // pages in memory
 
 private:
     std::vector<std::byte*> pages_;
 };
 
+// The keys and values of one attention and sequence: what was computed, and the codes that its full pages become.
+struct Cache {
+    Pages floats, codes;
+};
+
 struct Options {
     int64_t batch;
-    Type narrowest;              // what x may be rounded to; f32 keeps keys and values in float32 as well
+    Type narrowest;              // what x may be rounded to
+    Type cache;                  // of keys and values: f32, bf16, or in full pages codes, i8 or i4; what is no code follows `narrowest` then
     int threads;
     Sampling sampling;
     std::unordered_set<int64_t> stops;
@@ -100,11 +108,14 @@ public:
 
 private:
     struct Row { int64_t length = 0, pending = -1, drawn = 0; bool stopped = false; std::vector<float> state; };
+    struct Shrink { int64_t head; const std::byte* from; std::byte* to; };
     struct Segment { int64_t sequence, begin, count, row; };  // positions begin .. begin + count are rows row .. row + count
 
     void append(std::span<const std::span<const int64_t>> ids);
     void forward();
+    Heads heads(const Attention& a) const;
     void attention(const Attention& a, const float* x);
+    void shrink(const Heads& heads, Cache* caches);
     void feed_forward(const Feed& f, const float* x);
     With with() const { return {options_.narrowest, options_.threads, options_.ops}; }
     void score(const float* states, int64_t rows, float* logits);
@@ -121,6 +132,7 @@ private:
     std::vector<float> x_, before_, normed_, out_, mixed_, q_, k_, v_, states_, logits_;
     std::vector<float> turns_;   // [ropes][rows][2][pairs]: cosines, then sines
     std::vector<size_t> turns_at_;
+    std::vector<Shrink> shrinking_;
     std::vector<Attend> work_;
     Sampler sampler_;
     std::atomic<bool> busy_{false};

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from trimtab.core.memory import release, rss
-from trimtab.core.types import Progress
+from trimtab.core.types import BadInput, Progress
 from trimtab.network.stream import Network, load_module
 from trimtab.prove.size import parameters
-from trimtab.runtime.decoder import Decoder, NoKernel, open_decoder, supported
+from trimtab.runtime.decoder import Decoder, NoKernel, check_cache, open_decoder, supported
 from trimtab.runtime.modules import PackedLinear
 
 KEYS = ("decode_tok_s", "prefill_tok_s", "first_token_s")
@@ -111,11 +111,11 @@ def _native(net: Network, how: torch.dtype) -> Decoder | None:
         return None
 
 
-def _decode(decoder: Decoder, inputs: dict[str, Tensor], new: int) -> dict[str, float]:
+def _decode(decoder: Decoder, inputs: dict[str, Tensor], cache: str, new: int) -> dict[str, float]:
     """What `_generate` does, in our own decoder."""
     rows, prompt = inputs["input_ids"].shape
     start = perf_counter()
-    ids = decoder.generate_batch(list(inputs["input_ids"]), new + 1)
+    ids = decoder.generate_batch(list(inputs["input_ids"]), new + 1, cache=cache)
     next(ids)
     first = perf_counter()
     for _ in ids:
@@ -216,11 +216,12 @@ def _figures(rows: list[dict[str, float]]) -> dict[str, Any]:
 def measure(before: Path | Network, after: Path | Network | None, *, prompt: int = 64, new: int = 64, batch: int = 1,
             threads: int | None = None, repeats: int = 5, max_memory: int | None = None, seconds: float | None = None,
             dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, progress: Progress | None = None,
-            ours: bool = False) -> dict[str, Any]:
+            ours: bool = False, cache: str = "") -> dict[str, Any]:
     """Time both checkpoints in turns A B, B A, A B; medians over `repeats`.
 
     With transformers, packed layers on our kernels; where a checkpoint is packed, or `ours` asks for it, and our decoder runs its
     family, all of them in our decoder too, so that what is not packed has its chance there. Of a checkpoint the faster runner counts.
+    With a `cache` (f32, bf16, int8 or int4: what keys and values are kept as) in our decoder alone; BadInput where it cannot run.
 
     Returns `before` and `after` (None if there is none), each with decode_tok_s (None for networks that do not
     generate), prefill_tok_s, first_token_s, `spread` {key: [min, max]}, `quartiles` {key: [first, third]}, `dtype` that x is multiplied in
@@ -235,6 +236,10 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         torch.set_num_threads(threads)
     nets = [x if isinstance(x, Network) else Network.open(x, dtype=dtype, trust_remote_code=trust_remote_code)
             for x in (before, after) if x is not None]
+    kept = check_cache(cache)
+    for net in nets:
+        if cache and (net.kind != "lm" or not supported(net.checkpoint)):
+            raise BadInput(f"cache {cache} is of the native decoder, which does not run {net.checkpoint.path}; leave it out")
     kind, config = nets[0].kind, nets[0].config.get_text_config()
     places = getattr(config, "max_position_embeddings", None)
     if places and prompt + (new if kind == "lm" else 0) > places:
@@ -242,7 +247,7 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         new = min(new, max(1, places - prompt))
     room = (_free() + rss() if max_memory is None else max_memory) - SLACK
     files = [sum(n.checkpoint.weight_bytes for n in nets), max(n.checkpoint.weight_bytes for n in nets)]
-    ours = (ours or any(n.checkpoint.packed for n in nets)) and nets[0].kind == "lm"
+    ours = (ours or bool(cache) or any(n.checkpoint.packed for n in nets)) and nets[0].kind == "lm"
     entries = sum(parameters(n.checkpoint) for n in nets) * (2 if ours else 1)  # once more in the decoder
     # While a model loads its file is mapped, and mapped pages count.
     if rss() + dtype.itemsize * entries + files[1] < room:
@@ -251,6 +256,8 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         how = nets[0].config.dtype
     else:
         how = None
+    if how is None and cache:
+        raise BadInput(f"with cache {cache} the models are timed whole, and they do not fit into memory")
     if how is None:
         rows = _estimators(nets, prompt, batch, repeats)
         none = {"dtype": str(nets[0].dtype).removeprefix("torch."), "weight_bytes": None, "resident_bytes": None, "runners": {}}
@@ -269,10 +276,10 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
 
         def in_ours(net: Network) -> tuple[Run, int, str] | None:
             decoder = _native(net, how)
-            return decoder and (partial(_decode, decoder, inputs), decoder.weight_bytes, NAMES[decoder.narrowest])
+            return decoder and (partial(_decode, decoder, inputs, kept), decoder.weight_bytes, NAMES[decoder.narrowest])
 
         for k, net in enumerate(nets):
-            for runner, load in (("torch", in_torch), ("trimtab", in_ours))[:1 + ours]:
+            for runner, load in (("torch", in_torch), ("trimtab", in_ours))[bool(cache):1 + ours]:
                 if (c := Candidate.load(k, runner, partial(load, net), few)) is not None:
                     candidates.append(c)
         if seconds is not None and kind == "lm":
@@ -288,6 +295,8 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
         rows, figures = [], []
         for k in range(len(nets)):
             mine = [c for c in candidates if c.of == k]
+            if not mine:
+                raise BadInput(f"cache {cache} is of the native decoder, which does not run {nets[k].checkpoint.path}; leave it out")
             best = max(mine, key=lambda c: c.figures()[KEYS[0] if kind == "lm" else KEYS[1]])
             rows.append(best.rows)
             figures.append(best.figures() | {"runner": best.runner, "runners": {c.runner: c.figures() for c in mine}})
@@ -305,4 +314,5 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
             "after": figures[1] if after is not None else None, "ratio": ratio, "repeats": repeats,
             "prompt": prompt, "new": new if kind == "lm" else None, "batch": batch,
             "threads": torch.get_num_threads(), "dtype": str(how or nets[0].dtype).removeprefix("torch."),
-            "runner": counted[-1] if len(set(counted)) == 1 else f"{counted[-1]} against {counted[0]}", "rss_bytes": held}
+            "runner": counted[-1] if len(set(counted)) == 1 else f"{counted[-1]} against {counted[0]}", "rss_bytes": held,
+            "cache": cache}

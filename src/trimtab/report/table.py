@@ -148,8 +148,9 @@ def print_bench(result: dict[str, Any]) -> None:
     out = console()
     out.print(table)
     new = f" and {result['new']} new" if result["new"] else ""
+    cache = f", cache {result['cache']}" if result["cache"] else ""
     out.print(f"{result['speed']} with {result['runner']}, torch in {result['dtype']}, {result['threads']} threads, "
-              f"prompt {result['prompt']}{new}, batch {result['batch']}, {result['repeats']} rounds taking turns", soft_wrap=True)
+              f"prompt {result['prompt']}{new}, batch {result['batch']}, {result['repeats']} rounds taking turns{cache}", soft_wrap=True)
     line = f"{result['machine']['cpu']}, kernels {result['isa']}"
     if result["read_gb_s"]:
         peaks = ", ".join(f"{t} {number(x, 3)}" for t, x in result["peak_gflop_s"].items())

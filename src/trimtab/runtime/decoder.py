@@ -24,6 +24,7 @@ from trimtab.runtime import native, packed
 
 CHUNK = 256  # tokens of prompts that pass through the layers together
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+CACHES = {"f32": "f32", "bf16": "bf16", "int8": "i8", "int4": "i4"}  # what keys and values may be kept as
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # of a sublayer
 NOT_DESCRIBED = (KeyError, TypeError, AttributeError, RecursionError)
 
@@ -112,12 +113,14 @@ class Decoder:
 
     `description`: what `graph.describe` returns, or the same as read from a file; `linears`: its maps by name; `tensors`:
     embedding, norms and biases by name, float32 or bfloat16, the embedding not copied. `narrowest`: what x may be rounded
-    to before it is multiplied, f32 (not at all; keys and values in float32 too), bf16, or i8 (where weights are codes).
-    BadInput says what does not fit, and where.
+    to before it is multiplied, f32 (not at all), bf16, or i8 (where weights are codes). `cache`: what keys and values are kept
+    as, f32, bf16, or in codes, i8 or i4: pages of 128 positions become codes when the next one begins, and until then stay as
+    x is rounded; "": f32 where `narrowest` is, else bf16. Both may be said anew for each sequence. BadInput says what does not
+    fit, and where.
     """
 
     def __init__(self, description: Mapping[str, Any], linears: Mapping[str, Packed | native.Linear], tensors: Mapping[str, Tensor], *,
-                 narrowest: str = "f32"):
+                 narrowest: str = "f32", cache: str = ""):
         core = native.core()
         if core is None:
             raise BadInput(f"there is no native decoder: {native.absent()}")
@@ -130,16 +133,16 @@ class Decoder:
         except ValueError as e:
             raise BadInput(str(e)) from None
         self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in _packed(w).buffers.items()}
-        self._session, self.narrowest = core.Session, narrowest
+        self._session, self.narrowest, self.cache = core.Session, narrowest, cache
         self.weight_bytes = sum(_packed(w).nbytes for w in linears.values())  # that every step reads
         self.context: int = description["context"]
         self.vocabulary: int = description["vocabulary"]
 
-    def logits(self, ids: Sequence[int] | Tensor, *, narrowest: str = "", chunk: int = CHUNK) -> Tensor:
+    def logits(self, ids: Sequence[int] | Tensor, *, narrowest: str = "", chunk: int = CHUNK, cache: str = "") -> Tensor:
         """What comes after each of `ids`: [len(ids), vocabulary] float32."""
         prompt = self._prompts([ids])[0]
         check_chunk(chunk)
-        session = self._begin(1, narrowest)
+        session = self._begin(1, narrowest, cache)
         out = torch.empty(len(prompt), self.vocabulary)
         for part, to in zip(prompt.split(chunk), out.split(chunk), strict=True):
             session.feed([part], to)
@@ -151,7 +154,7 @@ class Decoder:
 
     def generate_batch(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int = 64, *, temperature: float = 0.0,
                        top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (), narrowest: str = "",
-                       chunk: int = CHUNK) -> Iterator[list[int | None]]:
+                       chunk: int = CHUNK, cache: str = "") -> Iterator[list[int | None]]:
         """One new id of every sequence at a time, None for those that ended with one of `stop` before.
 
         Greedy at temperature 0; `top_k` 0: of all; `top_p` 1: of all. Equal seeds give equal ids on any number of threads. The
@@ -160,15 +163,16 @@ class Decoder:
         given = self._prompts(prompts)
         check_chunk(chunk)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        session = self._begin(len(given), narrowest, temperature, top_k, top_p, seed,
+        session = self._begin(len(given), narrowest, cache, temperature, top_k, top_p, seed,
                               [int(s) for s in stop if 0 <= s < self.vocabulary])
         # The last new token is not fed back, so it needs no position.
         steps = min(max_new_tokens, self.context - max(map(len, given)) + 1)
         return self._steps(session, given, steps, chunk)
 
-    def _begin(self, batch: int, narrowest: str, *options: Any) -> Any:
+    def _begin(self, batch: int, narrowest: str, cache: str, *options: Any) -> Any:
         try:
-            return self._session(self._core, batch, narrowest or self.narrowest, torch.get_num_threads(), *options)
+            return self._session(self._core, batch, narrowest or self.narrowest, torch.get_num_threads(), *options,
+                                 cache=cache or self.cache)
         except ValueError as e:
             raise BadInput(str(e)) from None
 
@@ -238,6 +242,13 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
 def check_chunk(chunk: int) -> None:
     if chunk < 1:
         raise BadInput(f"chunk is {chunk}; it is at least 1 token")
+
+
+def check_cache(cache: str) -> str:
+    """The decoder's name of what a user asks keys and values to be kept as; "": nothing was asked."""
+    if cache and cache not in CACHES:
+        raise BadInput(f"cache {cache!r} is not one of {', '.join(CACHES)}")
+    return CACHES.get(cache, "")
 
 
 def _plain(t: Tensor) -> Tensor:
