@@ -52,7 +52,7 @@ class Source:
         return parts
 
     def _simple(self, site: str) -> Terms | None:
-        """What the parts of a site, `<block>.<group>.<role>`, say; None where that is nothing, or more than one matrix of codes or factors."""
+        """What the parts of a site, `<block>.<group>.<role>`, say; None where that is nothing, or more than codes or factors alone."""
         if self.parts is None:
             return None
         terms = Terms.among({n.rpartition(":")[2]: self.parts.read(n) for n in self.parts.names if n.rpartition(":")[0] == site})

@@ -109,8 +109,8 @@ class Terms:
     @staticmethod
     def among(parts: Mapping[str, Tensor]) -> Terms | None:
         """What the parts say; None where they say nothing but what was spared. BadInput where they contradict each other."""
-        bases = (Basis.among(parts, side) for side in (INSIDE, OUTSIDE))
-        terms = Terms(Codes.among(parts), Factors.among(parts), *bases, Spared.among(parts))
+        inside, outside = Basis.among(parts, INSIDE), Basis.among(parts, OUTSIDE)
+        terms = Terms(Codes.among(parts), Factors.among(parts), inside, outside, Spared.among(parts))
         if terms.codes is None and terms.factors is None:
             return None
         return terms

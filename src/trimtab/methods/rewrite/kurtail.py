@@ -19,9 +19,9 @@ def kurtail(w: Tensor, *, iters: int = 60, seed: int = 0) -> Basis:
 
     Formula: min over orthogonal R of mean_i |kurt(W_i R^T) - 1.8|, kurt(v) = mean((v - m)^4) / var(v)^2
     Source: Akhondzadeh et al. 2025 (KurTail), arXiv:2503.01483, section 3: the kurtosis of a uniform distribution as the aim
-    Deviations: of the weights of 512 outputs, evenly spread, which is what is rounded to few bits here, where the source takes the inputs of
-        attention and MLP; R as the product of two small matrices at every input, where the source has one for the residual stream; by
-        steps of falling length on the logarithm of each, from a Hadamard matrix
+    Deviations: of the weights of 512 outputs, evenly spread, which is what is rounded to few bits here, where the source takes the
+        inputs of attention and MLP; R as the product of two small matrices at every input, where the source has one for the residual
+        stream; by steps of falling length on the logarithm of each, from a Hadamard matrix
     """
     a, b = split(w.shape[1])
     g = torch.Generator(w.device).manual_seed(seed)
