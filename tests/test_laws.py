@@ -901,7 +901,7 @@ def law_edit_parts_are_the_truth(m: Method) -> None:
             new = pruned(m, name, plain(), 0.5, dtype=dtype)
             terms, spared = Terms.among(new.parts), Spared.among(new.parts)
             assert (terms is not None and terms.codes is not None) == bool(m.facts["codes"])
-            assert m.facts["codes"] or (Factors.of(new) is not None) == m.facts["factors"]
+            assert m.facts["codes"] or (Factors.among(new.parts) is not None) == m.facts["factors"]
             if terms is not None:
                 assert torch.equal(terms.weight().to(dtype), new.w)
             assert bool(spared) == m.facts["spares"]
@@ -934,12 +934,12 @@ def law_edit_factors_have_the_share(m: Method) -> None:
         for name in THREE:
             out, inputs = SITES[name].shape
             for keep in (0.01, *SHARES, 1.0):
-                rank = Factors.of(pruned(m, name, plain(), keep)).rank
+                rank = Factors.among(pruned(m, name, plain(), keep).parts).rank
                 assert rank == rank_of((out, inputs), keep) == max(1, int(keep * out * inputs / (out + inputs)))
                 assert rank == 1 or rank * (out + inputs) <= keep * out * inputs < (rank + 1) * (out + inputs)
             for rank in (1, 3, min(out, inputs)):
                 new = call(m, env(m, name), rank=rank)
-                assert Factors.of(new).rank == rank >= int(torch.linalg.matrix_rank(new.w))
+                assert Factors.among(new.parts).rank == rank >= int(torch.linalg.matrix_rank(new.w))
             for rank in (-1, min(out, inputs) + 1):
                 with pytest.raises(BadInput, match="a rank is 1 to"):
                     call(m, env(m, name), rank=rank)
@@ -959,7 +959,7 @@ def law_edit_codes_lie_on_any_grid(m: Method) -> None:
                 for mask in (torch.ones_like(weight(name), dtype=torch.bool), torch.rand(weight(name).shape, generator=generator(3)) > 0.3):
                     if bool(mask.all()) or grid.m.facts["zero"]:
                         new = pruned(m, name, plain(), 0.5, grid=grid, w=weight(name) * mask, mask=mask)
-                        codes = Codes.of(new)
+                        codes = Codes.among(new.parts)
                         assert (codes.type, codes.group) == (grid.m.facts["type"](grid.knobs), grid.group(weight(name))), grid
                         assert torch.equal(codes.weight(), new.w) and not bool(new.w[~mask].any()), grid
 
@@ -1073,7 +1073,7 @@ def law_repair_keeps_codes(m: Method) -> None:
             for bits, asymmetric in ((3, False), (2, False), (3, True)):
                 new = nearest(w * mask, bits, 8, asymmetric=asymmetric).change(None if bool(mask.all()) else mask)
                 out = call(m, env(m, name, new=new))
-                was, now = Codes.of(new), Codes.of(out)
+                was, now = Codes.among(new.parts), Codes.among(out.parts)
                 assert (now.type, now.group, now.grid.zeros is None) == (was.type, was.group, was.grid.zeros is None)
                 assert torch.equal(Terms.among(out.parts).weight(), out.w) and not bool(out.w[~mask].any())
                 assert error(w, out.w, gram) < error(w, new.w, gram)
@@ -1256,7 +1256,7 @@ def law_format_knows_what_it_stores(m: Method) -> None:
             kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
             whole = {"any": new.w.numel(), "nm": new.w.numel() // knobs.get("m", 1) * knobs.get("n", 1)}
             packed = m.fn(new, **knobs)
-            if (factors := Factors.of(new)) is not None:
+            if (factors := Factors.among(new.parts)) is not None:
                 assert m.facts["stored"](packed) == factors.left.numel() + factors.right.numel()
             elif m.facts["holds"] in whole:
                 assert m.facts["stored"](packed) == whole[m.facts["holds"]]

@@ -148,7 +148,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
         if not gradients:  # gradient statistics need the whole forward walk: only their storage is tried here
             shares = {name: p.keep or opts.keep for name, p in owner.items()}
             for s, change in edit_block(net, module, 0, owner, shares, collect, {})[0]:
-                if (factors := Factors.of(change)) is not None:
+                if (factors := Factors.among(change.parts)) is not None:
                     ranks[s.name] = factors.rank
         from safetensors.torch import save_file
 

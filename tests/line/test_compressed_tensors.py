@@ -27,7 +27,7 @@ REFUSED = [
     ("llama", "rtn(bits=3,group=16)", r"0\.attn\.q: its codes are of 3 bits"), ("llama", "ternary | rtn", r"0\.attn\.q: .* ternary"),
     ("llama", "*.down: nf(bits=4,group=16) | rtn", r"0\.mlp\.down: its codes are steps of a table of 16"),
     ("llama", "fp(bits=8,exponent=4,group=0,clip=max) | rtn", "e4m3, which end at 448"),
-    ("llama", "mlp: svd", r"0\.mlp\.gate: it is made of factors"),
+    ("llama", "mlp: svd", r"0\.mlp\.gate: it has factors"),
     ("llama", "wanda", "has no codes"), ("llama", "rtn(bits=4,group=20)", "groups of 20 do not divide its 32 inputs"),
     ("llama", f"*.q: {W4}", r"0\.attn\.k: it has no codes and 0\.attn\.q has 4 bits in groups of 16; .* alike"),
     ("llama", f"*.up: {W8} ; *.gate: {W4}", r"0\.mlp\.up: it has 8 bits in rows and 0\.mlp\.gate"),

@@ -512,7 +512,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                 if not opts.pack and k == final[s.name]:  # counted here, where it is not written
                     packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
                     notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
-                if (factors := Factors.of(change)) is not None:
+                if (factors := Factors.among(change.parts)) is not None:
                     notes.setdefault("ranks", {})[s.name] = factors.rank
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)

@@ -48,7 +48,7 @@ class Format:
 
     def of(self, change: Change) -> Step:
         """Single weights that nobody named a format for lie in steps where few are left."""
-        if self.named or self.step != Step("format/bitmask") or Codes.of(change) is not None:
+        if self.named or self.step != Step("format/bitmask") or Codes.among(change.parts) is not None:
             return self.step
         return Step("format/sell") if int(change.w.count_nonzero()) < FEW * change.w.numel() else self.step
 

@@ -172,7 +172,7 @@ def reader(net: Network, parts: SafeFile) -> Callable[[Layer], Codes]:
         rows = net.checkpoint.tensors[layer.file].shape[0]
         for s in layer.sites:
             check(s, its)
-        codes = Codes.of(pack.whole(layer, torch.empty(rows, 0), its, torch.float32, pack.Format(Step("format/dense"))))
+        codes = Codes.among(pack.whole(layer, torch.empty(rows, 0), its, torch.float32, pack.Format(Step("format/dense"))).parts)
         if codes is None:
             raise BadInput(f"{layer.sites[0].name}: it shares {layer.file} with rows on another grid, and compressed-tensors has one a "
                            "layer; quantise them alike")

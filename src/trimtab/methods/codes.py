@@ -148,11 +148,6 @@ class Codes:
         levels, group = parts["grid"].tolist()
         return Codes(parts["codes"], Grid(parts["scales"], levels, parts.get("zeros"), parts.get("table")), group)
 
-    @staticmethod
-    def of(new: Change) -> Codes | None:
-        """The codes of a change."""
-        return Codes.among(new.parts)
-
 
 # ---- fitting ----------------------------------------------------------------------------------
 def grouped(t: Tensor, group: int) -> Tensor:

@@ -51,11 +51,6 @@ class Factors:
         """The factors among the parts of a change; None where there are none. BadInput where they do not meet."""
         return Factors(parts["left"], parts["right"]) if "left" in parts else None
 
-    @staticmethod
-    def of(new: Change) -> Factors | None:
-        """The factors of a change."""
-        return Factors.among(new.parts)
-
 
 def rank_of(shape: tuple[int, ...], keep: float, rank: int = 0) -> int:
     """The rank whose factors hold a share `keep` of the parameters of [out, in], rounded down, at least 1; `rank`, where it is not 0.

@@ -47,7 +47,7 @@ def lowrank(new: Change) -> Packed:
     Source: common practice
     Deviations: the outputs of both are filled up to panels of 32, those of the first, which are the rank, too
     """
-    factors = Factors.of(new)
+    factors = Factors.among(new.parts)
     if factors is None:
         matrix(new)
         raise BadInput("lowrank: holds factors alone, no codes and no whole weight; factorise it (svd), or store it as dense")

@@ -97,7 +97,7 @@ class Packed:
 # ---- what comes in ----------------------------------------------------------------------------
 def matrix(new: Change) -> Tensor | Codes:
     """What is to be stored, codes where the change has them. BadInput for what no layout holds."""
-    if (codes := Codes.of(new)) is not None:
+    if (codes := Codes.among(new.parts)) is not None:
         return codes
     w = new.w
     if w.ndim != 2 or 0 in w.shape:

@@ -24,7 +24,7 @@ def clip(w: Tensor, new: Change, gram: Tensor, *, steps: int = 20) -> Change:
     Deviations: all calibration tokens by their second moment, where the code takes 512; the scale shrinks and the zero point stays; a row
         whose whole error does not fall is left as it was
     """
-    codes = Codes.of(new)
+    codes = Codes.among(new.parts)
     if codes is None:
         return new
     group, kept = codes.group, w.float() if new.mask is None else w * new.mask

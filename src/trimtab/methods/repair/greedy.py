@@ -25,7 +25,7 @@ def greedy(w: Tensor, new: Change, gram: Tensor, *, iters: int = 9, damp: float 
     Source: Chee et al. 2023 (QuIP), arXiv:2307.13304, as in the authors' code (greedy passes behind LDLQ, up to 9)
     Deviations: a repair of any rounding; damping holds for the passes, and a row whose error without it does not fall is left as it was
     """
-    had = Codes.of(new)
+    had = Codes.among(new.parts)
     if had is None:
         return new
     h, inputs = damped(gram, damp).float(), w.shape[1]
