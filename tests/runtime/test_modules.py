@@ -75,7 +75,7 @@ def test_a_layer_of_factors_runs_them_in_turn(monkeypatch):
         with pytest.raises(BadInput, match="takes 96"):
             ours(x[..., :95])
         if ours.linear.kernels:
-            with pytest.raises(BadInput, match="takes no factors"):
+            with pytest.raises(BadInput, match="made of others"):
                 Mlp(None, ours.linear, Linear(dense(Change(weight(96, 64)))), "silu")
         with monkeypatch.context() as m:
             m.setattr(native, "core", lambda: None)
