@@ -121,6 +121,7 @@ class OnGrid:
     def __init__(self, m: Method, stats: dict[str, Tensor], /, **knobs: Any):
         self.m, self.stats, self.knobs = m, stats, {**small(m), **knobs}
         self.whole: bool = m.facts["of"] == "site"
+        self.blind = not m.needs
 
     def group(self, w: Tensor) -> int:
         return min(self.knobs["group"], w.shape[1]) or w.shape[1]
@@ -347,6 +348,7 @@ def law_uses_knobs(m: Method) -> None:
         given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \
             [env(m, name) for name in THREE]
         with_it = {"clip": k} if k == "percentile" else {"whiten": True} if k == "damp" and "whiten" in m.knobs else {}
+        with_it = {"feedback": True} if k == "damp" and "feedback" in m.knobs else with_it
         if m.facts.get("spares"):  # whose knobs are those of whole inputs
             given = [env(m, name, unit=Unit(get("unit/inputs"))) for name in THREE]
         assert any(differs(m, at, {k: t}, with_it) for t in tries if t != v for at in given), f"{k} makes no difference"
@@ -959,9 +961,10 @@ def law_edit_codes_lie_on_any_grid(m: Method) -> None:
                 for mask in (torch.ones_like(weight(name), dtype=torch.bool), torch.rand(weight(name).shape, generator=generator(3)) > 0.3):
                     if bool(mask.all()) or grid.m.facts["zero"]:
                         new = pruned(m, name, plain(), 0.5, grid=grid, w=weight(name) * mask, mask=mask)
-                        codes = Codes.among(new.parts)
-                        assert (codes.type, codes.group) == (grid.m.facts["type"](grid.knobs), grid.group(weight(name))), grid
-                        assert torch.equal(codes.weight(), new.w) and not bool(new.w[~mask].any()), grid
+                        terms = Terms.among(new.parts)
+                        along = weight(name).T if terms.transposed else weight(name)
+                        assert (terms.codes.type, terms.codes.group) == (grid.m.facts["type"](grid.knobs), grid.group(along)), grid
+                        assert torch.equal(terms.weight(), new.w) and not bool(new.w[~mask].any()), grid
 
 
 def law_edit_rounding_beats_the_nearest(m: Method) -> None:
@@ -970,7 +973,8 @@ def law_edit_rounding_beats_the_nearest(m: Method) -> None:
         for name in THREE:
             at = env(m, name, mask=torch.ones_like(weight(name), dtype=torch.bool), grid=OnGrid(get("grid/int"), stats(name), bits=3))
             least = error(weight(name), get("edit/rtn")(at).w, at["gram"])
-            assert error(weight(name), call(m, at).w, at["gram"]) < 0.8 * least, name
+            feedback = {"feedback": True} if "feedback" in m.knobs else {}
+            assert error(weight(name), call(m, at, **feedback).w, at["gram"]) < 0.8 * least, name
 
 
 def law_edit_touches_every_site(m: Method) -> None:

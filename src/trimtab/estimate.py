@@ -45,7 +45,7 @@ def walks(sweep: list[tuple[Pass, list[Site]]]) -> float:
     if any(line.differentiates(p) for p in passes):
         return 5.0 * (1 + plan)  # forward, then forward again and backward
     here = 2.0 if passes[0].order == "sequential" else 1.0
-    return plan + (here if any(p.needs - set(p.budget.method.needs) for p in passes) else 0.0)
+    return plan + (here if any(p.needs - p.planned for p in passes) else 0.0)
 
 
 def editing(p: Pass, site: Site, speed: float) -> float:

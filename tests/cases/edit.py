@@ -23,7 +23,7 @@ class Row:
 class Whole:
     """The grid of so many bits as an edit is given it, one group a row; `scale` in place of the one that fits."""
 
-    whole = False
+    whole, blind = False, True
 
     def __init__(self, bits: int, scale: float = 0.0):
         self.bits, self.scale = bits, scale
@@ -39,7 +39,7 @@ class Whole:
 class Pairs:
     """Two bits, one scale for two inputs."""
 
-    whole = False
+    whole, blind = False, True
 
     def group(self, w: torch.Tensor) -> int:
         return 2
@@ -96,4 +96,6 @@ CASES = {
     "edit/adaround": Case(site([[1.45, 2.2]], [[1.0, 1.0], [1.0, 2.0]], grid=Whole(4, 1.0)), [[2, 2]], differs="edit/ldlq"),
     # 0.496 is 0, and 0.496^2 is lost. One step of Adam adds 0.01 to it and takes 0.01 off the scale: 1 code of 0.99, of which 0.494^2.
     "edit/adaquant": Case(site([[0.496]], [[1.0]], grid=Whole(4, 1.0)), [[0.99]], {"iters": 2}, differs="edit/rtn"),
+    # A step of 4 a row loses the ones; a step a column loses nothing.
+    "edit/adadim": Case(site([[4.0, 1.0], [4.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], grid=Whole(2)), [[4, 1], [4, 1]], differs="edit/rtn"),
 }

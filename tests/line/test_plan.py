@@ -9,7 +9,7 @@ import torch
 
 from trimtab.core import edits, line, spec
 from trimtab.core.registry import get
-from trimtab.core.types import Change, Site, Summary
+from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.network.checkpoint import SafeFile
 from trimtab.network.stream import Network
 
@@ -63,3 +63,10 @@ def test_every_site_takes_one_of_the_grids_within_the_bits(tiny_lm: Path, tmp_pa
     assert all(len(bits) == 1 for bits in used.values())
     assert len({b for bits in used.values() for b in bits}) > 1
     assert 3.7 < size * 8 / sum(s.size for s in net.sites) <= 4
+
+
+def test_too_few_bits_are_refused_before_anything_is_written(tiny_lm: Path, tmp_path: Path) -> None:
+    opts = line.Options(samples=4, seq_len=32, speed=False, fresh=False)
+    with pytest.raises(BadInput, match=r"2.3 bits a weight are less than the smallest grids take, 2\.5"):
+        line.trim(tiny_lm, spec.load("knapsack(mean=2.3) | int(bits=2/3/4,group=32) | gptq"), tmp_path / "o", opts, lambda *_: None)
+    assert not list(tmp_path.iterdir())

@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from trimtab import cli
-from trimtab.core import edits, spec
+from trimtab.core import edits, line, spec
+from trimtab.core.registry import get
 from trimtab.core.types import BadInput
-from trimtab.methods.codes import Codes, Grid
+from trimtab.methods.codes import Codes, Grid, rounded
 from trimtab.methods.grid.int_ import int_
+from trimtab.methods.solvers import errors
 from trimtab.network.checkpoint import Checkpoint, SafeFile
 from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, packed
@@ -19,7 +22,9 @@ from trimtab.runtime import layouts, packed
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
 MADE = [("gptq(bits=3,group=32)", "i3"), ("gptq(act_order=true,asymmetric=true,group=32)", "i4"), ("gptq(bits=8,group=0)", "i8"),
         ("rtn(grid=nf,bits=3,group=32)", "l3"), ("fp(bits=4,exponent=2,group=32) | gptq", "l4"), ("kmeans(bits=2,group=32) | rtn", "l2"),
-        ("sign(group=32) | gptq", "l1"), ("awq(group=32)", "i4"), ("fp(bits=8) | rtn", "l8")]
+        ("sign(group=32) | gptq", "l1"), ("awq(group=32)", "i4"), ("fp(bits=8) | rtn", "l8"), ("ldlq(group=32)", "l2"),
+        ("int(group=32) | adaround(iters=5) | greedy", "i4"),
+        ("nf(group=32,bits=3) | adaquant(iters=5)", "l3")]
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +181,39 @@ def test_a_grid_is_a_step_of_its_own():
     assert spec.load("gptq(grid=fp(exponent=2),group=64)").text == "grid/fp(exponent=2,group=64) | edit/gptq"
     with pytest.raises(BadInput, match="both decide grid"):
         spec.load("int | nf | rtn")
+
+
+@pytest.mark.parametrize("edit", ["adaround", "adaquant"])
+def test_what_is_learned_is_no_worse_than_the_nearest_in_any_row(edit):
+    """Of many steps and of few; codes that learn their scale may go anywhere, those that do not are the two beside the weight."""
+    gen = torch.Generator().manual_seed(0)
+    w, x = torch.randn(40, 32, generator=gen), torch.randn(64, 32, generator=gen) @ torch.randn(32, 32, generator=gen)
+    grid = line.Gridded(spec.grid_step("int(bits=3,group=16)"), {})
+    env = {"w": w, "mask": torch.ones_like(w, dtype=torch.bool), "gram": x.T @ x / 64, "grid": grid}
+    near = get("edit/rtn")(env)
+    for iters in (0, 3, 200):
+        new = get(f"edit/{edit}")(env, iters=iters)
+        lost, least = (errors(w, c.w, env["gram"]) for c in (new, near))
+        assert bool((lost <= least).all())
+        assert (iters < 200) or float(lost.sum()) < 0.6 * float(least.sum())
+        if edit == "adaround":
+            codes = Codes.of(new)
+            low = codes.grid.below(w.view(40, 2, 16)).view(40, 32)
+            assert bool(((codes.codes == low) | (codes.codes == low + 1)).all())
+
+
+def test_after_greedy_no_code_alone_is_better():
+    """Every other value of every single weight costs its row more, on the second moment it works with."""
+    gen = torch.Generator().manual_seed(0)
+    w, x = torch.randn(6, 12, generator=gen), torch.randn(64, 12, generator=gen) @ torch.randn(12, 12, generator=gen)
+    gram = x.T @ x / 64
+    grid = line.Gridded(spec.grid_step("nf(bits=3,group=8)"), {})
+    near = rounded(w, grid(w), 8)
+    codes = Codes.of(get("repair/greedy")({"w": w, "new": near.change(), "gram": gram}, iters=100, damp=0.0))
+    least = errors(w, codes.weight(), gram)
+    assert float(least.sum()) < 0.7 * float(errors(w, near.weight(), gram).sum())
+    for j in range(12):
+        for q in range(8):
+            other = codes.codes.clone()
+            other[:, j] = q
+            assert bool((errors(w, replace(codes, codes=other).weight(), gram) >= least * (1 - 1e-5)).all())

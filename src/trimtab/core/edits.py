@@ -52,6 +52,11 @@ class Gridded:
         """Whether it has to see all of a site at once."""
         return self.step.method.facts["of"] == "site"
 
+    @property
+    def blind(self) -> bool:
+        """Whether the weights are all it sees."""
+        return not self.step.method.needs
+
     def group(self, w: Tensor) -> int:
         """Inputs of w [out, in] that share a scale."""
         return length(self.step.bound["group"], w.shape[1])

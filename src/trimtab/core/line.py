@@ -34,7 +34,6 @@ from trimtab.core.types import BadInput, Choices, Failed, Site, Summary
 from trimtab.methods.codes import rounded
 from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits
-from trimtab.methods.solvers import errors
 from trimtab.network.checkpoint import Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
@@ -101,6 +100,8 @@ def differentiates(p: Pass) -> bool:
 def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], opts: Options, samples: int) -> None:
     """What can be known to fail is refused before anything is written."""
     if len(each := recipe.options) > 1:
+        for p in (p for p in recipe.passes if p.chooses):  # whether anything can be chosen hangs on sizes alone
+            p.budget.method({"options": {s.name: sizes_of(p, s) for s in net.sites if p.covers(s)}}, **p.budget.bound)
         for one in each:
             check_recipe(net, one, sweeps(one, net.sites), opts, samples)
         return
@@ -121,7 +122,7 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
                                f"lower --samples or raise --max-memory")
             follows = "of_gram" if p.turns else "rescaled"
-            fixed = [n for n in p.needs if not get(f"stat/{n}").facts[follows] and n not in p.budget.method.needs]
+            fixed = [n for n in p.working if not get(f"stat/{n}").facts[follows]]
             if "rewrite" in p.steps and fixed:
                 raise BadInput(f"{p.steps['rewrite']} changes inputs, and what {fixed[0]} says of them would not follow; use methods that "
                                f"need {', '.join(following(follows))} or nothing")
@@ -240,20 +241,29 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
     return shares
 
 
+def sizes_of(p: Pass, site: Site) -> Choices:
+    """What each of its grids takes, told from two rows; the losses are not known yet."""
+    sizes = []
+    for step in p.steps["grid"].options:
+        w = torch.zeros(2, site.shape[1])
+        grid = Gridded(step, {n: torch.ones(site.shape[1]) for n in step.method.needs})
+        one, two = (rounded(w[:rows], grid(w[:rows]), grid.group(w)).nbytes for rows in (1, 2))
+        sizes.append(one + (site.shape[0] - 1) * (two - one))
+    return Choices(site, tuple(map(str, p.steps["grid"].options)), tuple(sizes), (0.0,) * len(sizes))
+
+
 def options_of(p: Pass, site: Site, w: Tensor, stats: dict[str, Tensor]) -> Choices:
-    """What rounding w [out, in] to the nearest value of each of its grids takes and loses: of its outputs' power, the share."""
+    """What rounding w [out, in] to the nearest value of each of its grids takes, and what the network's loss rises by, to second order."""
     steps = p.steps["grid"].options
-    grids = [Gridded(step, stats) for step in steps]
-    codes = [rounded(w, grid(w), grid.group(w)) for grid in grids]
-    power = float(errors(w, torch.zeros_like(w), stats["gram"]).sum())
-    losses = [float(errors(w, c.weight(), stats["gram"]).sum()) / max(power, 1e-30) for c in codes]
+    codes = [rounded(w, grid(w), grid.group(w)) for grid in (Gridded(step, stats) for step in steps)]
+    losses = [float((stats["grad_sq"] * (c.weight() - w).square()).sum()) / 2 for c in codes]
     return Choices(site, tuple(map(str, steps)), tuple(c.nbytes for c in codes), tuple(losses))
 
 
 def plan_needs(p: Pass) -> set[str]:
     """Statistics that the plan of a pass is made from."""
-    seen = {"gram", *p.steps["grid"].method.needs} if p.chooses else set(p.steps["score"].method.needs) if "score" in p.steps else set()
-    return seen | set(p.budget.method.needs)
+    seen = "grid" if p.chooses else "score"
+    return p.planned | (set(p.steps[seen].method.needs) if seen in p.steps else set())
 
 
 # ---- walking ----------------------------------------------------------------------------------

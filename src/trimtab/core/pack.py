@@ -14,8 +14,9 @@ from torch import Tensor
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
+from trimtab.methods.basis import Basis
 from trimtab.methods.codes import LEVELS, Codes, Grid, length, nearest, rounded
-from trimtab.methods.composite import based, summed
+from trimtab.methods.composite import based, stacked, summed
 from trimtab.methods.factors import Factors, checked_rank, rank_of
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import lowrank
@@ -188,7 +189,9 @@ def composed(how: Format, change: Change, terms: Terms) -> Packed:
     spared, inputs = terms.spared, change.w.shape[1]
     others = None if spared.columns is None else spared.others(inputs)
     inner = []
-    if terms.codes is not None:
+    if terms.codes is not None and terms.transposed:
+        inner.append(by_outputs(terms.codes))
+    elif terms.codes is not None:
         mask = None if change.mask is None or others is None else change.mask[:, others]
         inner.append(stored(how, terms.codes.change(change.mask if others is None else mask)))
     if terms.factors is not None:
@@ -201,6 +204,18 @@ def composed(how: Format, change: Change, terms: Terms) -> Packed:
         single = torch.zeros(change.w.shape, device=spared.entries.device)
         maps.append(sell(Change(single.index_put_((spared.at[:, 0], spared.at[:, 1]), spared.entries, accumulate=True))))
     return summed(*maps)
+
+
+def by_outputs(codes: Codes) -> Packed:
+    """Codes [in, out] in groups of outputs: of every group a map with a scale of one, whose inputs take the group's own scales."""
+    maps = []
+    for g, rows in enumerate(codes.codes.T.split(codes.group)):
+        ones = torch.ones(len(rows), 1, device=rows.device)
+        scale = codes.grid.scales[:, g].float()
+        grid = replace(codes.grid, scales=ones)
+        inner = dense(Codes(rows.contiguous(), grid, rows.shape[1]).change())
+        maps.append(based(inner, rows.shape[1], inside=Basis(torch.where(scale == 0, 1e-30, scale))))
+    return stacked(*maps)
 
 
 def head_in_int8(recipe: Recipe, head: str | None) -> bool:

@@ -47,6 +47,7 @@ KNOBS = {
     "percentile": "share of the weights of a group whose range is kept",
     "exponent": "bits of a small floating point number's exponent, -1: searched",
     "act_order": "whether the inputs of the largest second moment are decided first",
+    "feedback": "whether what rounding a column costs is mended in those to come",
     "whiten": "whether nearness is that of the outputs, not of the weights", "limit": "score from which on a unit is chosen",
     "mean": "bits a weight on average, scales and zero points included",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",

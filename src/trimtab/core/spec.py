@@ -99,8 +99,12 @@ class Pass:
 
     @property
     def needs(self) -> set[str]:
-        named = self.working | {n for s in self.steps.values() for n in s.method.needs}
-        return named | {"gram"} if self.chooses else named
+        return self.working | self.planned
+
+    @property
+    def planned(self) -> set[str]:
+        """What only its budget wants to know, or the plan for it."""
+        return set(self.budget.method.needs) | ({"grad_sq"} if self.chooses else set())
 
     @property
     def budget(self) -> Step:
@@ -328,11 +332,11 @@ def _step(m: Method, knobs: dict[str, Any]) -> Step:
             if k in ("unit", "grid"):
                 raise BadInput(f"{k}= belongs to a row that stands alone; in a pipeline the {k} is a step, such as '{v} | {m.name}'")
             raise BadInput(f"{m.name} has no knob {k!r}{near(k, known) if known else '; it has none'}")
-        several = m.axis == "grid" and isinstance(v, str) and "/" in v
-        each = [_typed(m, k, _value(one)) for one in v.split("/")] if several else [_typed(m, k, v)]
-        if len(set(each)) < len(each):
-            raise BadInput(f"{m.name}: {k}={v} names a value twice")
-        out[k] = tuple(each) if several else each[0]
+        if m.axis == "grid" and isinstance(v, str) and "/" in v:
+            v = tuple(map(_value, v.split("/")))
+            if len(set(v)) < len(v):
+                raise BadInput(f"{m.name}: {k}={'/'.join(map(_said, v))} names a value twice")
+        out[k] = tuple(_typed(m, k, one) for one in v) if isinstance(v, tuple) else _typed(m, k, v)
     return Step(m.key, tuple(sorted(out.items())))
 
 

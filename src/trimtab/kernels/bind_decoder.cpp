@@ -219,7 +219,8 @@ private:
         return c;
     }
 
-    Term term(nb::handle o, const std::string& at, int64_t in) {
+    // `outputs`: of the sum, where its terms give some of them each.
+    Term term(nb::handle o, const std::string& at, int64_t in, int64_t& outputs) {
         Reader r(o, at);
         Term t;
         int64_t width = in;
@@ -234,6 +235,11 @@ private:
         if (r.has("inside")) t.inside = turn(r, "inside", width, false);
         t.chain = chain(r.get("maps"), r.at("maps"), width);
         if (r.has("outside")) t.outside = turn(r, "outside", t.out(), true);
+        if (r.has("begin")) t.begin = r.whole("begin", 0);
+        const int64_t all = r.has("outputs") ? r.whole("outputs") : t.out();
+        if (outputs && all != outputs) bad(at, "adds " + std::to_string(all) + " features to " + std::to_string(outputs));
+        outputs = all;
+        if (t.begin > all || t.out() > all - t.begin) bad(at, "gives features that the sum has not");
         r.done();
         return t;
     }
@@ -246,15 +252,12 @@ private:
         if (nb::isinstance<nb::dict>(o) && nb::borrow<nb::dict>(o).contains("sum")) {
             Reader r(o, at);
             const nb::list terms = r.list("sum");
-            for (size_t i = 0; i < terms.size(); ++i) m.terms.push_back(term(terms[i], at + ".sum[" + std::to_string(i) + "]", in));
+            for (size_t i = 0; i < terms.size(); ++i) m.terms.push_back(term(terms[i], at + ".sum[" + std::to_string(i) + "]", in, m.out));
             if (m.terms.empty()) bad(at, "an empty sum is no map");
-            m.out = m.terms[0].out();
-            for (const Term& t : m.terms)
-                if (t.out() != m.out) bad(at, "adds " + std::to_string(t.out()) + " features to " + std::to_string(m.out));
             if (r.has("bias")) m.bias = vector(r.text_of("bias"), r.at("bias"), m.out);
             r.done();
         } else {
-            m.terms.push_back({{}, nullptr, nullptr, chain(o, at, in)});
+            m.terms.push_back({{}, nullptr, nullptr, chain(o, at, in), 0});
             m.out = m.terms[0].out();
         }
         if (out && m.out != out) bad(at, "gives " + std::to_string(m.out) + " features, " + std::to_string(out) + " are wanted");

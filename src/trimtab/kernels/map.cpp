@@ -26,7 +26,7 @@ struct Work {
     const Term* term;
     const float* x;  // as its first map reads it
     float* y;        // what that gives
-    float* to;       // where its sum goes
+    const Target* target;
 };
 
 bool reads_alike(const Term& a, const Term& b) { return a.inside == b.inside && a.taken == b.taken; }
@@ -75,10 +75,12 @@ void apply(std::span<const Target> targets, const float* x, int64_t rows, const 
         for (const Term& t : target.map->terms) {
             const auto seen = std::find_if(work.begin(), work.end(), [&](const Work& w) { return reads_alike(*w.term, t); });
             const float* from = seen != work.end() ? seen->x : t.plain() ? x : ready(t, x, target.map->in, rows, with, between);
-            const bool straight = t.chain.size() == 1 && !t.outside && &t == &target.map->terms[0];
+            const bool straight = t.chain.size() == 1 && !t.outside && &t == &target.map->terms[0] && target.map->whole();
             const Linear& first = *t.chain[0].linear;
-            work.push_back({&t, from, straight ? target.y : between.next(rows * first.weights().out), target.y});
+            work.push_back({&t, from, straight ? target.y : between.next(rows * first.weights().out), &target});
         }
+    for (const Target& target : targets)
+        if (!target.map->whole()) std::fill_n(target.y, rows * target.map->out, 0.0f);
     for (size_t i = 0; i < work.size(); ++i) {
         if (std::any_of(work.begin(), work.begin() + i, [&](const Work& w) { return w.x == work[i].x; })) continue;
         jobs.clear();
@@ -102,11 +104,12 @@ void apply(std::span<const Target> targets, const float* x, int64_t rows, const 
             }
             shift(t.chain[s].bias, y, rows, linear.weights().out, with);
         }
-        if (y == w.to) continue;
+        if (y == w.target->y) continue;
+        const Map& m = *w.target->map;
         const int64_t width = t.out();
-        const bool first = &w == work.data() || (&w)[-1].to != w.to;
+        const bool first = &t == &m.terms[0] && m.whole();
         each_row(rows, t.outside ? width * t.outside->cost() : width, with.threads, [&](int64_t r) {
-            float *from = y + r * width, *to = w.to + r * width;
+            float *from = y + r * width, *to = w.target->y + r * m.out + t.begin;
             if (t.outside) {
                 if (first) return with.ops->turn(*t.outside, from, to);
                 with.ops->turn(*t.outside, from, from);

@@ -21,11 +21,13 @@ struct Affine {
     std::vector<float> bias;
 };
 
-// One of the maps that are added: the inputs it takes (all, if none is named), the bases around it, and what it is.
+// One of the maps that are added: the inputs it takes (all, if none is named), the bases around it, what it is, and from which of the
+// sum's outputs on it is added.
 struct Term {
     std::vector<int32_t> taken;
     const Turn *inside = nullptr, *outside = nullptr;
     std::vector<Affine> chain;
+    int64_t begin = 0;
     bool plain() const { return taken.empty() && !inside && !outside; }
     int64_t out() const { return chain.back().linear->weights().out; }
 };
@@ -35,7 +37,9 @@ struct Map {
     std::vector<Term> terms;
     std::vector<float> bias;  // of the sum
     // A linear map and nothing else.
-    static Map of(const Linear& l) { return {l.weights().in, l.weights().out, {{{}, nullptr, nullptr, {{&l, {}}}}}, {}}; }
+    static Map of(const Linear& l) { return {l.weights().in, l.weights().out, {{{}, nullptr, nullptr, {{&l, {}}}, 0}}, {}}; }
+    // Whether every term gives all outputs; else each some of them.
+    bool whole() const { return terms[0].out() == out; }
     // That linear map; null for what has more to it.
     const Linear* alone() const;
 };

@@ -1,4 +1,5 @@
-"""Packed weights made of others: maps whose outputs are added, and a map between a change of its inputs and one of its outputs."""
+"""Packed weights made of others: maps whose outputs are added, or stand one after the other, and a map between a change of its inputs
+and one of its outputs."""
 from __future__ import annotations
 
 import math
@@ -11,7 +12,7 @@ from trimtab.methods.basis import Basis
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.terms import INSIDE, OUTSIDE
 
-SUM, BASED = FORMATS = ("sum", "based")
+SUM, BASED, STACK = FORMATS = ("sum", "based", "stack")
 TAKEN = "taken"  # which inputs a map takes
 BASES = tuple(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left", "right"))
 
@@ -30,6 +31,13 @@ def summed(*maps: Packed) -> Packed:
     if len(maps) == 1:
         return maps[0]
     return Packed(SUM, maps[0].shape, maps[0].type, _owned(SUM, maps), factors=maps)
+
+
+def stacked(*maps: Packed) -> Packed:
+    """y = what the maps, of the same x, give one after the other; one alone as it is."""
+    if len(maps) == 1:
+        return maps[0]
+    return Packed(STACK, (sum(p.shape[0] for p in maps), maps[0].shape[1]), maps[0].type, _owned(STACK, maps), factors=maps)
 
 
 def based(inner: Packed, inputs: int, taken: Tensor | None = None, inside: Basis | None = None, outside: Basis | None = None) -> Packed:
@@ -57,6 +65,8 @@ def restored(p: Packed, each: list[Tensor]) -> Tensor:
         for w in each[1:]:
             whole += w
         return whole
+    if p.format == STACK:
+        return torch.cat([w.float() for w in each])
     taken, inside, outside = around(p)
     w = each[0].float()
     w = w if inside is None else inside.plain(w)
@@ -78,6 +88,10 @@ def check(p: Packed) -> None:
     if p.format == SUM:
         if len(p.factors) < 2 or any(f.shape != p.shape for f in p.factors):
             raise BadInput(f"sum {p.type}: it is made of maps of its shape, {list(p.shape)}, two at least")
+        return
+    if p.format == STACK:
+        if len(p.factors) < 2 or any(f.shape[1] != p.shape[1] for f in p.factors) or sum(f.shape[0] for f in p.factors) != p.shape[0]:
+            raise BadInput(f"stack {p.type}: it is made of maps of {p.shape[1]} inputs, two at least, of {p.shape[0]} outputs together")
         return
     if len(p.factors) != 1 or p.factors[0].shape[0] != p.shape[0]:
         raise BadInput(f"based {p.type}: it is made of one map of {p.shape[0]} outputs")

@@ -13,7 +13,9 @@ from trimtab.methods.codes import Codes
 from trimtab.methods.factors import Factors
 
 INSIDE, OUTSIDE, COLUMNS = "in", "out", "columns_"  # before the names of parts: the basis of the inputs, of the outputs; spared columns
-ALONE = ("left", "entries", "columns", *(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left")))  # of a whole weight alone
+TRANSPOSED = "transposed"  # the part that says so
+# Parts of a whole weight alone, not of some rows of one.
+ALONE = ("left", "entries", "columns", TRANSPOSED, *(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left")))
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,20 @@ NOTHING = Spared()
 @dataclass(frozen=True)
 class Terms:
     """A weight [out, in]: `codes`, `factors` or both added, behind a basis of the inputs (`inside`) and of the outputs (`outside`),
-    and beside them what was `spared`."""
+    and beside them what was `spared`. `transposed`: the codes are those of the weight's transpose, and so lie in groups of outputs."""
 
     codes: Codes | None
     factors: Factors | None
     inside: Basis | None = None
     outside: Basis | None = None
     spared: Spared = NOTHING
+    transposed: bool = False
 
     @property
     def simple(self) -> bool:
         """Whether one matrix of codes, or one pair of factors, is all of it."""
-        return (self.codes is None) != (self.factors is None) and not (self.inside or self.outside or self.spared)
+        around = self.inside or self.outside or self.spared or self.transposed
+        return (self.codes is None) != (self.factors is None) and not around
 
     def plain(self, w: Tensor) -> Tensor:
         """A weight in its bases as one that knows of none."""
@@ -98,19 +102,22 @@ class Terms:
     def weight(self) -> Tensor:
         """What it stands for, float32 [out, in]."""
         each = [t.weight() for t in (self.codes, self.factors) if t is not None]
+        if self.transposed:
+            each[0] = each[0].T.contiguous()
         return self.spared.whole(self.plain(each[0] + each[1] if len(each) > 1 else each[0]))
 
     def parts(self) -> dict[str, Tensor]:
         """As a change carries them."""
         own = {k: t for part in (self.codes, self.factors) if part is not None for k, t in part.parts().items()}
         bases = {k: t for side, b in ((INSIDE, self.inside), (OUTSIDE, self.outside)) if b is not None for k, t in b.parts(side).items()}
-        return own | bases | self.spared.parts()
+        along = {TRANSPOSED: torch.ones(1, dtype=torch.uint8, device=self.codes.codes.device)} if self.transposed and self.codes else {}
+        return own | bases | along | self.spared.parts()
 
     @staticmethod
     def among(parts: Mapping[str, Tensor]) -> Terms | None:
         """What the parts say; None where they say nothing but what was spared. BadInput where they contradict each other."""
         inside, outside = Basis.among(parts, INSIDE), Basis.among(parts, OUTSIDE)
-        terms = Terms(Codes.among(parts), Factors.among(parts), inside, outside, Spared.among(parts))
+        terms = Terms(Codes.among(parts), Factors.among(parts), inside, outside, Spared.among(parts), TRANSPOSED in parts)
         if terms.codes is None and terms.factors is None:
             return None
         return terms

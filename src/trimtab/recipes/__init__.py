@@ -72,6 +72,9 @@ recipe("adaround", "int(bits=4,group=128) | adaround", source="arXiv:2004.10568 
 recipe("adaquant", "int(bits=4,group=128) | adaquant", source="arXiv:2006.10518 (Hubara et al. 2020)", claims=[
     Claim("better than rounding to nearest at 4 bits", "adaquant(bits=4)", "rtn(bits=4)", "4-bits", "on image classifiers"),
 ], note="Its bits are a budget, `knapsack`; bias and batch norms are not tuned.")
+recipe("knapsack", "knapsack(mean=3.25) | int(bits=2/3/4,group=64,clip=mse) | rtn", source="arXiv:2006.10518 (Hubara et al. 2020)", claims=[
+    Claim("better than the same bits everywhere", "knapsack", "rtn(bits=3,clip=mse,group=64)", "3-bits", "on image classifiers"),
+], note="`knapsack(mean=4.5) | int(bits=3/4/8) | gptq`: values of any knob of any grid, with `/` between them.")
 recipe("svd", "svd", source="Eckart and Young 1936; the baseline of arXiv:2403.07378 (SVD-LLM)",
        note="`--keep` is the share of parameters; above `out * in / (out + in)` a rank takes more than the weight did.")
 recipe("ternary", "ternary(group=0) | rtn", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",
@@ -95,3 +98,6 @@ recipe("ptq161", "inputs | peak | uniform | spare(keep=0.2,bits=4) ; ptq161", so
 ])
 recipe("onebit", "onebit", source="arXiv:2402.11295 (Xu et al. 2024), its initialisation, without the training",
        note="One bit a weight: a start for training, and an honest zero point without it.")
+recipe("adadim", "int(bits=4,group=128) | adadim", source="arXiv:2309.15531 (Heo et al. 2023)", claims=[
+    Claim("better than rounding to nearest at 3 bits", "adadim(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
+], note="`adadim(feedback=true)` is GPTQ-ada.")

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from trimtab.core.types import BadInput, Change, Failed
 from trimtab.methods import composite
 from trimtab.methods.codes import LEVELS, Codes
-from trimtab.methods.composite import BASED, SUM
+from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.panels import Packed
@@ -56,6 +57,10 @@ class _Made:
         """What is added to give this map: the inputs each takes, the bases around it, and the maps in turn."""
         if w.packed.format == SUM:
             return [t for i, f in enumerate(w.factors) for t in self.of(f"{name}:{i}", f)]
+        if w.packed.format == STACK:
+            begin = accumulate([0, *(f.packed.shape[0] for f in w.factors)])
+            each = [(at, self.of(f"{name}:{i}", f)) for i, (at, f) in enumerate(zip(begin, w.factors, strict=False))]
+            return [{**t, "begin": at, "outputs": w.packed.shape[0]} for at, terms in each for t in terms]
         if w.packed.format == BASED:
             taken, inside, outside = composite.around(w.packed)
             own: dict[str, Any] = {} if taken is None else {"taken": taken.tolist()}

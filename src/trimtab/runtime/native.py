@@ -11,7 +11,7 @@ from torch import Tensor
 import trimtab
 from trimtab.core.types import BadInput
 from trimtab.methods import composite
-from trimtab.methods.composite import BASED, SUM
+from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.panels import BITS, DENSE, Packed
 from trimtab.runtime import layouts
 
@@ -158,6 +158,8 @@ class Linear:
             x = x.float() if taken is None else x.float()[..., taken.long()]
             y = self.factors[0](x if inside is None else inside.of(x), kernel, threads, narrowest)
             return y if outside is None else outside.straight(y)
+        if self.packed.format == STACK:
+            return torch.cat([f(x, kernel if kernel in f.kernels else "", threads, narrowest) for f in self.factors], -1)
         if self.packed.format == SUM:
             y = self.factors[0](x, kernel, threads, narrowest)
             for f in self.factors[1:]:

@@ -17,12 +17,12 @@ def knapsack(options: dict[str, Choices], *, mean: float = 3.0) -> dict[str, str
     Sites that read one input (q, k and v; gate and up) take the same. `mean` counts codes, scales, zero points and tables; returns
     {site: the grid's name}. BadInput where even the smallest grids take more.
 
-    Formula: min sum_l d_l(o_l) subject to sum_l bytes_l(o_l) <= mean / 8 * sum_l size_l, one option o_l for every l; d_l = tr(D G D^T) /
-        tr(W G W^T), D = Q(W) - W rounded to nearest
+    Formula: min sum_l d_l(o_l) subject to sum_l bytes_l(o_l) <= mean / 8 * sum_l size_l, one option o_l for every l; d_l = 1/2 sum_ij
+        E[g_ij^2] (Q(W) - W)_ij^2, Q to the nearest value, g the gradient of a sequence's loss
     Source: Hubara et al. 2020, arXiv:2006.10518, section 4, equation 8 (the integer program)
     Deviations: solved by dynamic programming over sizes, exact where their common unit fits 100,000 times into what is left, else to
-        within one part in 100,000 of it, never above; the loss is each layer's own, as a share of its outputs' power, where the paper
-        measures the network's with one layer rounded at a time; both take losses to add up
+        within one part in 100,000 of it, never above; the network's loss is told by the diagonal of its empirical Fisher matrix, where
+        the paper measures it with one layer rounded at a time; both take losses to add up
     """
     together: dict[tuple[int, str], list[Choices]] = {}
     for o in options.values():
