@@ -6,7 +6,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 
 
-@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s.square(), of_gram=lambda gram: gram.diagonal())
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s.square(), of_gram=lambda moment: moment.diagonal())
 def in_sq(x: Tensor) -> Tensor:
     """Mean square of each input, [in].
 
@@ -17,7 +17,7 @@ def in_sq(x: Tensor) -> Tensor:
     return x.float().square().sum(0)
 
 
-@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda gram: gram)
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda moment: moment)
 def gram(x: Tensor) -> Tensor:
     """Second moment of the inputs, [in, in]: the Hessian of the site's squared output error, up to a factor.
 
