@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
-from trimtab.methods.books import Books
+from trimtab.methods.books import Books, widths
 from trimtab.methods.codes import LEVELS, Codes, Grid, length, nearest, rounded
 from trimtab.methods.composite import based, summed
 from trimtab.methods.factors import Factors, checked_rank, rank_of
@@ -134,14 +134,16 @@ def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: fl
             rank = rank_of((len(w), w.shape[1]), p.keep or keep, p.steps["edit"].bound["rank"])
             change = Change(change.w, Factors(w[:, :rank], w[:rank]).parts())
         if p.steps["edit"].method.facts["books"]:
-            change = some_books(w, p.steps["edit"].bound["vector"]).change()
+            change = some_books(w, p.steps["edit"].bound).change()
         if "repair" in p.steps and "rank" in (knobs := p.steps["repair"].bound):
             checked_rank(w.shape, knobs["rank"])
     pack(how, change, "")
 
 
-def some_books(w: Tensor, vector: int) -> Books:
-    """Books of the shape of w [out, in], whatever they hold."""
+def some_books(w: Tensor, knobs: Mapping[str, Any]) -> Books:
+    """Books of the shape of w [out, in], whatever they hold. BadInput for knobs that make none."""
+    vector = knobs["vector"]
+    widths(vector, knobs["bits"], knobs["residual"])
     index = torch.zeros(-(-len(w) // vector), w.shape[1], dtype=torch.uint8)
     return Books(index, torch.ones(2, vector).half(), torch.ones(len(w)).half())
 

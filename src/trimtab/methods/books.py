@@ -75,6 +75,16 @@ def typed(count: int) -> torch.dtype:
     return torch.uint8 if count <= 256 else torch.int32
 
 
+def widths(vector: int, *bits: int) -> list[int]:
+    """Bits of an index, of a first book and of further ones, that has so many bits a weight of its vectors. BadInput for what no book has:
+    the first has one at least."""
+    each = [n * vector for n in bits]
+    if vector < 1 or each[0] < 1 or any(not 0 <= n <= WIDEST for n in each):
+        wrong = next((n for n in each if not 0 <= n <= WIDEST), each[0])
+        raise BadInput(f"an index has bits * vector bits, 1 to {WIDEST}, not {wrong}; take shorter vectors, or some of the bits as residual")
+    return each
+
+
 # ---- fitting ----------------------------------------------------------------------------------
 def nearest(x: Tensor, weight: Tensor, book: Tensor) -> Tensor:
     """For vectors x [n, v] that of `book` [k, v] with the least error, every entry's square times `weight` [n, v]: int64 [n]."""

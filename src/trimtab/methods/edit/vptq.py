@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.books import WIDEST, Books, means, nearest, typed
+from trimtab.methods.books import Books, means, nearest, typed, widths
 from trimtab.methods.solvers import Settle, sweep
 
 BLOCK = 128      # columns that are mended one by one before the rest
@@ -16,7 +16,7 @@ SAMPLE = 1 << 18  # vectors that a book is fitted to
 
 @method("edit", joint=("unit", "score", "budget", "grid"), drops=False, books=True, zero=False,
         xfail={"rows": "outputs that lie side by side are one vector: in another order they are others"})
-def vptq(w: Tensor, gram: Tensor, *, bits: int = 2, vector: int = 4, residual: int = 0, iters: int = 50, damp: float = 0.01,
+def vptq(w: Tensor, gram: Tensor, *, bits: int = 2, vector: int = 4, residual: int = 0, iters: int = 20, damp: float = 0.01,
          act_order: bool = True, seed: int = 0) -> Change:
     """Vectors of outputs that lie side by side, each the nearest of a codebook, column after column, with what that costs mended in the
     columns that are still to come.
@@ -32,13 +32,10 @@ def vptq(w: Tensor, gram: Tensor, *, bits: int = 2, vector: int = 4, residual: i
     Deviations: outputs are scaled by their root mean square, and distances count what it was; no outliers of their own, which a pass of
         `spare` before it keeps; without fine-tuning
     """
-    width, second = bits * vector, residual * vector
-    if vector < 1 or not 1 <= width <= WIDEST or not 0 <= second <= WIDEST:
-        raise BadInput(f"an index has bits * vector bits, 1 to {WIDEST}, not {width if not 1 <= width <= WIDEST else second}; "
-                       "take shorter vectors, or some of the bits as residual")
+    wanted = widths(vector, bits, residual)
     out, inputs = w.shape
     weight, count = w.float(), -(-out // vector) * inputs
-    size, size_two = (1 << min(n, count.bit_length() - 1) for n in (width, second))
+    size, size_two = (1 << min(n, count.bit_length() - 1) for n in wanted)
     if size < 2:
         raise BadInput(f"{count} vector of {vector} outputs needs no book; take shorter ones")
     generator = torch.Generator(w.device).manual_seed(seed)
