@@ -25,6 +25,7 @@ from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.types import BadInput, Change, Choices, Site, Summary
 from trimtab.methods import select
 from trimtab.methods.basis import Basis
+from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
 from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.panels import Packed
@@ -33,7 +34,7 @@ from trimtab.runtime.layouts import check
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
-SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1, "iters": 100}  # knobs larger than the sites below; 8 leaves a remainder of 4
+SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1, "iters": 100, "vector": 2}  # knobs larger than the sites below; 8 leaves a remainder of 4
 TINY = 1e-12
 
 # --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
@@ -904,6 +905,7 @@ def law_edit_parts_are_the_truth(m: Method) -> None:
             terms, spared = Terms.among(new.parts), Spared.among(new.parts)
             assert (terms is not None and terms.codes is not None) == bool(m.facts["codes"])
             assert m.facts["codes"] or (Factors.among(new.parts) is not None) == m.facts["factors"]
+            assert (Books.among(new.parts) is not None) == m.facts["books"]
             if terms is not None:
                 assert torch.equal(terms.weight().to(dtype), new.w)
             assert bool(spared) == m.facts["spares"]
@@ -977,6 +979,33 @@ def law_edit_rounding_beats_the_nearest(m: Method) -> None:
             assert error(weight(name), call(m, at, **feedback).w, at["gram"]) < 0.8 * least, name
 
 
+def law_edit_books_are_of_the_bits(m: Method) -> None:
+    """As many vectors as their indices have bits, more of them nearer; no more than there are in the weight; a second book on top."""
+    for name in THREE if m.facts["books"] else ():
+        at, w = env(m, name), weight(name)
+        off = []
+        for bits, residual in ((1, 0), (2, 0), (1, 1), (2, 1)):
+            books = Books.among(call(m, at, bits=bits, residual=residual, vector=2).parts)
+            assert [len(b) for _, b in books.pairs] == [1 << 2 * n for n in (bits, residual) if n]
+            off.append(error(w, books.weight(), at["gram"]))
+        assert off[3] < off[1] < off[0] > off[2] > off[3], name
+        all_of_them = call(m, at, bits=8, vector=2)
+        assert len(Books.among(all_of_them.parts).book) == 1 << (w.numel() // 2).bit_length() - 1
+        odd = call(m, env(m, name, w=w[:-1]), vector=3)
+        assert odd.w.shape == w[:-1].shape and error(w[:-1], odd.w, at["gram"]) < 0.7 * error(w[:-1], 0 * w[:-1], at["gram"])
+        for wrong in ({"bits": 0}, {"bits": 9}, {"vector": 0}, {"residual": 9}, {"residual": -1}):
+            with pytest.raises(BadInput, match="bits \\* vector"):
+                call(m, at, **wrong)
+
+
+def law_edit_books_beat_the_nearest(m: Method) -> None:
+    """The sweep saves the outputs a good part of what the same books cost without it."""
+    for name in THREE if m.facts["books"] else ():
+        at, w = env(m, name), weight(name)
+        alone = call(m, {**at, "gram": at["gram"].diagonal().diag()})
+        assert error(w, call(m, at).w, at["gram"]) < 0.9 * error(w, alone.w, at["gram"]), name
+
+
 def law_edit_touches_every_site(m: Method) -> None:
     """Drops something everywhere and leaves something everywhere; one that drops nothing changes every row."""
     for name in SITES:
@@ -996,7 +1025,8 @@ def fisher_error(w: Tensor, new: Tensor, grads: Tensor) -> float:
 def law_edit_beats_magnitude(m: Method) -> None:
     """What it is told of the inputs, or of the gradients, saves it a good part of the error magnitude makes."""
     for need, measure in (("gram", error), ("grads", fisher_error)):
-        if m.joint and need in m.needs and not isinstance(m.facts["codes"], str):  # a grid of its own may be as coarse as a sign
+        coarse = isinstance(m.facts["codes"], str) or m.facts["books"]  # a grid of its own may be as coarse as a sign
+        if m.joint and need in m.needs and not coarse:
             for unit in (plain("row"), plain("site"), plain("nm")):
                 for name in THREE:
                     for keep in SHARES if unit.free else (0.5,):
@@ -1160,6 +1190,9 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
                 yield Factors(w[:, :rank], w[:rank]).change()
             yield Factors(w[:, :3] * mask[:, :3], (w * mask).T.contiguous().T[:3]).change()
             continue
+        if kind == "books":
+            yield from (books(w, vector, width, second).change() for vector, width, second in ((4, 8, 0), (3, 1, 3), (2, 9, 0), (5, 16, 10)))
+            continue
         if kind == "nm":
             lines = w.T if knobs["dim"] == "out" else w
             if lines.shape[1] % knobs["m"]:
@@ -1181,6 +1214,18 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
         if kind != "nm":
             yield Change(w, mask=torch.ones_like(mask))
         yield Change((w * mask).abs())
+
+
+def books(w: Tensor, vector: int, width: int, second: int = 0) -> Books:
+    """Books of so many bits that w could be of, their last vectors in use."""
+    g = generator(width)
+
+    def pair(width: int) -> tuple[Tensor, Tensor]:
+        index = torch.randint(0, 1 << width, (-(-len(w) // vector), w.shape[1]), generator=g)
+        index[-1, -1] = (1 << width) - 1
+        return index.to(typed(1 << width)), torch.randn(1 << width, vector, generator=g).half()
+
+    return Books(*pair(width), w.abs().amax(1).half(), *(pair(second) if second else ()))
 
 
 def coded(m: Method, knobs: dict[str, Any]) -> Iterator[Change]:
@@ -1218,6 +1263,7 @@ def awkward(dtype: torch.dtype) -> Iterator[Change]:
         yield nearest(w * loose, 8).change(loose)
         yield nearest(w, 2, 4, ternary=True).change()
         yield Factors(w[:, :1], w[:1]).change()
+        yield books(w, 3, 4).change()
 
 
 def restores(m: Method, new: Change, packed: Packed) -> None:
@@ -1247,7 +1293,8 @@ def law_format_bytes(m: Method) -> None:
             packed = m.fn(new, **knobs)
             if m.facts["holds"] in ("block", "mask", "factors"):  # a block is kept whole; others may fill up
                 kept = m.facts["stored"](packed)
-            want = m.facts["bytes"](tuple(new.w.shape), packed.entries, kept, knobs)
+            its = {k: getattr(packed, k) for k in ("rows", "n", "m")} if m.facts["holds"] == "books" else knobs
+            want = m.facts["bytes"](tuple(new.w.shape), packed.entries, kept, its)
             assert {k: b.nbytes for k, b in packed.buffers.items()} == want, knobs
             assert packed.nbytes == sum(want.values())
             if m.facts["holds"] == "nm" and knobs["m"] == 2:  # one bit says which of two
@@ -1262,6 +1309,9 @@ def law_format_knows_what_it_stores(m: Method) -> None:
             packed = m.fn(new, **knobs)
             if (factors := Factors.among(new.parts)) is not None:
                 assert m.facts["stored"](packed) == factors.left.numel() + factors.right.numel()
+            elif (vectors := Books.among(new.parts)) is not None:
+                assert m.facts["stored"](packed) == new.w.numel()
+                assert (packed.rows, packed.n) == (vectors.book.shape[1], len(vectors.book).bit_length() - 1)
             elif m.facts["holds"] in whole:
                 assert m.facts["stored"](packed) == whole[m.facts["holds"]]
             elif "windows" in packed.buffers:  # one window holds all inputs: steps of two, as many as the fullest output of 16 fills

@@ -89,6 +89,11 @@ CASES = {
     # Two inputs: a mean and a size of each row say all there is, 1/4 -+ 5/4 and 5/4 -+ 7/4.
     "edit/ptq161": Case(site([[1.5, -1.0], [-0.5, 3.0]], torch.eye(2).tolist()), [[1.5, -1], [-0.5, 3]], {"damp": 0.0},
                         differs="edit/onebit"),
+    # A root mean square of 2, two values: 0 and 1 meet by 9 and 9 at 0.5, and 3 stays. Input 1 becomes 0.5, and input 2, which makes up for
+    # it twice, 1 + 2 * 0.5: nearer to 3.
+    "edit/vptq": Case(site([[0.0, 1.0, 1.0, 3.0, 3.0]], [[9.0, 0, 0, 0, 0], [0, 8.0, 2.0, 0, 0], [0, 2.0, 1.0, 0, 0], [0, 0, 0, 100.0, 0],
+                                                         [0, 0, 0, 0, 100.0]], grid=Whole(4, 1.0)),
+                      [[0.5, 0.5, 3, 3, 3]], {"bits": 1, "vector": 1, "damp": 0.0}, differs="edit/gptq", tol=1e-3),
     # A pair of scale 2 and another one: 0.9 becomes 0, and 2 + 0.9 stays within the range of 2 that was fitted to it before.
     "edit/ldlq": Case(site([[2.0, 0.9, 2.0, 0.5]], [[1.0, 0, 0, 0], [0, 2.0, 1.0, 0], [0, 1.0, 1.0, 0], [0, 0, 0, 1.0]], grid=Pairs()),
                       [[2, 0, 2, 0]], {"damp": 0.0}, differs="edit/gptq"),

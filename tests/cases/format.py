@@ -4,6 +4,7 @@ import torch
 
 from tests.cases import Case
 from trimtab.core.types import Change
+from trimtab.methods.books import Books
 from trimtab.methods.codes import Codes, Grid
 from trimtab.methods.factors import Factors
 
@@ -20,6 +21,11 @@ FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), Grid(t
 PAIR = Factors(torch.tensor([[3.0], [4.0]]), torch.tensor([[5.0, 6.0, 7.0]])).change()
 
 
+# Vector 0, 1 and 3 of four, for outputs 0 and 1; then 2, 0 and 0 for output 2, which is alone.
+VECTORS = Books(torch.tensor([[0, 1, 3], [2, 0, 0]], dtype=torch.uint8), torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]]).half(),
+                torch.tensor([1.0, 0.5, 2]).half()).change()
+
+
 def panel(*inputs: list[float]) -> torch.Tensor:
     """[1, inputs, 32]: of every input the first outputs; the panel is filled up with zeros."""
     return torch.tensor([[x + [0.0] * (32 - len(x)) for x in inputs]])
@@ -31,6 +37,9 @@ CASES = {
         differs="format/nm"),
     # Of three inputs one output, the rank; of that two.
     "format/lowrank": Case({"new": PAIR}, {"right_values": panel([5], [6], [7]), "left_values": panel([3, 4])}, differs="format/dense"),
+    # Two bits an index, lowest first: 0 + 1 * 4 + 3 * 16 + 2 * 64, and two zeros.
+    "format/book": Case({"new": VECTORS}, {"values": [180, 0], "book": [[1, 2], [3, 4], [5, 6], [7, 8]], "scales": [1, 0.5, 2]},
+                        differs="format/dense"),
     # Input by input: output 1 keeps its inputs 0 and 1, output 0 its inputs 2 and 3; four bytes an input. 64 bytes behind the
     # four values of 16 bytes, filled up to 128: 32 numbers.
     "format/bitmask": Case({"new": PAIRS}, {"bits": [2, 0, 0, 0] * 2 + [1, 0, 0, 0] * 2, "values": [2, 3, 5, -7] + [0] * 28},

@@ -14,7 +14,7 @@ from trimtab.methods.terms import Terms
 from trimtab.network.checkpoint import Checkpoint, SafeFile
 from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, packed
-from trimtab.runtime.decoder import open_decoder
+from trimtab.runtime.decoder import NoKernel, open_decoder
 
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
 MADE = {
@@ -29,6 +29,9 @@ MADE = {
     "onebit": "dense l1",
     "int(bits=3,group=32) | adadim(feedback=true)": "",
     "nf(bits=4,group=32) | adadim": "",
+    "vptq(residual=1)": "book",
+    "hadamard | vptq": "book",
+    "inputs | peak | spare(keep=0.2,bits=8) ; vptq": "book + dense i8",
 }
 
 
@@ -63,7 +66,11 @@ def test_plain_and_packed_are_one_model(capsys, tiny_lm, tmp_path, calib, recipe
     ids = torch.arange(5, 30)
     want = tt.load(tmp_path / "plain").module(ids[None]).logits[0].detach()
     size = float(want.std())
-    assert float((open_decoder(tmp_path / "packed", "float32").logits(ids) - want).abs().max()) < 0.05 * size
+    if label.startswith("book"):
+        with pytest.raises(NoKernel, match=r"no kernel here takes .*book v \(vectors of 4\)"):
+            open_decoder(tmp_path / "packed", "float32")
+    else:
+        assert float((open_decoder(tmp_path / "packed", "float32").logits(ids) - want).abs().max()) < 0.05 * size
     ours = tt.load(tmp_path / "packed").module(ids[None]).logits[0].detach()  # in transformers, x in eight bits
     assert float((ours - want).abs().max()) < 0.5 * size
     assert "".join(tt.load(tmp_path / "packed").generate("a", max_new_tokens=3)) is not None
@@ -80,6 +87,11 @@ def test_plain_and_packed_are_one_model(capsys, tiny_lm, tmp_path, calib, recipe
     ("hadamard | awq | int(group=32) | rtn", "both decide rewrite"),
     ("incoherent | int(bits=4,group=32) | rtn | obs", "would leave the codes"),
     ("int(group=32) | gptq | lorc(rank=0)", "a rank is 1 to"),
+    ("row | wanda ; vptq", "zero is no value"),
+    ("vptq ; *.down: int(group=32) | rtn", "would leave its grid"),
+    ("vptq | lorc", "would leave the books"),
+    ("vptq(vector=9)", "an index has bits * vector bits, 1 to 16, not 18"),
+    ("vptq(vector=0)", "an index has bits * vector bits, 1 to 16, not 0"),
     ("inputs | peak | spare(keep=0.2,bits=5) ; rtn(group=32)", "codes have"),
 ])
 def test_what_does_not_fit_is_refused(capsys, tiny_lm, tmp_path, calib, recipe, message):

@@ -157,7 +157,7 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
 
     spared = {s.name: Spared.among({n.rpartition(":")[2]: t for n, t in priors.items() if n.rpartition(":")[0] == s.name})
               for s in net.sites_of(i)}
-    settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", ":entries", ":columns"))}
+    settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", ":book", ":entries", ":columns"))}
     scales, others = rewrite_block(net, module, i, owner, its, settled)
     bases = bases_of(net, module, i, owner, its, lambda s: spared[s.name])
 

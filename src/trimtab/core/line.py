@@ -136,7 +136,7 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
     formats = pack.formats(net.sites, recipe, opts.pack.removeprefix(pack.AS_RECIPE))
     for s in net.sites:
         passes = [p for p in recipe.passes if p.covers(s)]
-        if gridded := [p for p in passes[:-1] if p.steps["edit"].method.facts["codes"]]:
+        if gridded := [p for p in passes[:-1] if pack.rounds(p)]:
             raise BadInput(f"{s.name}: a pass after {gridded[0]} would leave its grid; put what rounds to codes last")
         check_terms(s, passes)
         if len(passes) > 1 and (factored := [p for p in passes if p.steps["edit"].method.facts["factors"]]):
@@ -151,7 +151,7 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             for p in passes:
                 if "unit" in p.steps:
                     Unit(p.steps["unit"])(torch.empty(s.shape, device="meta"), 0.5)
-            if opts.pack or any("format" in p.steps or p.steps["edit"].method.facts[k] for p in passes for k in ("codes", "factors")):
+            if opts.pack or any("format" in p.steps or p.steps["edit"].method.facts[k] for p in passes for k in ("codes", "factors", "books")):
                 pack.try_format(how, passes, s.shape, opts.keep)
         except BadInput as e:
             raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
@@ -161,24 +161,24 @@ def check_terms(s: Site, passes: list[Pass]) -> None:
     """What passes leave of a site for each other has to fit: zeros that stay zero, and weights that were spared."""
     if not passes:
         return
-    last, edit = passes[-1], passes[-1].steps["edit"].method
+    last = passes[-1]
     earlier = [p for p in passes[:-1] if "unit" in p.steps]
     spares = [p for p in passes if p.steps["edit"].method.facts["spares"]]
     drops = [p for p in earlier if p not in spares]
     single = [p for p in earlier if p in spares and not p.steps["unit"].method.facts["whole"]]
     grid = last.steps["grid"] if "grid" in last.steps else last.steps["edit"]
-    if (drops or single) and edit.facts["codes"] and not grid.method.facts["zero"]:
+    if (drops or single) and pack.rounds(last) and not grid.method.facts["zero"]:
         raise BadInput(f"{s.name}: zero is no value of {grid}, and a pass before it drops weights; "
                        f"use another grid, such as int or ternary")
     if drops and (last.turns or ("repair" in last.steps and "mask" not in last.steps["repair"].method.facts["keeps"])):
         who = last.steps["rewrite"] if last.turns else last.steps["repair"]
         raise BadInput(f"{s.name}: {who} would bring back weights that {drops[0]} drops; give it sites of its own")
-    if spares and (len(spares) > 1 or spares[0] is not passes[max(0, len(passes) - 2)] or (last not in spares and not edit.facts["codes"])):
+    if spares and (len(spares) > 1 or spares[0] is not passes[max(0, len(passes) - 2)] or (last not in spares and not pack.rounds(last))):
         raise BadInput(f"{s.name}: what {spares[0].steps['edit']} keeps is kept from one pass behind it, which rounds to codes, such as "
                        "rtn or gptq; put that last, and spare once")
     if spares and spares[0].free and spares[0].keep is None:
         raise BadInput(f"{s.name}: say how much {spares[0].steps['edit']} keeps, such as spare(keep=0.1%)")
-    if any(p.turns and not (p.steps["edit"].method.facts["codes"] or p.steps["edit"].method.facts["factors"]) for p in passes):
+    if any(p.turns and not (pack.rounds(p) or p.steps["edit"].method.facts["factors"]) for p in passes):
         raise BadInput(f"{s.name}: a weight stays in another basis as codes or factors alone; use rtn, gptq or svd behind the rewrite")
 
 

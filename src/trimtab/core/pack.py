@@ -15,9 +15,11 @@ from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
 from trimtab.methods.basis import Basis
+from trimtab.methods.books import Books, widths
 from trimtab.methods.codes import LEVELS, Codes, Grid, length, nearest, rounded
 from trimtab.methods.composite import based, stacked, summed
 from trimtab.methods.factors import Factors, checked_rank, rank_of
+from trimtab.methods.format.book import book
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.panels import Packed
@@ -47,6 +49,10 @@ class Format:
     def factored(self) -> bool:
         return bool(self.step.method.facts["factors"])
 
+    @property
+    def holds(self) -> str:
+        return str(self.step.method.facts["holds"])
+
     def of(self, change: Change) -> Step:
         """Single weights that nobody named a format for lie in steps where few are left."""
         if self.named or self.step != Step("format/bitmask") or Codes.among(change.parts) is not None:
@@ -67,7 +73,7 @@ def codes_of(p: Pass) -> str:
 
 
 def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
-    """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for factors or for
+    """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for factors, for books or for
     the last pattern, or dense where that does not store the codes that the site has."""
     found, named, codes = Step("format/dense"), False, ""
     for p in passes:
@@ -84,6 +90,8 @@ def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
             found = of_unit(p, Step(f"format/{p.steps['unit'].method.facts['format']}"))
         elif p.steps["edit"].method.facts["factors"] and not named:
             found = Step("format/lowrank")
+        elif p.steps["edit"].method.facts["books"] and not named:
+            found = Step("format/book")
     fits = named or not codes or codes in found.method.facts["codes"]
     return Format(found, named) if fits else Format(Step("format/dense"))
 
@@ -94,7 +102,12 @@ def value_dtype(stored: torch.dtype, asked: str | None = None) -> torch.dtype:
 
 
 def has_codes(recipe: Recipe) -> bool:
-    return any(p.steps["edit"].method.facts["codes"] for p in recipe.passes)
+    return any(map(rounds, recipe.passes))
+
+
+def rounds(p: Pass) -> bool:
+    """Whether a pass leaves codes or books, which no later pass could keep."""
+    return any(p.steps["edit"].method.facts[k] for k in ("codes", "books"))
 
 
 def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: float) -> None:
@@ -121,17 +134,28 @@ def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: fl
         if p.steps["edit"].method.facts["factors"]:
             rank = rank_of((len(w), w.shape[1]), p.keep or keep, p.steps["edit"].bound["rank"])
             change = Change(change.w, Factors(w[:, :rank], w[:rank]).parts())
+        if p.steps["edit"].method.facts["books"]:
+            change = some_books(w, p.steps["edit"].bound).change()
         if "repair" in p.steps and "rank" in (knobs := p.steps["repair"].bound):
             checked_rank(w.shape, knobs["rank"])
     pack(how, change, "")
 
 
+def some_books(w: Tensor, knobs: Mapping[str, Any]) -> Books:
+    """Books of the shape of w [out, in], whatever they hold. BadInput for knobs that make none."""
+    vector = knobs["vector"]
+    widths(vector, knobs["bits"], knobs["residual"])
+    index = torch.zeros(-(-len(w) // vector), w.shape[1], dtype=torch.uint8)
+    return Books(index, torch.ones(2, vector).half(), torch.ones(len(w)).half())
+
+
 def valued(how: Format, change: Change, dtype: torch.dtype | None = None) -> Change:
     """What is packed of a site: codes as they are, else values of `dtype`, or that take no more bytes than those of its weight."""
     dtype, terms = dtype or value_dtype(change.w.dtype), Terms.among(change.parts)
-    if terms is None or (terms.simple and terms.factors is not None and not how.factored):
+    kind = None if terms is None or not terms.simple or terms.codes is not None else "factors" if terms.factors is not None else "books"
+    if terms is None or (kind is not None and how.holds != kind):
         return Change(change.w.to(dtype), mask=change.mask)
-    if terms.codes is None and terms.factors is not None:
+    if terms.codes is None and terms.books is None and terms.factors is not None:
         terms = replace(terms, factors=terms.factors.to(dtype))
     return Change(change.w, terms.parts(), change.mask)
 
@@ -171,7 +195,7 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
 
 
 def pack(how: Format, change: Change, name: str) -> Packed:
-    """The change as a kernel reads it: what `how` makes of its codes, its factors or its weight, and around and beside it the rest."""
+    """The change as a kernel reads it: what `how` makes of its codes, its factors, its books or its weight, and around and beside it the rest."""
     try:
         terms = Terms.among(change.parts)
         return stored(how, change) if terms is None or terms.simple else composed(how, change, terms)
@@ -196,6 +220,8 @@ def composed(how: Format, change: Change, terms: Terms) -> Packed:
         inner.append(stored(how, terms.codes.change(change.mask if others is None else mask)))
     if terms.factors is not None:
         inner.append(lowrank(terms.factors.change()))
+    if terms.books is not None:
+        inner.append(book(terms.books.change()))
     taken = None if others is None else others.nonzero()[:, 0].int()
     maps = [based(summed(*inner), inputs, taken, terms.inside, terms.outside)]
     if spared.columns is not None and spared.codes is not None:
@@ -355,12 +381,12 @@ def told(net: Network, layers: list[Layer], linears: Mapping[str, Any], dtype: s
 
 
 def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Format]:
-    """The format of every site; dense where no pass went over it, and where its factors are those of some rows of a weight."""
+    """The format of every site; dense where no pass went over it, and where its factors or books are those of some rows of a weight."""
     if len(each := recipe.options) > 1:  # one that stores whatever is chosen
         first, *others = [formats(sites, one, asked) for one in each]
         return {n: how if all(o[n] == how for o in others) else Format(Step("format/dense")) for n, how in first.items()}
     found = {s.name: format_of([p for p in recipe.passes if p.covers(s)], asked) for s in sites}
-    return found | {s.name: Format(Step("format/dense")) for s in sites if s.rows is not None and found[s.name].factored}
+    return found | {s.name: Format(Step("format/dense")) for s in sites if s.rows is not None and found[s.name].holds in ("factors", "books")}
 
 
 def ranked(ranks: Mapping[str, int], sites: list[Site]) -> dict[str, Any]:

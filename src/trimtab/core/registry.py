@@ -51,6 +51,8 @@ KNOBS = {
     "whiten": "whether nearness is that of the outputs, not of the weights", "limit": "score from which on a unit is chosen",
     "mean": "bits a weight on average, scales and zero points included",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
+    "vector": "outputs that share an index into a codebook",
+    "residual": "bits a weight of a second codebook, for what the first one leaves, 0 for none",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
 ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "keeps")  # declared beside a method, and nothing of what it computes
@@ -158,13 +160,14 @@ FACTS: dict[str, dict[str, Any]] = {
     "grid": {"of": "group", "zero": True, "type": None},
     # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep, or the type of codes
     # where the grid is its own; factors: whether
-    # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`; spares: whether what the share says is
+    # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`; books: whether it leaves indices into
+    # codebooks, which no later pass could keep; spares: whether what the share says is
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
     # grid.
-    "edit": {"drops": True, "codes": False, "factors": False, "spares": False, "zero": True},
-    # keeps: what of an edit it leaves as it is: "mask", "codes", "factors".
+    "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True},
+    # keeps: what of an edit it leaves as it is: "mask", "codes", "factors", "books".
     "repair": {"keeps": ("mask",)},
-    # holds: what it can store: "any", "mask", "nm", "block", "factors"; codes: the types of codes it stores; bytes: the size of every
+    # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of every
     # buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
     # number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose
     # kernels run it.

@@ -413,7 +413,7 @@ def _checked(p: Pass) -> Pass:
         raise BadInput(f"{p.steps['grid']} names several grids; put what chooses one in front, such as knapsack(mean=3)")
     if p.chooses and not several:
         raise BadInput(f"{p.steps['budget']} chooses one of several grids; name them, such as int(bits=2/3/4), with rtn or gptq behind")
-    leaves = {k for k in ("codes", "factors") if edit.facts[k]}
+    leaves = {k for k in ("codes", "factors", "books") if edit.facts[k]}
     if leaves and "repair" in p.steps and not leaves <= set(p.steps["repair"].method.facts["keeps"]):
         keep = [m.name for m in load_all().values() if m.axis == "repair" and leaves <= set(m.facts["keeps"])]
         raise BadInput(f"{p.steps['repair']} would leave the {' and '.join(leaves)} of {edit.name}"

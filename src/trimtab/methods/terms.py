@@ -1,4 +1,4 @@
-"""A weight as what its parts add up to: codes or factors in a basis of their own, a product beside them, weights that were spared."""
+"""A weight as what its parts add up to: codes, factors or books in a basis of their own, a product beside them, weights that were spared."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.basis import Basis
+from trimtab.methods.books import Books
 from trimtab.methods.codes import Codes
 from trimtab.methods.factors import Factors
 
 INSIDE, OUTSIDE, COLUMNS = "in", "out", "columns_"  # before the names of parts: the basis of the inputs, of the outputs; spared columns
 TRANSPOSED = "transposed"  # the part that says so
 # Parts of a whole weight alone, not of some rows of one.
-ALONE = ("left", "entries", "columns", TRANSPOSED, *(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left")))
+ALONE = ("left", "book", "entries", "columns", TRANSPOSED, *(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left")))
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ NOTHING = Spared()
 
 @dataclass(frozen=True)
 class Terms:
-    """A weight [out, in]: `codes`, `factors` or both added, behind a basis of the inputs (`inside`) and of the outputs (`outside`),
-    and beside them what was `spared`. `transposed`: the codes are those of the weight's transpose, and so lie in groups of outputs."""
+    """A weight [out, in]: `codes`, `factors`, `books` or several of them added, behind a basis of the inputs (`inside`) and of the
+    outputs (`outside`), and beside them what was `spared`. `transposed`: the codes are those of the weight's transpose, and so lie in
+    groups of outputs."""
 
     codes: Codes | None
     factors: Factors | None
@@ -87,12 +89,17 @@ class Terms:
     outside: Basis | None = None
     spared: Spared = NOTHING
     transposed: bool = False
+    books: Books | None = None
+
+    @property
+    def main(self) -> list[Codes | Factors | Books]:
+        """Those that are added."""
+        return [t for t in (self.codes, self.factors, self.books) if t is not None]
 
     @property
     def simple(self) -> bool:
-        """Whether one matrix of codes, or one pair of factors, is all of it."""
-        around = self.inside or self.outside or self.spared or self.transposed
-        return (self.codes is None) != (self.factors is None) and not around
+        """Whether one matrix of codes, one pair of factors, or one of books, is all of it."""
+        return len(self.main) == 1 and not (self.inside or self.outside or self.spared or self.transposed)
 
     def plain(self, w: Tensor) -> Tensor:
         """A weight in its bases as one that knows of none."""
@@ -101,14 +108,15 @@ class Terms:
 
     def weight(self) -> Tensor:
         """What it stands for, float32 [out, in]."""
-        each = [t.weight() for t in (self.codes, self.factors) if t is not None]
-        if self.transposed:
-            each[0] = each[0].T.contiguous()
-        return self.spared.whole(self.plain(each[0] + each[1] if len(each) > 1 else each[0]))
+        first, *others = [t.weight() for t in self.main]
+        first = first.T.contiguous() if self.transposed else first
+        for w in others:
+            first = first + w
+        return self.spared.whole(self.plain(first))
 
     def parts(self) -> dict[str, Tensor]:
         """As a change carries them."""
-        own = {k: t for part in (self.codes, self.factors) if part is not None for k, t in part.parts().items()}
+        own = {k: t for part in self.main for k, t in part.parts().items()}
         bases = {k: t for side, b in ((INSIDE, self.inside), (OUTSIDE, self.outside)) if b is not None for k, t in b.parts(side).items()}
         along = {TRANSPOSED: torch.ones(1, dtype=torch.uint8, device=self.codes.codes.device)} if self.transposed and self.codes else {}
         return own | bases | along | self.spared.parts()
@@ -117,10 +125,9 @@ class Terms:
     def among(parts: Mapping[str, Tensor]) -> Terms | None:
         """What the parts say; None where they say nothing but what was spared. BadInput where they contradict each other."""
         inside, outside = Basis.among(parts, INSIDE), Basis.among(parts, OUTSIDE)
-        terms = Terms(Codes.among(parts), Factors.among(parts), inside, outside, Spared.among(parts), TRANSPOSED in parts)
-        if terms.codes is None and terms.factors is None:
-            return None
-        return terms
+        terms = Terms(Codes.among(parts), Factors.among(parts), inside, outside, Spared.among(parts), TRANSPOSED in parts,
+                      Books.among(parts))
+        return terms if terms.main else None
 
 
 def put_together(new: Change, spared: Spared, inside: Basis | None, outside: Basis | None) -> Change:

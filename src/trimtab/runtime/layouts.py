@@ -17,7 +17,7 @@ from trimtab.methods.format.bsr import bsr
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.nm import nm
-from trimtab.methods.format.panels import PANEL, TYPES, Packed
+from trimtab.methods.format.panels import PANEL, TYPES, VECTORS, Packed
 
 VERSION = 2  # of packed directories; 1 laid out n:m otherwise, and had csr
 LARGEST = 2**31 - 1
@@ -26,6 +26,7 @@ NUMBERS = ("rows", "cols", "n", "m", "group")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64,), "windows": (torch.int32,),
     "scales": (torch.float32, torch.float16), "zeros": (torch.uint8,), "table": (torch.float32,),
+    "book": (torch.float16,), "residual": (torch.uint8,), "residual_book": (torch.float16,),
 }
 
 
@@ -47,7 +48,7 @@ def check(p: Packed) -> None:
         return
     m = load_all().get(f"format/{p.format}")
     numbers = [getattr(p, k) for k in NUMBERS]
-    values = {name: dtype for dtype, name in TYPES.items()} | dict.fromkeys(LEVELS, torch.uint8)
+    values = {name: dtype for dtype, name in TYPES.items()} | dict.fromkeys((*LEVELS, VECTORS), torch.uint8)
     if m is None or p.type not in values or p.dim not in ("in", "out"):
         raise BadInput(f"no layout is called {p.format} {p.type} along {p.dim}")
     if any(type(i) is not int or not 0 <= i <= LARGEST for i in (*p.shape, *numbers)) or len(p.shape) != 2 or 0 in p.shape:

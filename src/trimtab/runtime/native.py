@@ -12,7 +12,7 @@ import trimtab
 from trimtab.core.types import BadInput
 from trimtab.methods import composite
 from trimtab.methods.composite import BASED, STACK, SUM
-from trimtab.methods.format.panels import BITS, DENSE, Packed
+from trimtab.methods.format.panels import BITS, DENSE, VECTORS, Packed
 from trimtab.runtime import layouts
 
 AGAIN = "install trimtab again (pip install, or make setup in a checkout)"
@@ -67,7 +67,7 @@ def kind(p: Packed) -> str:
     """In words: what decides whether a kernel takes it."""
     if p.format in composite.FORMATS:
         return " + ".join(map(kind, p.factors))
-    what = {"nm": [f"{p.n}:{p.m} along the {p.dim}put"], "bsr": [f"blocks of {p.rows} x {p.cols}"],
+    what = {"nm": [f"{p.n}:{p.m} along the {p.dim}put"], "bsr": [f"blocks of {p.rows} x {p.cols}"], "book": [f"vectors of {p.rows}"],
             "lowrank": [f"rank {f.shape[0]}" for f in p.factors[:1]]}.get(p.format, [])
     what += [f"groups of {p.group}"] if p.type in DENSE else []
     return f"{p.format} {p.type}" + (f" ({', '.join(what)})" if what else "")
@@ -75,7 +75,7 @@ def kind(p: Packed) -> str:
 
 def _strange(p: Packed) -> bool:
     """A layout that saves bytes, not time: the kernels do not know it."""
-    if p.type == "l8":
+    if p.type in ("l8", VECTORS):
         return True
     if p.format == "nm" and (p.m not in (4, 8) or p.dim == "out" or (p.type in BITS and p.n * 2 != p.m)):
         return True

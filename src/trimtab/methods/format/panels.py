@@ -26,6 +26,7 @@ BITS = {"i8": 8, "i4": 4, "i2": 2}  # of the types of codes that every format of
 DENSE = {**WIDTHS, **TABLES}        # of those that dense stores, ternary ones aside
 WORD = {**{name: 32 // bits for name, bits in DENSE.items() if bits != 3}, "t": 4 * TRITS}  # inputs a word of codes holds
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+VECTORS = "v"  # the type of indices into a codebook
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ class Values:
 class Packed:
     """One linear map [out, in] as a kernel reads it.
 
-    `format`: dense, bsr, bitmask, sell, nm, lowrank, sum or based; `type` of the values: f32, bf16, or of codes; `rows`, `cols` of a block;
-    `n`, `m` of n:m along `dim` (in, or out: the transpose is what is packed); `group`: inputs that share a scale;
+    `format`: dense, bsr, bitmask, sell, nm, lowrank, book, sum or based; `type` of the values: f32, bf16, of codes, or v, of indices;
+    `rows`, `cols` of a block, of a book the outputs of a vector; `n`, `m` of n:m along `dim` (in, or out: the transpose is what is
+    packed), of a book the bits of its indices; `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint8 of
-    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), table (float32), those it has.
+    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), table (float32), book (float16), those it has.
     A map that is made of others, applied in turn (lowrank), added (sum) or with a change of inputs and outputs around it (based), has
     these as its `factors` and their buffers as its own, what they are before the name.
     """
