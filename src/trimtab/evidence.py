@@ -31,6 +31,8 @@ class Setting:
 
 Row = dict[str, Any]
 BETTER = {"perplexity": "lower", "cosine": "higher"}  # metrics that settle a claim
+FINE = "int(asymmetric=true,clip=mse,group=64,"  # a fine grid, on which bases and roundings are compared
+BASES = ("incoherent", "hadamard", "klt", "kurtail")
 SETTINGS = {
     "50%": Setting(0.5, None, ("magnitude", "magnitude(unit=row)", "random", "wanda", "gblm", "taylor", "obs", "sparsegpt", "admm",
                                "obert", "chita", "nettrim", "row | wanda | mask | least_squares", "row | wanda | mask | admm"),
@@ -44,7 +46,10 @@ SETTINGS = {
     **{f"{bits}-bits": Setting(None, None, tuple(f"{r}bits={bits}{end}" for r, end in (
         ("rtn(", ")"), ("rtn(asymmetric=true,", ")"), ("rtn(clip=mse,", ")"), ("rtn(grid=nf,", ")"), ("rtn(grid=kmeans,", ")"),
         *([("rtn(grid=fp,", ")")] if bits != 2 else []), ("gptq(", ")"), ("gptq(asymmetric=true,", ")"), ("gptq(act_order=true,", ")"),
-        ("gptq(clip=mse,", ")"), ("gptq(grid=nf,", ")"), ("awq(", ")"), ("awq | int(asymmetric=true,", ") | gptq"))),
+        ("gptq(clip=mse,", ")"), ("gptq(grid=nf,", ")"), ("awq(", ")"), ("awq | int(asymmetric=true,", ") | gptq"),
+        ("ldlq(", ")"), ("adaround(", ")"), ("adaquant(", ")"), ("lorc(", ")"), ("lorc(whiten=true,", ")"), ("adadim(", ")"),
+        (FINE, ") | gptq"), (FINE, ") | gptq | greedy"), (FINE, ") | adaquant"), *((f"{r} | {FINE}", ") | gptq") for r in BASES),
+        *([("super_weight(", ")")] if bits == 4 else []), *([("vptq(", ")"), ("quip(", ")")] if bits == 2 else []))),
         f"all linear weights in {bits} bits, a scale for 128 inputs (nf: 64)") for bits in (4, 3, 2)},
 }
 
