@@ -27,9 +27,8 @@ MADE = {
     "inputs | peak | spare(keep=0.2,bits=4) ; hadamard | int(bits=4,group=0) | gptq | lorc(rank=2)": "dense i4 + lowrank + dense i4",
     "ptq161": "dense l1 + lowrank + dense i4",
     "onebit": "dense l1",
-    "vptq(residual=1)": "book",
-    "hadamard | vptq": "book",
-    "inputs | peak | spare(keep=0.2,bits=8) ; vptq": "book + dense i8",
+    "vptq(residual=1,iters=2)": "book",
+    "inputs | peak | spare(keep=0.2,bits=8) ; hadamard | vptq(iters=2)": "book + dense i8",
 }
 
 

@@ -1,4 +1,4 @@
-"""A weight as what its parts add up to: codes, factors or books in a basis of their own, a product beside them, weights that were spared."""
+"""A weight as what its parts add up to: codes, factors or books in their own basis, a product beside them, weights that were spared."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from trimtab.methods.codes import Codes
 from trimtab.methods.factors import Factors
 
 INSIDE, OUTSIDE, COLUMNS = "in", "out", "columns_"  # before the names of parts: the basis of the inputs, of the outputs; spared columns
-ALONE = ("left", "book", "entries", "columns", *(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left")))  # of a whole weight alone
+ALONE = (  # of a whole weight alone
+    "left", "book", "entries", "columns", *(f"{side}_{k}" for side in (INSIDE, OUTSIDE) for k in ("scale", "left")))
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ NOTHING = Spared()
 
 @dataclass(frozen=True)
 class Terms:
-    """A weight [out, in]: `codes`, `factors`, `books` or several of them added, behind a basis of the inputs (`inside`) and of the outputs (`outside`),
-    and beside them what was `spared`."""
+    """A weight [out, in]: `codes`, `factors`, `books` or several of them added, behind a basis of the inputs (`inside`) and of the outputs
+    (`outside`), and beside them what was `spared`."""
 
     codes: Codes | None
     factors: Factors | None
