@@ -34,7 +34,8 @@ from trimtab.runtime.layouts import check
 
 REG = load_all()
 SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistaken for each other
-SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1, "iters": 100, "vector": 2}  # knobs larger than the sites below; 8 leaves a remainder of 4
+# Knobs larger than the sites below; 8 leaves a remainder of 4.
+SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1, "iters": 100, "vector": 2}
 TINY = 1e-12
 
 # --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
@@ -1191,7 +1192,8 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
             yield Factors(w[:, :3] * mask[:, :3], (w * mask).T.contiguous().T[:3]).change()
             continue
         if kind == "books":
-            yield from (books(w, vector, width, second).change() for vector, width, second in ((4, 8, 0), (3, 1, 3), (2, 9, 0), (5, 16, 10)))
+            for vector, width, second in ((4, 8, 0), (3, 1, 3), (2, 9, 0), (5, 16, 10)):
+                yield books(w, vector, width, second).change()
             continue
         if kind == "nm":
             lines = w.T if knobs["dim"] == "out" else w

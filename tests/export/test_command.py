@@ -92,9 +92,9 @@ def test_what_is_refused(capsys, tiny_lm, trimmed, tmp_path, monkeypatch):
     packed = trimmed("rtn(bits=8)", "--pack")
     assert "without --pack" in refused(capsys, tmp_path, packed, "--to", "gguf", "-o", out)
     shutil.copytree(tiny_lm, tmp_path / "other")
-    config = read_json(tmp_path / "other" / "config.json") | {"quantization_config": {"quant_method": "gptq"}}
+    config = read_json(tmp_path / "other" / "config.json") | {"quantization_config": {"quant_method": "fbgemm_fp8"}}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    assert "quantised already (gptq)" in refused(capsys, tmp_path, tmp_path / "other", "--to", "gguf", "-o", out)
+    assert "it was quantised with fbgemm_fp8" in refused(capsys, tmp_path, tmp_path / "other", "--to", "gguf", "-o", out)
     monkeypatch.delitem(sys.modules, "trimtab.export.gguf", raising=False)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'trimtab[gguf]'" in refused(capsys, tmp_path, tiny_lm, "--to", "gguf", "-o", out)

@@ -29,9 +29,8 @@ MADE = {
     "onebit": "dense l1",
     "int(bits=3,group=32) | adadim(feedback=true)": "",
     "nf(bits=4,group=32) | adadim": "",
-    "vptq(residual=1)": "book",
-    "hadamard | vptq": "book",
-    "inputs | peak | spare(keep=0.2,bits=8) ; vptq": "book + dense i8",
+    "vptq(residual=1,iters=2)": "book",
+    "inputs | peak | spare(keep=0.2,bits=8) ; hadamard | vptq(iters=2)": "book + dense i8",
 }
 
 

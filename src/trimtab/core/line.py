@@ -151,7 +151,8 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             for p in passes:
                 if "unit" in p.steps:
                     Unit(p.steps["unit"])(torch.empty(s.shape, device="meta"), 0.5)
-            if opts.pack or any("format" in p.steps or p.steps["edit"].method.facts[k] for p in passes for k in ("codes", "factors", "books")):
+            leaves = any(p.steps["edit"].method.facts[k] for p in passes for k in ("codes", "factors", "books"))
+            if opts.pack or leaves or any("format" in p.steps for p in passes):
                 pack.try_format(how, passes, s.shape, opts.keep)
         except BadInput as e:
             raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None

@@ -46,10 +46,6 @@ class Format:
     named: bool = False
 
     @property
-    def factored(self) -> bool:
-        return bool(self.step.method.facts["factors"])
-
-    @property
     def holds(self) -> str:
         return str(self.step.method.facts["holds"])
 
@@ -195,7 +191,7 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
 
 
 def pack(how: Format, change: Change, name: str) -> Packed:
-    """The change as a kernel reads it: what `how` makes of its codes, its factors, its books or its weight, and around and beside it the rest."""
+    """The change as a kernel reads it: what `how` makes of its codes, factors, books or weight, and around and beside it the rest."""
     try:
         terms = Terms.among(change.parts)
         return stored(how, change) if terms is None or terms.simple else composed(how, change, terms)
@@ -386,7 +382,8 @@ def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Format]:
         first, *others = [formats(sites, one, asked) for one in each]
         return {n: how if all(o[n] == how for o in others) else Format(Step("format/dense")) for n, how in first.items()}
     found = {s.name: format_of([p for p in recipe.passes if p.covers(s)], asked) for s in sites}
-    return found | {s.name: Format(Step("format/dense")) for s in sites if s.rows is not None and found[s.name].holds in ("factors", "books")}
+    some = [s for s in sites if s.rows is not None and found[s.name].holds in ("factors", "books")]
+    return found | {s.name: Format(Step("format/dense")) for s in some}
 
 
 def ranked(ranks: Mapping[str, int], sites: list[Site]) -> dict[str, Any]:

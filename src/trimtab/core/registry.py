@@ -167,8 +167,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True},
     # keeps: what of an edit it leaves as it is: "mask", "codes", "factors", "books".
     "repair": {"keeps": ("mask",)},
-    # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of every
-    # buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
+    # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of
+    # every buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
     # number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose
     # kernels run it.
     "format": {"holds": "any", "codes": (), "bytes": None, "stored": None, "factors": ""},

@@ -143,7 +143,8 @@ def quantized(net: Network, parts: SafeFile) -> list[Layer]:
     plain = {s.name for x in layers for s in x.sites}
     for s in net.sites:
         if more := next((k for k in ALONE if f"{s.name}:{k}" in parts.names), None):
-            what = "factors" if more == "left" else "vectors of a codebook" if more == "book" else "weights that were spared" if more in ("entries", "columns") else "a basis of its own"
+            spared = dict.fromkeys(("entries", "columns"), "weights that were spared")
+            what = {"left": "factors", "book": "vectors of a codebook", **spared}.get(more, "a basis of its own")
             raise BadInput(f"{s.name}: it has {what}, which compressed-tensors does not hold; {RIGHT}")
         if s.expert is not None:
             raise BadInput(f"{s.name}: it is an expert, and transformers opens those with compressed-tensors only as codes, which are not "

@@ -81,7 +81,7 @@ def widths(vector: int, *bits: int) -> list[int]:
     each = [n * vector for n in bits]
     if vector < 1 or each[0] < 1 or any(not 0 <= n <= WIDEST for n in each):
         wrong = next((n for n in each if not 0 <= n <= WIDEST), each[0])
-        raise BadInput(f"an index has bits * vector bits, 1 to {WIDEST}, not {wrong}; take shorter vectors, or some of the bits as residual")
+        raise BadInput(f"an index has bits * vector bits, 1 to {WIDEST}, not {wrong}; take shorter vectors, or some bits as residual")
     return each
 
 

@@ -1,4 +1,4 @@
-"""A weight as what its parts add up to: codes, factors or books in a basis of their own, a product beside them, weights that were spared."""
+"""A weight as what its parts add up to: codes, factors or books in a basis of their own, a product beside them, what was spared."""
 from __future__ import annotations
 
 from collections.abc import Mapping
