@@ -197,7 +197,7 @@ def test_what_is_learned_is_no_worse_than_the_nearest_in_any_row(edit):
         assert bool((lost <= least).all())
         assert (iters < 200) or float(lost.sum()) < 0.6 * float(least.sum())
         if edit == "adaround":
-            codes = Codes.of(new)
+            codes = Codes.among(new.parts)
             low = codes.grid.below(w.view(40, 2, 16)).view(40, 32)
             assert bool(((codes.codes == low) | (codes.codes == low + 1)).all())
 
@@ -209,7 +209,7 @@ def test_after_greedy_no_code_alone_is_better():
     gram = x.T @ x / 64
     grid = line.Gridded(spec.grid_step("nf(bits=3,group=8)"), {})
     near = rounded(w, grid(w), 8)
-    codes = Codes.of(get("repair/greedy")({"w": w, "new": near.change(), "gram": gram}, iters=100, damp=0.0))
+    codes = Codes.among(get("repair/greedy")({"w": w, "new": near.change(), "gram": gram}, iters=100, damp=0.0).parts)
     least = errors(w, codes.weight(), gram)
     assert float(least.sum()) < 0.7 * float(errors(w, near.weight(), gram).sum())
     for j in range(12):

@@ -166,7 +166,7 @@ class Checkpoint:
         for name, about in linears.items():
             said = about if isinstance(about, dict) else {}
             factored, shape = "factors" in said, said.get("shape")
-            values = next((e for k, e in sorted(buffers[name].items()) if k == "values" or (factored and k.endswith("_values"))), None)
+            values = next((e for k, e in sorted(buffers[name].items()) if (k.endswith("_values") if factored else k == "values")), None)
             if values is None or f"{name}.weight" in self.tensors or not isinstance(shape, list):
                 raise BadInput(f"packed layer {name} of {self.path} is not stored as its config.json says; fetch it again")
             dtype = values.dtype if values.dtype.is_floating_point and not factored else torch.float32
