@@ -114,9 +114,8 @@ def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: fl
     for p in passes:
         if p.steps["edit"].method.facts["spares"]:
             columns = p.steps["unit"].method({"s": w, "keep": p.keep or keep}, **p.steps["unit"].bound).all(0)
-            w = mask = w[:, ~columns] if bool(columns.any()) else w
-            mask = torch.ones_like(w, dtype=torch.bool)
-            change = Change(w.bfloat16())
+            w = w[:, ~columns]
+            mask, change = torch.ones_like(w, dtype=torch.bool), Change(w.bfloat16())
             continue
         if "unit" in p.steps:
             unit = p.steps["unit"]

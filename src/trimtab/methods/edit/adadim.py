@@ -9,6 +9,7 @@ from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.codes import Codes, Grid, rounded
 from trimtab.methods.edit.gptq import gptq
+from trimtab.methods.edit.rtn import rtn
 from trimtab.methods.solvers import Settle, errors, sweep
 from trimtab.methods.terms import Terms
 
@@ -27,20 +28,18 @@ def adadim(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, feedback: bool =
     Deviations: judged by the site's own output, where the source takes that of the attention or the MLP; symmetric grids and tables alone;
         a grid that has to see the inputs' statistics lies along the inputs
     """
-    along_inputs = gptq(w, mask, grid, gram, damp=damp) if feedback else None
     kept = w.float() * mask
-    if along_inputs is None:
-        along_inputs = rounded(kept, grid(kept), grid.group(w)).change(None if bool(mask.all()) else mask)
     if grid(kept[:1]).zeros is not None:
         raise BadInput("adadim: groups along the outputs have no zero points; use a symmetric grid or a table")
+    along_inputs = gptq(w, mask, grid, gram, damp=damp) if feedback else rtn(w, mask, grid)
     if not grid.blind:
-        return Change(along_inputs.w.to(w.dtype), along_inputs.parts, along_inputs.mask)
+        return along_inputs
     codes = swept(kept, mask, grid, gram, damp) if feedback else rounded(kept.T.contiguous(), grid(kept.T), grid.group(w.T))
     other = Terms(codes, None, transposed=True)
     there = other.weight()
     if float(errors(w, there, gram).sum()) < float(errors(w, along_inputs.w, gram).sum()):
         return Change(there.to(w.dtype), other.parts(), None if bool(mask.all()) else mask)
-    return Change(along_inputs.w.to(w.dtype), along_inputs.parts, along_inputs.mask)
+    return along_inputs
 
 
 def swept(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, damp: float) -> Codes:
