@@ -85,6 +85,7 @@ def test_plain_and_packed_are_one_model(capsys, tiny_lm, tmp_path, calib, recipe
     ("site | spike | spare(keep=1%) ; inputs | peak | spare(keep=1%) ; rtn(group=32)", "spare once"),
     ("hadamard | awq | int(group=32) | rtn", "both decide rewrite"),
     ("incoherent | int(bits=4,group=32) | rtn | obs", "would leave the codes"),
+    ("hadamard | onebit", "a basis of its own"),
     ("int(group=32) | gptq | lorc(rank=0)", "a rank is 1 to"),
     ("row | wanda ; vptq", "zero is no value"),
     ("vptq ; *.down: int(group=32) | rtn", "would leave its grid"),

@@ -135,6 +135,8 @@ def put_together(new: Change, spared: Spared, inside: Basis | None, outside: Bas
     terms = Terms.among(new.parts)
     if terms is None or not (inside or outside or spared):
         return new
+    if (inside and terms.inside) or (outside and terms.outside):
+        raise BadInput("what it leaves has a basis of its own, and a rewrite before it another one; leave the rewrite out")
     terms = replace(terms, inside=inside or terms.inside, outside=outside or terms.outside, spared=spared)
     mask = new.mask
     if mask is not None and spared.columns is not None:
