@@ -12,6 +12,7 @@ from tests.cases import Case
 from trimtab.core.registry import Method, get, load_all
 from trimtab.methods.basis import Basis
 from trimtab.methods.codes import Grid, rounded
+from trimtab.methods.rounding import Rounding
 
 CASES: dict[str, Case] = {}
 for module in pkgutil.iter_modules(tests.cases.__path__):
@@ -25,6 +26,8 @@ def result(m: Method, case: Case):
     if isinstance(out, Grid):
         w = case.env["w"]
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()
+    if isinstance(out, Rounding):
+        return out.of(case.env["x"])
     if isinstance(out, Basis):
         return out.weight(case.env["w"]).abs()
     return getattr(out, "w", getattr(out, "buffers", out))

@@ -29,6 +29,7 @@ from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
 from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.panels import Packed
+from trimtab.methods.rounding import Rounding
 from trimtab.methods.terms import Spared, Terms
 from trimtab.runtime.layouts import check
 
@@ -90,7 +91,7 @@ def batches(name: str, of: str, poor: bool = False) -> list[tuple[Tensor, ...]]:
 def accumulate(m: Method, seen: list[tuple[Tensor, ...]]) -> Tensor:
     """What the engine does with a statistic's batches."""
     values = [m.fn(*x) for x in seen]
-    merge = {"sum": lambda v: torch.stack(v).sum(0), "max": lambda v: torch.stack(v).amax(0), "stack": torch.stack}
+    merge = {"sum": lambda v: torch.stack(v).sum(0), "max": lambda v: torch.stack(v).amax(0), "stack": torch.stack, "cat": torch.cat}
     out = merge[m.facts["merge"]](values)
     if m.facts["mean"]:
         out = out / (len(seen) if m.facts["of"] == "grad" else sum(len(x[0]) for x in seen))
@@ -211,7 +212,7 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
         new = nearest(new.w, 3, 8).change(pattern) if "mask" in m.facts["keeps"] else nearest(w, 3, 8).change()
         new = replace(new, w=new.w.to(dtype))
     return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask, "grid": OnGrid(get("grid/int"), stats(name)),
-            "new": new, **have, **given}
+            "new": new, "rounded": Rounding(4).of, **have, **given}
 
 
 def call(m: Method, at: dict[str, Any], /, **knobs: Any) -> Any:
@@ -229,6 +230,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
         yield from tensors(x.buffers)
     elif isinstance(x, Basis):
         yield from tensors([x.scale, x.left, x.right])
+    elif isinstance(x, Rounding):
+        yield from tensors(x.parts())
     elif isinstance(x, Grid):
         yield from tensors([x.scales, x.zeros, x.table, x.levels])
     elif isinstance(x, Change):
@@ -320,14 +323,14 @@ def law_uses_data(m: Method) -> None:
     """Each weight, statistic and share it names changes the result somewhere."""
     turned = 1 if m.axis == "rewrite" else 0  # the order of the outputs is nothing to a scale of the inputs
     fresh = {"w": lambda t: t.flip(turned), "target": lambda t: t / 2, "keep": lambda t: t / 2}
-    if m.axis in ("score", "edit", "repair", "budget", "unit", "grid", "rewrite"):
+    if m.axis in ("score", "edit", "repair", "budget", "unit", "grid", "rewrite", "input"):
         for d in (d for d in m.data if d in m.needs or d in fresh):
             if (d == "keep" and m.axis == "unit" and not m.facts["free"]) or (d == "w" and m.facts.get("basis")):
                 continue  # a basis may be one of so many inputs, whatever the weights
             changed = False
             for name in THREE:
                 at = env(m, name)
-                other = fresh.get(d, jumbled)(at[d])
+                other = at[d] / 2 if m.axis == "input" else fresh.get(d, jumbled)(at[d])  # a range is one of all inputs
                 changed |= not same(call(m, at), call(m, {**at, d: other}))
             assert changed, f"{d} makes no difference"
 
@@ -350,6 +353,7 @@ def law_uses_knobs(m: Method) -> None:
         given = [env(m, new=new) for new in held(m, small(m), torch.float32)] if m.axis == "format" else \
             [env(m, name) for name in THREE]
         with_it = {"clip": k} if k == "percentile" else {"whiten": True} if k == "damp" and "whiten" in m.knobs else {}
+        with_it = {"clip": "mse"} if k == "act_bits" and "clip" in m.knobs else with_it  # who else looks at steps
         with_it = {"feedback": True} if k == "damp" and "feedback" in m.knobs else with_it
         if m.facts.get("spares"):  # whose knobs are those of whole inputs
             given = [env(m, name, unit=Unit(get("unit/inputs"))) for name in THREE]
@@ -374,7 +378,7 @@ def numpy_stat(m: Method, seen: list[tuple[Tensor, ...]]) -> np.ndarray:
         "absmax": ("input", lambda: abs(x).max(0)), "in_abs": ("input", lambda: abs(x).mean(0)),
         "act_norm": ("mid", lambda: np.sqrt((x ** 2).mean(0))),
         "grad_sq": ("grad", lambda: (x ** 2).mean(0)), "grad": ("grad", lambda: x.mean(0)), "grads": ("grad", lambda: x),
-        "cosine": ("sublayer", lambda: np.array([np.mean(
+        "sample": ("input", lambda: x), "cosine": ("sublayer", lambda: np.array([np.mean(
             (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
     }
     assert m.name in definition, f"write the definition of {m.name} here"
@@ -392,6 +396,8 @@ def law_stat_is_its_definition(m: Method) -> None:
 def law_stat_order_of_batches(m: Method) -> None:
     seen = batches("0.mlp.gate", m.facts["of"])
     a, b = accumulate(m, seen), accumulate(m, seen[::-1])
+    if m.facts["merge"] == "cat":
+        a, b = (t.sort(0).values for t in (a, b))
     close(a, b.flip(0) if m.facts["merge"] == "stack" else b)
 
 
@@ -822,13 +828,56 @@ def law_rewrite_scales_inputs(m: Method) -> None:
 
 def law_rewrite_helps_rounding(m: Method) -> None:
     """Rounding costs the outputs less behind it than without it."""
-    for name in THREE if not m.facts["basis"] else ():
+    for name in THREE if not (m.facts["basis"] or m.facts["rounded"]) else ():
         for bits in (4, 3):
             grid = OnGrid(get("grid/int"), stats(name), bits=bits)
             at, w = env(m, name, grid=grid), weight(name)
             s = call(m, at)
             new, plain_ = (rounded(t, grid(t), grid.group(t)).weight() for t in (w * s, w))
             assert error(w, new / s, at["gram"]) < error(w, plain_, at["gram"]), (name, bits)
+
+
+def law_rewrite_helps_rounded_inputs(m: Method) -> None:
+    """Where one input is far above the others, rounding all of them by one step costs the outputs less behind it than without it."""
+    for name in THREE if m.facts["rounded"] else ():
+        x, w = stats(name)["sample"].clone(), weight(name)
+        x[:, 3] *= 30
+        at = env(m, name, sample=x, absmax=x.abs().amax(0), grid=OnGrid(get("grid/int"), stats(name), bits=8, group=0))
+        s, off = call(m, at), []
+        for scale in (s, torch.ones_like(s)):
+            met = Rounding(8, (x / scale).abs().max()[None] / 127).of(x / scale)
+            new = rounded(w * scale, at["grid"](w * scale), w.shape[1]).weight()
+            off.append(float((met @ new.T - x @ w.T).square().sum()))
+        assert off[0] < 0.7 * off[1], name
+
+
+# --- input ----------------------------------------------------------------------------------------------------------
+def law_input_has_so_many_steps(m: Method) -> None:
+    """What is met are whole steps around zero, no more than the bits have, the nearest ones within the range."""
+    for name in THREE:
+        for bits in (8, 4, 2):
+            r, last = call(m, env(m, name), act_bits=bits), (1 << (bits - 1)) - 1
+            x = stats(name)["sample"]
+            y = r.of(x)
+            step = x.abs().amax(1, keepdim=True) / last if r.scale is None else r.scale
+            codes = y / step
+            close(codes.round(), codes, 1e-4)
+            assert float(codes.abs().max()) <= last + 1e-3
+            near = x.abs() <= last * step
+            assert bool(((y - x).abs()[near] <= (step / 2 * (1 + 1e-4)).expand_as(x)[near]).all())
+            assert bool((r.of(torch.zeros(2, 3)) == 0).all())
+
+
+def law_input_parts_are_the_truth(m: Method) -> None:
+    r = call(m, env(m))
+    back = Rounding.among(r.parts())
+    assert back is not None and back.same(r) and not back.same(Rounding(3))
+
+
+def law_input_refuses(m: Method) -> None:
+    for bits in (1, 9, 0, -8):
+        with pytest.raises(BadInput, match="2 to 8 bits"):
+            call(m, env(m), act_bits=bits)
 
 
 # --- edit -----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ Row = dict[str, Any]
 BETTER = {"perplexity": "lower", "cosine": "higher"}  # metrics that settle a claim
 FINE = "int(asymmetric=true,clip=mse,group=64,"  # a fine grid, on which bases and roundings are compared
 BASES = ("incoherent", "hadamard", "klt", "kurtail")
+OUTLIERTUNE_PLAIN = ("*.q,*.k,*.v,*.gate,*.up: int(bits=8,group=0) | rtn | static(act_bits=6,clip=max) ; "
+                     "*.o,*.down: int(bits=8,group=0) | rtn | token(act_bits=6)")
 SETTINGS = {
     "50%": Setting(0.5, None, ("magnitude", "magnitude(unit=row)", "random", "wanda", "gblm", "taylor", "obs", "sparsegpt", "admm",
                                "obert", "chita", "nettrim", "row | wanda | mask | least_squares", "row | wanda | mask | admm"),
@@ -41,6 +43,21 @@ SETTINGS = {
                                      "admm(unit=2:4)"), "2:4 on the MLPs alone"),
     "70%": Setting(0.3, None, ("magnitude", "lamp", "magnitude(unit=model)", "wanda", "wanda_owl",
                                "wanda_redundancy", "wanda(unit=model)", "sparsegpt"), "70 % of all linear weights gone"),
+    **{name: Setting(None, None, recipes, text) for name, text, recipes in (
+        ("w8a8", "weights in 8 bits by row, inputs in 8 bits", (
+            "int(bits=8,group=0) | rtn", "w8a8", "int(bits=8,group=0) | gptq | token", "llm_int8", "smoothquant",
+            *(f"int(bits=8,group=0) | rtn | static(clip={c})" for c in ("max", "mse", "percentile")),
+            "smoothquant | int(bits=8,group=0) | rtn | token", "smoothquant | int(bits=8,group=0) | rtn | static(clip=percentile)")),
+        ("w4a8", "weights in 4 bits, inputs in 8 bits", (
+            "gptq(bits=4)", "int(bits=4,group=128) | rtn | token", "int(bits=4,group=128) | gptq | token", "qqq",
+            "int(bits=4,group=128) | gptq | static(clip=percentile)", "int(bits=4,group=0) | gptq | token", "qqq(group=0)",
+            "hadamard | int(bits=4,group=128) | gptq | token", "kurtail | int(bits=4,group=128) | gptq | token")),
+        ("w8a6", "weights in 8 bits by row, inputs in 6 bits", (
+            "w8a8(act_bits=6)", "outliertune", "repquant", OUTLIERTUNE_PLAIN, "int(bits=8,group=0) | adaquant | static(act_bits=6)",
+            "hadamard | int(bits=8,group=0) | rtn | token(act_bits=6)")),
+        ("w4a4", "weights and inputs in 4 bits", tuple(
+            f"{r}int(bits=4,group=128) | gptq | token(act_bits=4)" for r in ("", "hadamard | ", "kurtail | ", "smooth | "))),
+    )},
     "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
     **{f"{bits}-bits": Setting(None, None, tuple(f"{r}bits={bits}{end}" for r, end in (

@@ -5,6 +5,7 @@ import torch
 
 from tests.cases import Case
 from tests.cases.edit import Whole
+from trimtab.methods.rounding import Rounding
 
 ROOT = 10**0.25
 
@@ -12,6 +13,13 @@ CASES = {
     # As it is, 0.3 becomes 0. With a = 1/2, s = (1, sqrt 10) / 10^(1/4): both weights times s are near 0.55, and 0.3 becomes 0.316.
     "rewrite/awq": Case({"w": torch.tensor([[1.0, 0.3]]), "grid": Whole(2), "in_abs": torch.tensor([1.0, 10.0]),
                          "gram": torch.diag(torch.tensor([1.0, 100.0]))}, [1 / ROOT, ROOT], {"steps": 2}),
+    # Inputs take the root of their size, and give the root of their weights'.
+    "rewrite/smoothquant": Case({"w": torch.tensor([[1.0, 0.25]]), "absmax": torch.tensor([16.0, 1.0])}, [4, 2]),
+    # Of three values by the token, the second input is met as 0. Down to 0.1 both are alike, and so are the weights.
+    "rewrite/smooth": Case({"w": torch.tensor([[0.4, 1.0]]), "grid": Whole(2), "sample": torch.tensor([[10.0, 4.0]]),
+                            "rounded": Rounding(2).of}, [100, 40], {"steps": 2}),
+    # Ranges of 2 and 6, and 4 for both.
+    "rewrite/channelwise": Case({"sample": torch.tensor([[2.0, -6.0], [1.0, 3.0]])}, [0.5, 1.5]),
     # One input, so turning it is a sign: S = (64 / 2^2)^(1/4) = 2, and the weight becomes 4. Of a basis the sizes of the weights in it.
     "rewrite/incoherent": Case({"w": torch.tensor([[2.0]]), "gram": torch.tensor([[64.0]])}, [[4.0]], differs="rewrite/hadamard"),
     # A weight of one input is spread over both.

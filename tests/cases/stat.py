@@ -11,6 +11,7 @@ TOKENS = {"x": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "y": torch.tensor([[0.0, 
 
 CASES = {
     "stat/in_sq": Case({"x": X}, [25, 1], differs="stat/absmax"),
+    "stat/sample": Case({"x": X}, [[3, 0], [-4, 1]], differs="stat/gram"),
     "stat/gram": Case({"x": X}, [[25, -4], [-4, 1]], differs="stat/in_sq"),
     "stat/absmax": Case({"x": X}, [4, 1], differs="stat/act_norm"),
     "stat/in_abs": Case({"x": X}, [7, 1], differs="stat/in_sq"),

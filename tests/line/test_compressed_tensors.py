@@ -114,14 +114,10 @@ def test_activations_of_8_bits(tmp_path):
     after, parts = load_file(tmp_path / "out" / "model.safetensors"), load_file(plain / "trimtab.safetensors")
     assert torch.equal(after["model.layers.0.mlp.up_proj.weight"].int() + 128, parts["0.mlp.up:codes"].int())
 
-    def rounded(m: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-        step = args[0].abs().amax(-1, keepdim=True) / 127.5
-        return (args[0] / step).round().clamp(-128, 127) * step
-
     model = transformers.LlamaForCausalLM.from_pretrained(plain)
     for name, m in model.named_modules():
         if name.endswith("_proj"):
-            m.register_forward_pre_hook(rounded)
+            m.register_forward_pre_hook(lambda m, args: met(args[0], None))
     with torch.no_grad():
         want = model(**tiny.inputs("llama")).logits
     torch.testing.assert_close(answers("llama", tmp_path / "out"), want, rtol=0, atol=1e-4)
@@ -129,6 +125,38 @@ def test_activations_of_8_bits(tmp_path):
     with pytest.raises(BadInput, match=r"0\.attn\.q: .* it has 4 bits in groups of 16"):
         write(trimmed("llama", W4, tmp_path / "4"), tmp_path / "no", type="w8a8")
     assert not (tmp_path / "no").exists()
+
+
+def met(x: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
+    """Inputs as transformers rounds them: by the token's largest, or by a step; down to -128."""
+    step = x.abs().amax(-1, keepdim=True) / 127.5 if step is None else step
+    return (x / step).round().clamp(-128, 127) * step
+
+
+@pytest.mark.parametrize(("step", "strategy"), [("token", "token"), ("static(clip=max)", "tensor")])
+def test_inputs_that_the_recipe_rounds_are_rounded_there(tmp_path, step, strategy):
+    """By the token, or by the step that calibration found."""
+    pytest.importorskip("compressed_tensors")
+    import transformers
+
+    plain = trimmed("llama", f"int(bits=8,group=0) | rtn | {step}", tmp_path)
+    assert write(plain, tmp_path / "out")["format"] == "int-quantized"
+    scheme = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert scheme["input_activations"]["strategy"] == strategy
+    after, model = load_file(tmp_path / "out" / "model.safetensors"), transformers.LlamaForCausalLM.from_pretrained(plain)
+    parts = load_file(plain / "trimtab.safetensors")
+    for name, m in model.named_modules():
+        if name.endswith("_proj"):
+            given = after.get(f"{name}.input_scale")
+            assert (given is not None) == (strategy == "tensor")
+            m.register_forward_pre_hook(lambda m, args, given=given: met(args[0], given))
+    if strategy == "tensor":
+        assert torch.equal(after["model.layers.0.mlp.up_proj.input_scale"], parts["0.mlp.up:act_scale"])
+    with torch.no_grad():
+        want = model(**tiny.inputs("llama")).logits
+    torch.testing.assert_close(answers("llama", tmp_path / "out"), want, rtol=0, atol=1e-4)
+    with pytest.raises(BadInput, match="rounded to 6 bits, and those of compressed-tensors here have 8"):
+        write(trimmed("llama", "w8a8(act_bits=6)", tmp_path / "6"), tmp_path / "no")
 
 
 @pytest.mark.parametrize(("name", "recipe", "why"), REFUSED)

@@ -16,6 +16,7 @@ from trimtab.core.registry import get
 from trimtab.core.types import Site
 
 Tick = Callable[[], None]
+LISTS = {"stack": torch.stack, "cat": torch.cat}  # of values that are kept each, how they become one
 
 
 class StatCache:
@@ -33,7 +34,7 @@ class StatCache:
 
 def content(store: Store, module: nn.Module) -> str:
     h = hashlib.blake2b(digest_size=16)
-    for t in [*store, *module.parameters()]:
+    for t in [*store, *module.parameters(), *module.buffers()]:
         h.update(t.detach().contiguous().view(torch.uint8).flatten().numpy())
     return h.hexdigest()
 
@@ -79,7 +80,7 @@ class Collector:
 
     def give(self, cache: StatCache, at: str) -> None:
         for (stat, key), value in self.sums.items():
-            if (stat, key) not in self.taken and cache.room(value.nbytes):
+            if (stat, key) not in self.taken and cache.room(sum(t.nbytes for t in value) if isinstance(value, list) else value.nbytes):
                 cache.stats[at, stat, key] = (value, self.counts[stat, key])
 
     def see(self, kind: str, key: str, *tensors: Tensor) -> None:
@@ -95,7 +96,7 @@ class Collector:
         m, at = get(f"stat/{stat}"), (stat, key)
         value = m.fn(*tensors)
         self.counts[at] = self.counts.get(at, 0) + count
-        if m.facts["merge"] == "stack":
+        if m.facts["merge"] in LISTS:
             self.sums.setdefault(at, []).append(value)
         elif at not in self.sums:
             self.sums[at] = value.clone()
@@ -114,7 +115,7 @@ class Collector:
             width = site.shape[0] if _of(stat) == "mid" and site.consumer in self.sites else site.shape[1]
             zero = m.fn(torch.zeros(site.shape if _of(stat) == "grad" else (1, width)))
             return zero[None] if m.facts["merge"] == "stack" else zero
-        value = torch.stack(self.sums[at]) if m.facts["merge"] == "stack" else self.sums[at]
+        value = LISTS[m.facts["merge"]](self.sums[at]) if m.facts["merge"] in LISTS else self.sums[at]
         value = value / self.counts[at] if m.facts["mean"] else value
         return m.facts["done"](value) if m.facts["done"] else value
 

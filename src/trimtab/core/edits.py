@@ -16,7 +16,8 @@ from trimtab.core.types import Change, Failed, Site
 from trimtab.methods.basis import Basis
 from trimtab.methods.codes import Grid, length
 from trimtab.methods.format.panels import unpack_mask
-from trimtab.methods.terms import NOTHING, Spared, Terms, put_together
+from trimtab.methods.rounding import Rounding
+from trimtab.methods.terms import NOTHING, Spared, Terms, of_site, put_together
 from trimtab.network import graph
 from trimtab.network.stream import Network
 
@@ -99,7 +100,16 @@ def rewritten(net: Network, module: Any, p: Pass, readers: Iterable[Site], stats
     env: dict[str, Any] = {**stats, "w": torch.cat([net.weight(module, s).float() for s in readers])}
     if "grid" in p.steps:
         env["grid"] = Gridded(p.steps["grid"], stats)
+    if "input" in p.steps:
+        env["rounded"] = lambda x: rounding_for(p, {"sample": x}).of(x)
     return step.method(env, **step.bound)
+
+
+def rounding_for(p: Pass, stats: Mapping[str, Tensor]) -> Rounding:
+    """How the pass rounds an input of which `stats` are known."""
+    step = p.steps["input"]
+    found: Rounding = step.method(dict(stats), **step.bound)
+    return found
 
 
 Bases = tuple[Basis | None, Basis | None]  # of a site's inputs and of its outputs
@@ -131,18 +141,20 @@ def rescaled(stats: dict[str, Tensor], s: Tensor | None) -> dict[str, Tensor]:
 
 
 def turned(stats: dict[str, Tensor], basis: Basis | None) -> dict[str, Tensor]:
-    """Statistics of an input in another basis: those that its second moment tells."""
+    """Statistics of an input in another basis: those that can be told."""
     if basis is None or not stats:
         return stats
-    gram = basis.gram(stats["gram"])
-    return {n: f(gram) for n in stats if (f := get(f"stat/{n}").facts["of_gram"])}
+    facts = {n: get(f"stat/{n}").facts for n in stats}
+    gram = basis.gram(stats["gram"]) if "gram" in stats else None
+    known = {n: f(gram) for n in stats if gram is not None and (f := facts[n]["of_gram"])}
+    return known | {n: f(t, basis) for n, t in stats.items() if (f := facts[n]["turned"])}
 
 
 def restricted(stats: dict[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
     """Statistics of some of the inputs, bool [in]."""
     if bool(inputs.all()):
         return stats
-    return {n: t[inputs][:, inputs] if t.ndim == 2 else t[inputs] for n, t in stats.items() if get(f"stat/{n}").facts["of"] == "input"}
+    return {n: get(f"stat/{n}").facts["some"](t, inputs) for n, t in stats.items() if get(f"stat/{n}").facts["of"] == "input"}
 
 
 def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares: Mapping[str, float],
@@ -155,8 +167,7 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
     def its(s: Site) -> dict[str, Tensor]:
         return stats.of(s) if stats else {}
 
-    spared = {s.name: Spared.among({n.rpartition(":")[2]: t for n, t in priors.items() if n.rpartition(":")[0] == s.name})
-              for s in net.sites_of(i)}
+    spared = {s.name: Spared.among(of_site(priors, s.name)) for s in net.sites_of(i)}
     settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", ":book", ":entries", ":columns"))}
     scales, others = rewrite_block(net, module, i, owner, its, settled)
     bases = bases_of(net, module, i, owner, its, lambda s: spared[s.name])
@@ -180,14 +191,19 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
               spared: Spared = NOTHING, bases: Bases = PLAIN) -> Change:
     """Edit and repair one weight `w` [out, in] float32, but for what was `spared`, in its `bases`. What an earlier pass dropped
     (`prior`) stays dropped."""
-    if not spared and bases == PLAIN:
-        return checked(p, site, w, prior, edited(p, w, share, stats, prior))
-    others = spared.others(w.shape[1])
-    rest, inside, outside = spared.rest(w), *bases
-    rest = rest if inside is None else inside.weight(rest)
-    rest = rest if outside is None else outside.of(rest.T).T.contiguous()
-    change = edited(p, rest, share, turned(restricted(stats, others), inside), None if prior is None else prior[:, others])
-    return checked(p, site, w, prior, put_together(change, spared, inside, outside))
+    rest, inside, outside = w, *bases
+    if spared or bases != PLAIN:
+        others = spared.others(w.shape[1])
+        rest = spared.rest(w)
+        rest = rest if inside is None else inside.weight(rest)
+        rest = rest if outside is None else outside.of(rest.T).T.contiguous()
+        stats, prior_there = turned(restricted(stats, others), inside), None if prior is None else prior[:, others]
+    else:
+        prior_there = prior
+    change = put_together(edited(p, rest, share, stats, prior_there), spared, inside, outside)
+    if "input" in p.steps:
+        change = replace(change, parts={**change.parts, **rounding_for(p, stats).parts()})
+    return checked(p, site, w, prior, change)
 
 
 def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None) -> Change:

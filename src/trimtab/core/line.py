@@ -34,7 +34,7 @@ from trimtab.core.types import BadInput, Choices, Failed, Site, Summary
 from trimtab.methods.codes import rounded
 from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits
-from trimtab.network.checkpoint import Entry, SafeFile, read, read_json, write_like, write_safetensors
+from trimtab.network.checkpoint import PARTS, Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
 Report = Callable[[str, int, int], None]  # stage, done, of
@@ -88,7 +88,7 @@ def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site
 
 
 def following(how: str) -> list[str]:
-    """Statistics that can be told of scaled inputs (rescaled), or of inputs in another basis (of_gram), without taking them again."""
+    """Statistics that can be told, not taken again, of scaled inputs (rescaled) or of inputs in another basis (of_gram, turned)."""
     return [m.name for m in load_all().values() if m.axis == "stat" and m.facts[how]]
 
 
@@ -121,11 +121,11 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
                                f"lower --samples or raise --max-memory")
-            follows = "of_gram" if p.turns else "rescaled"
-            fixed = [n for n in p.working if not get(f"stat/{n}").facts[follows]]
+            follows = ("of_gram", "turned") if p.turns else ("rescaled",)
+            fixed = [n for n in p.working if not any(get(f"stat/{n}").facts[how] for how in follows)]
             if "rewrite" in p.steps and fixed:
                 raise BadInput(f"{p.steps['rewrite']} changes inputs, and what {fixed[0]} says of them would not follow; use methods that "
-                               f"need {', '.join(following(follows))} or nothing")
+                               f"need {', '.join(n for how in follows for n in following(how))} or nothing")
             if differentiates(p):
                 if k:
                     raise BadInput("gradient statistics are taken of the dense model: put that pass first")
@@ -177,6 +177,9 @@ def check_terms(s: Site, passes: list[Pass]) -> None:
     if spares and (len(spares) > 1 or spares[0] is not passes[max(0, len(passes) - 2)] or (last not in spares and not pack.rounds(last))):
         raise BadInput(f"{s.name}: what {spares[0].steps['edit']} keeps is kept from one pass behind it, which rounds to codes, such as "
                        "rtn or gptq; put that last, and spare once")
+    if s.expert is not None and "input" in last.steps:
+        raise BadInput(f"{s.name}: {last.steps['input']} rounds what a linear layer meets, and an expert is none of its own; "
+                       "scope the pass to the others, such as attn:")
     if spares and spares[0].free and spares[0].keep is None:
         raise BadInput(f"{s.name}: say how much {spares[0].steps['edit']} keeps, such as spare(keep=0.1%)")
     if any(p.turns and not (pack.rounds(p) or p.steps["edit"].method.facts["factors"]) for p in passes):
@@ -288,11 +291,14 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
            cache: StatCache | None = None) -> WalkOn:
     """A function that takes a visitor over all blocks, with the statistics it asks for."""
 
-    def earlier(sweep: int, i: int) -> dict[str, Tensor]:
-        """What earlier sweeps made of block i, by stored tensor name."""
+    def block(sweep: int, i: int) -> Any:
+        """Block i as earlier sweeps left it."""
         if sweep < 1 or journal is None:
-            return {}
-        return read_block(journal.block_path(sweep - 1, i))[0]
+            return net.block(i)
+        weights, parts, _ = read_block(journal.block_path(sweep - 1, i))
+        module = net.block(i, weights)
+        net.as_rounded(module, i, parts)
+        return module
 
     def walk(needs: dict[str, set[str]], visit: Visit, order: str, tick: Callable[[int, int], None], sweep: int) -> None:
         sites = {s.name: s for s in net.sites}
@@ -301,7 +307,7 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
         blocks = range(net.n_blocks)
         if not stats:
             for i in blocks:
-                visit(i, net.block(i, earlier(sweep, i)), None)
+                visit(i, block(sweep, i), None)
                 tick(i + 1, len(blocks))
             return
 
@@ -315,7 +321,7 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
             try:
                 back.start(step)
                 for i in reversed(blocks):
-                    module, collect = net.block(i, earlier(sweep, i)), collector(i)
+                    module, collect = block(sweep, i), collector(i)
                     back.back(module, i, net.sites_of(i), collect, step)
                     visit(i, module, collect)
                     step()
@@ -330,7 +336,7 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
                 last, here = i == blocks[-1], sweep
                 if order == "sequential" and journal is not None and journal.has_block(sweep, i):
                     here = sweep + 1  # finished by an earlier run: what it became is what the next block sees
-                module = net.block(i, earlier(here, i))
+                module = block(here, i)
                 collect = collector(i)
                 advance = order == "dense" and not last
                 if collect is not None or advance:
@@ -528,6 +534,8 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                 if change.mask is not None:
                     parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
                 parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
+            mine = {n.removeprefix(pack.PART): t for n, t in parts.items()}
+            net.as_rounded(module, i, {n: t for n, t in mine.items() if n.rpartition(":")[0] in owner})
             # `before` for the norms that an earlier sweep scaled
             journal.write_block(k, i, {**before, **net.stored(module, i, others), **parts}, notes)
 
@@ -555,7 +563,7 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
                                   head=opts.head, tick=tick)
         notes["warnings"] = warnings + notes["warnings"]
     else:
-        notes = {**write_plain(net, journal, last, out, tick), "warnings": warnings}
+        notes = {**write_plain(net, journal, last, out, tick), "warnings": warnings + told(recipe)}
         notes["rest_bytes"] = rest_bytes(net, set(notes["packed_bytes"]))
     (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
     result = {
@@ -567,6 +575,13 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     sync(out)
     tick("write", 1, 1)
     return result
+
+
+def told(recipe: Recipe) -> list[str]:
+    """What who opens the plain files elsewhere should know."""
+    rounded_ = list(dict.fromkeys(str(p.steps["input"]) for p in recipe.passes if "input" in p.steps))
+    return [f"inputs are rounded ({', '.join(rounded_)}): trimtab eval and a packed model do it, plain transformers runs the files "
+            "without"] if rounded_ else []
 
 
 def write_plain(net: Network, journal: Journal, last: int, out: Path, tick: Report) -> dict[str, Any]:
@@ -589,7 +604,7 @@ def write_plain(net: Network, journal: Journal, last: int, out: Path, tick: Repo
     tick("write", 0, 1)
     write_like(net.checkpoint, out, replaced)
     digests = {f.name: file_digest(f) for f in sorted(out.glob("*.safetensors"))}
-    write_safetensors(out / "trimtab.safetensors", {n: (e.dtype, e.shape) for n, e in parts.items()}, lambda n: read(parts[n]),
+    write_safetensors(out / PARTS, {n: (e.dtype, e.shape) for n, e in parts.items()}, lambda n: read(parts[n]),
                       {"trimtab": json.dumps({"version": 1, "weights": digests}, sort_keys=True)})
     return {"packed_bytes": packed, "formats": formats}
 

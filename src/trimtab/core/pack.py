@@ -24,7 +24,8 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.format.sell import sell
-from trimtab.methods.terms import ALONE, Terms
+from trimtab.methods.rounding import Rounding, met_rounded
+from trimtab.methods.terms import ALONE, Terms, of_site
 from trimtab.network import graph
 from trimtab.network.checkpoint import SafeFile, copy_others, finite, read, write_safetensors, write_sharded
 from trimtab.network.stream import Layer, Network
@@ -133,6 +134,12 @@ def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: fl
             change = some_books(w, p.steps["edit"].bound).change()
         if "repair" in p.steps and "rank" in (knobs := p.steps["repair"].bound):
             checked_rank(w.shape, knobs["rank"])
+        if "input" in p.steps:
+            seen = {n: torch.ones(2, w.shape[1]) for n in ("sample", "absmax")}
+            for step in (p.steps[a] for a in ("rewrite", "input") if a in p.steps):  # knobs that say nothing are found here
+                if set(step.method.data) <= seen.keys():
+                    last = step.method(seen, **step.bound)
+            change = replace(change, parts={**change.parts, **last.parts()})
     pack(how, change, "")
 
 
@@ -152,7 +159,8 @@ def valued(how: Format, change: Change, dtype: torch.dtype | None = None) -> Cha
         return Change(change.w.to(dtype), mask=change.mask)
     if terms.codes is None and terms.books is None and terms.factors is not None:
         terms = replace(terms, factors=terms.factors.to(dtype))
-    return Change(change.w, terms.parts(), change.mask)
+    rounding = Rounding.among(change.parts)
+    return Change(change.w, {**terms.parts(), **(rounding.parts() if rounding else {})}, change.mask)
 
 
 # ---- layers -----------------------------------------------------------------------------------
@@ -164,8 +172,7 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
     """
     only = layer.sites[0]
     if len(layer.sites) == 1 and only.rows is None:
-        mine = {n.rpartition(":")[2]: t for n, t in parts.items() if n.rpartition(":")[0] == only.name}
-        return valued(how, Change(w, mine), dtype)
+        return valued(how, Change(w, of_site(parts, only.name)), dtype)
     if any(f"{s.name}:{k}" in parts for s in layer.sites for k in ALONE):
         return Change(w.to(dtype))
 
@@ -185,15 +192,19 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
              for s, t in zip(layer.sites, tables, strict=True)} if codes is not None else set()
     if len(grids) == 1 and codes is not None and scales is not None:
         levels, group, *_ = grids.pop()
-        return Codes(codes, Grid(scales, levels, merged("zeros"), tables[0]), group).change()
+        change = Codes(codes, Grid(scales, levels, merged("zeros"), tables[0]), group).change()
+        its = [Rounding.among(of_site(parts, s.name)) for s in layer.sites]
+        if (rounding := its[0]) is not None and all(r is not None and r.same(rounding) for r in its):
+            change = replace(change, parts={**change.parts, **rounding.parts()})
+        return change
     return Change(w.to(dtype))
 
 
 def pack(how: Format, change: Change, name: str) -> Packed:
     """The change as a kernel reads it: what `how` makes of its codes, factors, books or weight, and around and beside it the rest."""
     try:
-        terms = Terms.among(change.parts)
-        return stored(how, change) if terms is None or terms.simple else composed(how, change, terms)
+        terms, rounding = Terms.among(change.parts), Rounding.among(change.parts)
+        return met_rounded(stored(how, change), rounding) if terms is None or terms.simple else composed(how, change, terms, rounding)
     except BadInput as e:
         raise BadInput(f"{name}: {e}" if name else str(e)) from None
 
@@ -203,7 +214,7 @@ def stored(how: Format, change: Change) -> Packed:
     return step.method({"new": change}, **step.bound)
 
 
-def composed(how: Format, change: Change, terms: Terms) -> Packed:
+def composed(how: Format, change: Change, terms: Terms, rounding: Rounding | None) -> Packed:
     """Maps that are added: the codes in their basis with the factors beside them, the columns that were spared, and single entries."""
     spared, inputs = terms.spared, change.w.shape[1]
     others = None if spared.columns is None else spared.others(inputs)
@@ -212,7 +223,7 @@ def composed(how: Format, change: Change, terms: Terms) -> Packed:
         inner.append(by_outputs(terms.codes))
     elif terms.codes is not None:
         mask = None if change.mask is None or others is None else change.mask[:, others]
-        inner.append(stored(how, terms.codes.change(change.mask if others is None else mask)))
+        inner.append(met_rounded(stored(how, terms.codes.change(change.mask if others is None else mask)), rounding))
     if terms.factors is not None:
         inner.append(lowrank(terms.factors.change()))
     if terms.books is not None:

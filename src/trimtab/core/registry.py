@@ -16,17 +16,18 @@ from typing import Any
 
 from trimtab.core.types import BadInput
 
-AXES = ("stat", "unit", "score", "budget", "rewrite", "grid", "edit", "repair", "format")
+AXES = ("stat", "unit", "score", "budget", "rewrite", "grid", "edit", "repair", "input", "format")
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
     "unit": {"s", "keep"},
     "score": {"w"},
     "budget": {"scores", "target", "options"},
-    "rewrite": {"w", "grid"},
+    "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
     "edit": {"w", "keep", "mask", "unit", "grid"},
     "repair": {"w", "new"},
+    "input": set(),
     "format": {"new"},
 }
 # A knob name means one thing everywhere; a new one is added here first.
@@ -41,7 +42,8 @@ KNOBS = {
     "iters": "iterations", "steps": "how many values are tried",
     "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
     "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
-    "bits": "bits of a code", "group": "inputs that share a scale, 0 for the whole row",
+    "bits": "bits of a code", "act_bits": "bits that inputs are rounded to where they meet codes",
+    "group": "inputs that share a scale, 0 for the whole row",
     "asymmetric": "whether a grid has a zero point of its own",
     "clip": "how the range of a grid is chosen: max, mse, percentile, entropy or rms",
     "percentile": "share of the weights of a group whose range is kept",
@@ -55,7 +57,8 @@ KNOBS = {
     "residual": "bits a weight of a second codebook, for what the first one leaves, 0 for none",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
-ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "keeps")  # declared beside a method, and nothing of what it computes
+# Declared beside a method, and nothing of what it computes.
+ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "keeps", "either", "rounded")
 SECTIONS = ("Formula", "Source", "Deviations")
 _REG: dict[str, Method] = {}
 
@@ -141,10 +144,12 @@ def _version(module: str, name: str) -> str:
 FACTS: dict[str, dict[str, Any]] = {
     # of: which tensor it sees. input: x [tokens, in]; mid: x = the consumer's input, or the site's own where there is none;
     # grad: g [out, in] of one sequence; sublayer: x, y [tokens, width], the residual stream before and after.
-    # merge: sum, max or stack over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
+    # merge: sum, max, stack or cat over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
     # rescaled: of (value, s [in]) what it is where every input was divided by s; of_gram: what it is, of the inputs' second moment
-    # alone, which follows into any basis; None where that cannot be told.
-    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "of_gram": None},
+    # alone, which follows into any basis; turned: of (value, basis) what it is in it; None where that cannot be told.
+    # some: of (value, bool [in]) what it is of some inputs alone.
+    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "of_gram": None, "turned": None,
+             "some": lambda value, inputs: value[inputs]},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole.
     "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False},
@@ -154,7 +159,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "budget": {"mean": "weight", "of": None, "chooses": False},
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one.
-    "rewrite": {"basis": False, "outside": None},
+    # rounded: whether it is for inputs that are rounded.
+    "rewrite": {"basis": False, "outside": None, "rounded": False},
     # of: what it has to see at once: "group" or "site"; zero: whether a weight of zero stays zero, as it has to behind a pass that drops;
     # type: of its codes, a function of the knobs.
     "grid": {"of": "group", "zero": True, "type": None},
@@ -163,10 +169,11 @@ FACTS: dict[str, dict[str, Any]] = {
     # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`; books: whether it leaves indices into
     # codebooks, which no later pass could keep; spares: whether what the share says is
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
-    # grid.
-    "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True},
+    # grid; either: whether its groups may lie along the outputs.
+    "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False},
     # keeps: what of an edit it leaves as it is: "mask", "codes", "factors", "books".
     "repair": {"keeps": ("mask",)},
+    "input": {},
     # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of
     # every buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
     # number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose

@@ -16,7 +16,7 @@ from typing import Any
 from trimtab.core.registry import AXES, Method, get, load_all, near
 from trimtab.core.types import BadInput, Claim, Site
 
-LINE = ("unit", "score", "budget", "rewrite", "grid", "edit", "repair", "format")  # the order in which a pipeline is written
+LINE = ("unit", "score", "budget", "rewrite", "grid", "edit", "repair", "input", "format")  # the order in which a pipeline is written
 DEFAULTS = {"unit": "unit/row", "budget": "budget/uniform", "edit": "edit/mask"}
 PASS_KNOBS = ("keep", "order")  # belong to the whole pass, wherever they are written
 ORDERS = ("sequential", "dense")
@@ -413,6 +413,14 @@ def _checked(p: Pass) -> Pass:
         raise BadInput(f"{p.steps['grid']} names several grids; put what chooses one in front, such as knapsack(mean=3)")
     if p.chooses and not several:
         raise BadInput(f"{p.steps['budget']} chooses one of several grids; name them, such as int(bits=2/3/4), with rtn or gptq behind")
+    if "rewrite" in p.steps and p.steps["rewrite"].method.facts["rounded"] and "input" not in p.steps:
+        raise BadInput(f"{p.steps['rewrite']} is made for inputs that are rounded; say how, such as token or static")
+    if "input" in p.steps and not edit.facts["codes"]:
+        raise BadInput(f"{p.steps['input']} rounds inputs where they meet codes, and {edit.name} leaves none; "
+                       "round the weights with rtn or gptq")
+    if "input" in p.steps and edit.facts["either"]:
+        raise BadInput(f"{edit.name} may put its groups along the outputs, which no rounded input meets; "
+                       f"use rtn or gptq with {p.steps['input']}")
     leaves = {k for k in ("codes", "factors", "books") if edit.facts[k]}
     if leaves and "repair" in p.steps and not leaves <= set(p.steps["repair"].method.facts["keeps"]):
         keep = [m.name for m in load_all().values() if m.axis == "repair" and leaves <= set(m.facts["keeps"])]

@@ -28,11 +28,11 @@ from trimtab.core.line import file_digest
 from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Site
 from trimtab.methods.codes import Codes
+from trimtab.methods.rounding import ACT, Rounding
 from trimtab.methods.terms import ALONE
-from trimtab.network.checkpoint import NOT_JSON, Checkpoint, SafeFile, copy_others, write_sharded
+from trimtab.network.checkpoint import NOT_JSON, PARTS, Checkpoint, SafeFile, copy_others, write_sharded
 from trimtab.network.stream import Layer, Network
 
-PARTS = "trimtab.safetensors"
 TYPES = ("auto", "w8a8")
 OWN = ("config.json", "trimtab.json", "README.md")  # what they say of the weights is no longer so
 RIGHT = "rtn(bits=4,group=128), gptq or awq would do"
@@ -42,12 +42,14 @@ TOGETHER = (("q", "k", "v"), ("gate", "up"))
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights were rounded: `group` inputs share a scale, 0: the row; activations in as many bits, 16: not at all."""
+    """How weights were rounded: `group` inputs share a scale, 0: the row; activations in as many bits, 16: not at all, by the token or by
+    one `static` scale."""
 
     bits: int
     symmetric: bool
     group: int
     activations: int
+    static: bool = False
 
     @property
     def format(self) -> str:
@@ -57,10 +59,11 @@ class Scheme:
         """As a group of the quantization_config."""
         common = {"type": "int", "dynamic": False}
         grouped = {"strategy": "group", "group_size": self.group} if self.group else {"strategy": "channel", "group_size": None}
-        dynamic = {**common, "num_bits": 8, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+        met = {**common, "num_bits": 8, "symmetric": True, "strategy": "tensor" if self.static else "token", "group_size": None,
+               "dynamic": not self.static}
         return {"targets": targets, "format": self.format, "output_activations": None,
                 "weights": {**common, "num_bits": self.bits, "symmetric": self.symmetric, **grouped},
-                "input_activations": dynamic if self.activations == 8 else None}
+                "input_activations": met if self.activations == 8 else None}
 
     def __str__(self) -> str:
         return (f"{self.bits} bits {'' if self.symmetric else 'asymmetric '}in {f'groups of {self.group}' if self.group else 'rows'}")
@@ -69,25 +72,30 @@ class Scheme:
 def write(model: Path, out: Path, *, type: str = "auto") -> dict[str, Any]:
     """Fill the directory `out` with a compressed-tensors checkpoint of `model`, which trimtab trimmed without --pack.
 
-    `type`: auto, activations are not rounded, or w8a8, they are, to int8 token by token as the model runs, for symmetric codes of 8 bits
-    by rows. Returns what was written: format, schemes by name, quantized and ignored (counts of layers), bytes. BadInput where the
-    directory is no such one, its weights are no longer those of its parts, or a site has what the format does not hold.
+    `type`: auto, activations are rounded where the recipe says so (token or static, 8 bits), or w8a8, they are, to int8 token by token as
+    the model runs; both for symmetric codes of 8 bits by rows. Returns what was written: format, schemes by name, quantized and ignored
+    (counts of layers), bytes. BadInput where the directory is no such one, its weights are no longer those of its parts, or a site has
+    what the format does not hold.
     """
-    activations = 8 if type == "w8a8" else 16
     c = Checkpoint.open(Path(model))
     parts = parts_of(c)
     net = Network(c)
     codes = reader(net, parts)
     layers = {x.name: x for x in quantized(net, parts)}
     sides = {name: _sides(x, codes(x)) for name, x in layers.items()}
+    roundings = {name: met(x, parts) or (Rounding(8) if type == "w8a8" else None) for name, x in layers.items()}
     proper = {group for group, inputs, _, _ in sides.values() if group < inputs}
     schemes: dict[str, Scheme] = {}
     for name, (group, inputs, bits, symmetric) in sides.items():
-        scheme = Scheme(bits, symmetric, group if group < inputs or group in proper else 0, activations)
-        site = layers[name].sites[0].name
+        site, r = layers[name].sites[0].name, roundings[name]
+        activations, static = 16 if r is None else r.bits, r is not None and r.scale is not None
+        scheme = Scheme(bits, symmetric, group if group < inputs or group in proper else 0, activations, static)
         if inputs % group:
             raise BadInput(f"{site}: groups of {group} do not divide its {inputs} inputs, as compressed-tensors wants it; use a group that "
                            "does, or group=0, the row")
+        if activations not in (8, 16):
+            raise BadInput(f"{site}: its inputs are rounded to {activations} bits, and those of compressed-tensors here have 8; token or "
+                           "static would do")
         if activations == 8 and (bits, symmetric, scheme.group) != (8, True, 0):
             raise BadInput(f"{site}: activations of 8 bits go with symmetric weights of 8 bits by rows, and it has {scheme}; "
                            "rtn(bits=8,group=0) would do")
@@ -97,7 +105,7 @@ def write(model: Path, out: Path, *, type: str = "auto") -> dict[str, Any]:
         raise BadInput(f"{layers[odd].sites[0].name}: it has {schemes[odd]}, others have other schemes, and transformers opens zero points "
                        "only where all layers have one; quantise all alike, or without asymmetric=true")
 
-    made = lru_cache(maxsize=1)(lambda name: tensors(codes(layers[name]), schemes[name]))
+    made = lru_cache(maxsize=1)(lambda name: tensors(codes(layers[name]), schemes[name], roundings[name]))
     whose = {f"{_stem(x)}.{k}": (name, k) for name, x in layers.items() for k in made(name)}
     gone = {x.file for x in layers.values()}
     entries = {n: (e.dtype, e.shape) for n, e in c.tensors.items() if n not in gone}
@@ -182,6 +190,15 @@ def reader(net: Network, parts: SafeFile) -> Callable[[Layer], Codes]:
     return read
 
 
+def met(layer: Layer, parts: SafeFile) -> Rounding | None:
+    """How the inputs of a layer are rounded, as all its sites have it. BadInput where they differ."""
+    each = [Rounding.among({k: parts.read(f"{s.name}:{k}") for k in ACT if f"{s.name}:{k}" in parts.names}) for s in layer.sites]
+    first = each[0]
+    if any((r is None) != (first is None) or (r is not None and first is not None and not r.same(first)) for r in each):
+        raise BadInput(f"{layer.sites[0].name}: it shares {layer.file} with rows whose inputs are rounded otherwise; round them alike")
+    return first
+
+
 def check(site: Site, parts: Mapping[str, Tensor]) -> None:
     levels = int(parts[f"{site.name}:grid"][0])
     if f"{site.name}:table" in parts:
@@ -221,11 +238,12 @@ def words(codes: Tensor, bits: int) -> Tensor:
     return whole.flatten().view(torch.int32).view(len(codes), -1)
 
 
-def tensors(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
+def tensors(codes: Codes, scheme: Scheme, rounding: Rounding | None) -> dict[str, Tensor]:
     """A layer's tensors by the last part of their names."""
     scales = codes.grid.scales.float()
     if scheme.format == "int-quantized":
-        return {"weight": (codes.codes ^ 128).view(torch.int8), "weight_scale": scales}  # the byte of code - 128
+        own = {"weight": (codes.codes ^ 128).view(torch.int8), "weight_scale": scales}  # the byte of code - 128
+        return own if rounding is None or rounding.scale is None else {**own, "input_scale": rounding.scale}
     made = {"weight_packed": words(codes.codes, scheme.bits), "weight_scale": scales, "weight_shape": torch.tensor(codes.codes.shape)}
     if codes.grid.zeros is not None:
         made["weight_zero_point"] = words(codes.grid.zeros.T, scheme.bits).T.contiguous()

@@ -13,9 +13,7 @@ from trimtab.methods.codes import Codes
 from trimtab.methods.factors import Factors
 from trimtab.methods.terms import Terms
 from trimtab.network import graph
-from trimtab.network.checkpoint import Checkpoint, SafeFile, finite, not_finite
-
-PARTS = "trimtab.safetensors"
+from trimtab.network.checkpoint import PARTS, Checkpoint, SafeFile, finite, not_finite
 
 
 class Source:

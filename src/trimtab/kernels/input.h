@@ -121,23 +121,33 @@ inline void to_bf16(const float* x, int64_t in, uint16_t* to) {
 #endif
 }
 
-// code = x / scale to the nearest, scale = max |x| / 127. A group that holds what is not finite gets a scale of NaN.
-// Scales and sums of the row's groups lie `apart`.
-inline void to_codes(const float* x, int64_t in, int64_t group, int8_t* codes, int64_t stride, float* scales, float* sums, int64_t apart) {
-    for (int64_t begin = 0; begin < in; begin += group) {
-        const int64_t end = std::min(in, begin + group);
-        uint32_t most = 0;  // as bits: what is not finite is above all that is
-        for (int64_t i = begin; i < end; ++i) most = std::max(most, peek<uint32_t>(x + i) & 0x7fffffff);
+// The largest magnitude, as bits: what is not finite is above all that is.
+inline uint32_t largest(const float* x, int64_t begin, int64_t end) {
+    uint32_t most = 0;
+    for (int64_t i = begin; i < end; ++i) most = std::max(most, peek<uint32_t>(x + i) & 0x7fffffff);
+    return most;
+}
+
+// code = x / scale to the nearest, scale = max |x| / 127 of the group, or of the row or one given, as `input` says. A group that holds
+// what is not finite gets a scale of NaN. Scales and sums of the row's groups lie `apart`.
+inline void to_codes(const Input& input, const float* x, int64_t in, int8_t* codes, int64_t stride, float* scales, float* sums, int64_t apart) {
+    const float levels = input.bits ? float((1 << (input.bits - 1)) - 1) : 127.0f;
+    const uint32_t row = input.bits && input.scale == 0 ? largest(x, 0, in) : 0;
+    for (int64_t begin = 0; begin < in; begin += input.group) {
+        const int64_t end = std::min(in, begin + input.group);
+        const uint32_t most = row ? row : largest(x, begin, end);
         const bool finite = most < 0x7f800000;
-        const float top = std::bit_cast<float>(most), inverse = finite && top > 1e-30f ? 127.0f / top : 0.0f;
+        const float top = input.scale > 0 ? input.scale * levels : std::bit_cast<float>(most);
+        const float inverse = finite && top > 1e-30f ? levels / top : 0.0f;
         int32_t sum = 0;
         for (int64_t i = begin; i < end; ++i) {
-            const float shifted = (finite ? x[i] : 0.0f) * inverse + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
+            const float within = std::min(std::max((finite ? x[i] : 0.0f) * inverse, -levels), levels);
+            const float shifted = within + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
             const int32_t code = std::bit_cast<int32_t>(shifted) - 0x4b400000;
             codes[i] = int8_t(code);
             sum += code;
         }
-        *scales = finite ? (inverse > 0 ? top / 127.0f : 0.0f) : std::nanf("");
+        *scales = finite ? (inverse > 0 ? top / levels : 0.0f) : std::nanf("");
         *sums = float(sum);
         scales += apart;
         sums += apart;
@@ -166,7 +176,7 @@ inline void prepare(const Input& input, const float* x, int64_t in, int64_t batc
             } else if (input.type == Type::i8) {
                 const Codes c(to, input, in, batch);
                 const int64_t apart = input.full ? tile.rows : 1, side = input.full ? tile.first * c.groups + r + k - tile.first : (r + k) * c.groups;
-                to_codes(x + (r + k) * in, in, input.group, static_cast<int8_t*>(line), c.stride, c.scales + side, c.sums + side, apart);
+                to_codes(input, x + (r + k) * in, in, static_cast<int8_t*>(line), c.stride, c.scales + side, c.sums + side, apart);
             }
         }
         if (input.type == Type::f32 || tile.rows > 1) turn_rows(from, input.type == Type::f32 ? in : stride, some, units, at, tile.rows);

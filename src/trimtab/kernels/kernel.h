@@ -53,6 +53,8 @@ struct Weights {
     float table[16];           // of a code
     uint8_t bytes[16];         // table[code] / step + 128, rounded: what meets x in eight bits
     float step;
+    int act_bits = 0;          // codes: what x is rounded to, by the row or by `act_scale` where there is one; 0: to eight bits by groups, where it may
+    float act_scale = 0;
     int64_t panels() const { return (out + rows - 1) / rows; }
     int64_t groups() const { return (in + group - 1) / group; }
     int64_t first(int64_t panel) const { return pointers ? pointers[panel] : panel; }  // block; a dense panel is one
@@ -71,6 +73,8 @@ struct Input {
     bool full = false;         // full tiles only: rows that fill none lie one after the other
     int side = 1;              // units of a row that stay together in a tile
     int fill = 64;             // i8: zeros behind the last input, up to a multiple of so many
+    int bits = 0;              // i8: as `Weights::act_bits`
+    float scale = 0;
     bool operator==(const Input&) const = default;
     int64_t units(int64_t in) const { return type == Type::f32 ? in : type == Type::bf16 ? (in + 1) / 2 : (in + fill - 1) / fill * fill / 4; }
     int64_t bytes(int64_t in, int64_t batch) const {  // 0: x itself is read
@@ -99,6 +103,12 @@ struct Kernel {
     Run run;
     Prepare prepare;
     int64_t until = INT64_MAX; // rows of x up to which it is chosen before the ones above it
+
+    Input wants(const Weights& w) const {
+        Input i = input(w);
+        if (i.type == Type::i8) i.bits = w.act_bits, i.scale = w.act_scale;
+        return i;
+    }
 };
 
 struct Ops;                    // ops.h

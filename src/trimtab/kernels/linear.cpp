@@ -221,11 +221,17 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         }
     }
     if (f == "bsr" || f == "bitmask" || f == "sell") w_.pointers = pointers_.data();
+    if (l.act_bits || l.act_scale != 0) {
+        if (!codes || l.act_bits < 2 || l.act_bits > 8) bad(f + ": x is rounded to 2 to 8 bits where it meets codes");
+        if (!(l.act_scale >= 0 && std::isfinite(l.act_scale))) bad(f + ": a scale of x is finite, and above 0");
+        w_.act_bits = l.act_bits, w_.act_scale = l.act_scale;
+    }
     for (const Kernel* k : all_kernels()) {
         if (k->format != f || k->type != w_.type || !has(k->isa) || !k->takes(w_)) continue;
-        if (k->activation == Type::f32) kernels_[0].push_back(k);
-        if (k->activation != Type::i8) kernels_[1].push_back(k);
-        kernels_[2].push_back(k);
+        const bool told = w_.act_bits > 0;  // then it is not left to who runs it
+        if (told ? k->activation == Type::i8 : k->activation == Type::f32) kernels_[0].push_back(k);
+        if (told ? k->activation == Type::i8 : k->activation != Type::i8) kernels_[1].push_back(k);
+        if (!told || k->activation == Type::i8) kernels_[2].push_back(k);
     }
 }
 
@@ -252,7 +258,7 @@ public:
         const int64_t in = jobs[0].weights->in;
         int64_t bytes = 0;
         for (const Job& j : jobs) {
-            const Ready r{j.kernel->input(*j.weights), j.kernel->prepare, nullptr};
+            const Ready r{j.kernel->wants(*j.weights), j.kernel->prepare, nullptr};
             if (std::any_of(ready.begin(), ready.end(), [&](const Ready& o) { return o.input == r.input && o.prepare == r.prepare; })) continue;
             ready.push_back(r);
             bytes += up(r.input.bytes(in, batch), 64) * 64;
@@ -273,7 +279,7 @@ public:
     // Panels from .. to of a job, on this thread.
     void run(const Job& j, int64_t from, int64_t to) const {
         thread_local std::vector<float> scratch;
-        const Input input = j.kernel->input(*j.weights);
+        const Input input = j.kernel->wants(*j.weights);
         const void* its = x_;
         for (const Ready& r : ready_)
             if (r.at && r.input == input && r.prepare == j.kernel->prepare) its = r.at;

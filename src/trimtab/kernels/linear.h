@@ -16,6 +16,8 @@ struct Layout {
     int rows, cols, n, m;
     int64_t group;
     std::string scale_type;    // f32, f16; empty where there are no codes
+    int act_bits = 0;          // codes: what x is rounded to, whoever runs it; see Weights
+    float act_scale = 0;
 };
 
 struct Buffers { std::span<const std::byte> values, bits, columns, pointers, windows, scales, zeros, table; };

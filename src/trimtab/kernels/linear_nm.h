@@ -48,7 +48,7 @@ inline void prepare_groups(const Input& input, const float* x, int64_t in, int64
             } else {
                 const Codes c(to, input, in, batch);
                 const int64_t side = (r + i) * c.groups;
-                to_codes(row, in, input.group, reinterpret_cast<int8_t*>(line), c.stride, c.scales + side, c.sums + side, 1);
+                to_codes(input, row, in, reinterpret_cast<int8_t*>(line), c.stride, c.scales + side, c.sums + side, 1);
                 for (int64_t u = 0; u < units; ++u) line[u] ^= 0x80808080;
             }
         }

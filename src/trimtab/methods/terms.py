@@ -130,6 +130,11 @@ class Terms:
         return terms if terms.main else None
 
 
+def of_site(parts: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
+    """The parts of one site, by name, of those of many, by `<site>:<part>`."""
+    return {n.rpartition(":")[2]: t for n, t in parts.items() if n.rpartition(":")[0] == site}
+
+
 def put_together(new: Change, spared: Spared, inside: Basis | None, outside: Basis | None) -> Change:
     """What an edit made of the rest of a weight, in bases of its own, as a change of the whole weight."""
     terms = Terms.among(new.parts)

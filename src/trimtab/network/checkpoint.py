@@ -55,6 +55,9 @@ class Entry:
     end: int
 
 
+PARTS = "trimtab.safetensors"  # what beside the weights says what they are made of, by `<site>:<part>`
+
+
 class SafeFile:
     """One safetensors file. `names` in the order of the data, `metadata`, `entries`; BadInput when it is damaged."""
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.types import BadInput, Failed, Site
+from trimtab.methods.rounding import ACT, Rounding, cost
+from trimtab.methods.terms import Terms, of_site
 from trimtab.network import graph
-from trimtab.network.checkpoint import Checkpoint, finite, not_finite
+from trimtab.network.checkpoint import PARTS, Checkpoint, SafeFile, finite, not_finite
 
 Sink = Callable[..., None]  # kind, key, *tensors
 
@@ -81,6 +83,7 @@ class Network:
         self._by_block = [graph.sites(self.family, self.config, b, i) for i, b in enumerate(self._blocks)]
         self.sites = [s for block in self._by_block for s in block]
         self._given: Tensor | None = None
+        self._parts: SafeFile | None = None
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
         self._mask: Tensor | None = None
         self._phase, self._held = "", dict[str, nn.Parameter]()
@@ -178,6 +181,44 @@ class Network:
                 owner, _, leaf = at.rpartition(".")
                 bias = module.get_submodule(at)._parameters["bias"]
                 setattr(module.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name), bias))
+
+    def rounded_parts(self, i: int) -> dict[str, Tensor]:
+        """The parts, by `<site>:<part>`, of those sites of block `i` whose inputs are rounded. BadInput where they are not what the
+        weights are made of."""
+        file = self.checkpoint.path / PARTS
+        if self._parts is None and file.exists():
+            self._parts = SafeFile(file)
+        names = self._parts.names if self._parts is not None else []
+        its = {s.name for s in self.sites_of(i) if f"{s.name}:{ACT[0]}" in names}
+        found = {n: self._parts.read(n) for n in names if n.rpartition(":")[0] in its} if self._parts is not None else {}
+        for s in self.sites_of(i):
+            if s.name in its:
+                terms = Terms.among(of_site(found, s.name))
+                name, dtype = f"{self._stem}{i}.{s.param}", self.stored_dtype(s)
+                stored = s.get(self._load(name, self._blocks[i].get_parameter(s.param), {}))
+                if terms is None or not torch.equal(terms.weight().to(dtype), stored.to(dtype)):
+                    raise BadInput(f"{s.name}: the weights of {self.checkpoint.path} are not those that {PARTS} was written for; "
+                                   f"trim the model again, or remove {PARTS} to run the weights as they are")
+        return found
+
+    def as_rounded(self, module: nn.Module, i: int, parts: Mapping[str, Tensor]) -> None:
+        """Let the sites of block `i` whose `parts`, by `<site>:<part>`, say so meet rounded inputs, as packed layers do."""
+        layers: dict[str, list[Site]] = {}
+        for s in self.sites_of(i):
+            layers.setdefault(s.param, []).append(s)
+        for param, sites in layers.items():
+            each = [(s, r, t) for s in sites if (r := Rounding.among(mine := of_site(parts, s.name))) and (t := Terms.among(mine))]
+            if not each:
+                continue
+            layer, (_, rounding, _) = module.get_submodule(param.rpartition(".")[0]), each[0]
+            if len(each) == len(sites) and all(t.simple and r.same(rounding) for _, r, t in each):
+                layer.register_forward_pre_hook(lambda m, args, r=rounding: (r.of(args[0]).to(args[0].dtype), *args[1:]))
+            else:
+                changes = [(slice(None) if s.rows is None else s.row_index(), cost(t, r)) for s, r, t in each]
+                layer.register_forward_hook(lambda m, args, y, changes=changes: _changed(y, args[0], changes))
+            for s, r, _ in each:
+                for k, value in r.parts().items():
+                    layer.register_buffer(f"{s.role}_{k}", value, persistent=False)  # who looks at the block sees that it is another one
 
     def _pieces_of(self, site: Site) -> list[graph.Piece]:
         return self._pieces[f"{self._stem}{site.block}.{site.param}"]
@@ -386,7 +427,7 @@ class Network:
             first = {s.input: s for s in reversed(self.sites_of(i)) if s.expert is None}
             for key, s in first.items():
                 handles.append(module.get_submodule(s.param.rpartition(".")[0]).register_forward_pre_hook(
-                    lambda m, args, key=key: sink("input", key, self._tokens(args[0]))))
+                    lambda m, args, key=key: sink("input", key, self._tokens(args[0])), prepend=True))  # before it is rounded
             stacks = {s.role: s.param for s in self.sites_of(i) if s.expert is not None}
             if stacks:
                 handles.append(module.get_submodule(stacks["up"].rpartition(".")[0]).register_forward_pre_hook(
@@ -509,6 +550,14 @@ def _fill_buffers(model: Any, module: nn.Module) -> None:
         model._init_weights(m)
         if bad := [n for n in mine if m.get_buffer(n).is_floating_point() and m.get_buffer(n).isnan().any()]:
             raise Failed(f"buffers {bad} of {type(m).__name__} are stored nowhere and transformers does not compute them")
+
+
+def _changed(y: Tensor, x: Tensor, changes: list[tuple[Any, Callable[[Tensor], Tensor]]]) -> Tensor:
+    """Outputs, some rows of them changed by what is a function of the inputs."""
+    y = y.clone()
+    for rows, change in changes:
+        y[..., rows] += change(x).to(y.dtype)
+    return y
 
 
 def _assign(module: nn.Module, name: str, p: nn.Parameter) -> None:

@@ -42,6 +42,7 @@ class Stream:
         for site in self.net.sites_of(i):
             w = site.get(module.get_parameter(site.param))
             zeros[site.name] = (w.numel() - int(torch.count_nonzero(w)), w.numel())
+        self.net.as_rounded(module, i, self.net.rounded_parts(i))
         self.net.as_packed(module, i)
         for b, context in enumerate(self.contexts):
             self.hidden[b] = self.net.run(module, i, self.hidden[b], context)

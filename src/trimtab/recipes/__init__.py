@@ -91,8 +91,31 @@ recipe("super_weight", "*.down: site | spike | uniform | spare(keep=0.01%) ; all
        source="arXiv:2411.07191 (Yu et al. 2024)", claims=[
     Claim("better than rounding to nearest alone at 4 bits", "super_weight", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
 ], note="Small networks have no super weight: `spare` then keeps what is largest, and little is gained.")
-recipe("llm_int8", "above(limit=6) | peak | spare(bits=8) ; int(bits=8,group=0) | rtn", source="arXiv:2208.07339 (Dettmers et al. 2022)",
-       note="Inputs whose magnitude reaches 6 are multiplied beside the others; the runtime rounds x by groups of inputs, not by tokens.")
+recipe("llm_int8", "above(limit=6) | peak | spare(bits=8) ; int(bits=8,group=0) | rtn | token",
+       source="arXiv:2208.07339 (Dettmers et al. 2022)",
+       note="Inputs whose magnitude reaches 6 are multiplied beside the others, which are rounded by the token.")
+recipe("w8a8", "int(bits=8,group=0) | rtn | token", source="common practice; the baseline of arXiv:2211.10438 (SmoothQuant)",
+       note="`w8a8(act_bits=6)`; `int(bits=8,group=0) | gptq | static` with one step for all tokens, as calibration found it.")
+recipe("smoothquant", "smoothquant | int(bits=8,group=0) | rtn | static(clip=max)",
+       source="arXiv:2211.10438 (Xiao et al. 2022), O3", claims=[
+    Claim("better than the same without its scales", "smoothquant", "int(bits=8,group=0) | rtn | static(clip=max)", "w8a8",
+          "figures recalled, not asserted"),
+], note="`smoothquant | int(bits=8,group=0) | rtn | token` is its O1.")
+recipe("qqq", "smooth | int(bits=4,group=128) | gptq | token", source="arXiv:2406.09904 (Zhang et al. 2024)", claims=[
+    Claim("better than the same without its scales", "qqq", "int(bits=4,group=128) | gptq | token", "w4a8", "figures not read"),
+], note="`qqq(group=0)` by row, as its fastest kernel has it; `kurtail | int(bits=4,group=128) | gptq | token` turns in place of scaling.")
+recipe("outliertune", "*.q,*.k,*.v,*.gate,*.up: channelwise | int(bits=8,group=0) | rtn | static(act_bits=6,clip=max) ; "
+       "*.o,*.down: int(bits=8,group=0) | rtn | token(act_bits=6)", source="arXiv:2406.18832 (Wang et al. 2024)", claims=[
+    Claim("better than one step for all channels with inputs of 6 bits", "outliertune",
+          "*.q,*.k,*.v,*.gate,*.up: int(bits=8,group=0) | rtn | static(act_bits=6,clip=max) ; "
+          "*.o,*.down: int(bits=8,group=0) | rtn | token(act_bits=6)", "w8a6", "figures recalled, not asserted"),
+], note="Behind norms a step by the channel, folded into them; elsewhere by the token. Without its symmetrisation, which needs norms with "
+        "a bias.")
+recipe("repquant", "*.q,*.k,*.v,*.gate,*.up: channelwise(act_bits=6,clip=mse) | int(bits=8,group=0) | adaquant | static(act_bits=6) ; "
+       "*.o,*.down: int(bits=8,group=0) | adaquant | static(act_bits=6)", source="arXiv:2402.05628 (Li et al. 2024)", claims=[
+    Claim("better than one step for all channels with inputs of 6 bits", "repquant",
+          "int(bits=8,group=0) | adaquant | static(act_bits=6)", "w8a6", "on vision transformers; figures not read"),
+], note="Softmax is not rounded here, and so needs no logarithmic codes.")
 recipe("ptq161", "inputs | peak | uniform | spare(keep=0.2,bits=4) ; ptq161", source="arXiv:2502.13179 (Zhao et al. 2025)", claims=[
     Claim("better than GPTQ at 2 bits", "ptq161", "gptq(bits=2)", "2-bits", "figures not read"),
 ])

@@ -18,15 +18,17 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import PANEL, TYPES, VECTORS, Packed
+from trimtab.methods.rounding import rounding_bytes, weight_alone
 
 VERSION = 2  # of packed directories; 1 laid out n:m otherwise, and had csr
 LARGEST = 2**31 - 1
 DEEPEST = 4   # maps of maps
 NUMBERS = ("rows", "cols", "n", "m", "group")
+ACT = "act_bits"  # a number that is described where it is not 0
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bits": (torch.uint8,), "columns": (torch.int32, torch.uint8), "pointers": (torch.int64,), "windows": (torch.int32,),
     "scales": (torch.float32, torch.float16), "zeros": (torch.uint8,), "table": (torch.float32,),
-    "book": (torch.float16,), "residual": (torch.uint8,), "residual_book": (torch.float16,),
+    "act_scale": (torch.float32,), "book": (torch.float16,), "residual": (torch.uint8,), "residual_book": (torch.float16,),
 }
 
 
@@ -36,7 +38,7 @@ def restored(p: Packed) -> Tensor:
         return composite.restored(p, [restored(f) for f in p.factors])
     inverse = load_all()[f"format/{p.format}"].inverse
     assert inverse is not None
-    return inverse(p)
+    return inverse(weight_alone(p))
 
 
 def check(p: Packed) -> None:
@@ -67,6 +69,7 @@ def check(p: Packed) -> None:
     except KeyError as e:
         raise BadInput(f"{p.format} {p.type}: its buffer {e.args[0]} is missing") from None
     want = m.facts["bytes"](p.shape, p.entries, kept, {k: getattr(p, k) for k in (*NUMBERS, "dim")})
+    want |= rounding_bytes(p)
     have = {k: t.nbytes for k, t in p.buffers.items()}
     for name in sorted(want.keys() | have):
         if want.get(name) != have.get(name):
@@ -76,7 +79,8 @@ def check(p: Packed) -> None:
 def describe(p: Packed) -> dict[str, Any]:
     """All of it but the buffers, as JSON data."""
     factors = {"factors": [describe(f) for f in p.factors]} if p.factors else {}
-    return {"format": p.format, "type": p.type, "shape": list(p.shape), "dim": p.dim, **{k: getattr(p, k) for k in NUMBERS}, **factors}
+    own = {k: getattr(p, k) for k in NUMBERS} | ({ACT: p.act_bits} if p.act_bits else {})
+    return {"format": p.format, "type": p.type, "shape": list(p.shape), "dim": p.dim, **own, **factors}
 
 
 def described(name: str, about: Any, buffers: Mapping[str, Tensor]) -> Packed:
@@ -92,7 +96,7 @@ def described(name: str, about: Any, buffers: Mapping[str, Tensor]) -> Packed:
 def _said(about: Any, buffers: Mapping[str, Tensor], depth: int = 0) -> Packed:
     """What a description says, not checked but for the types of what it holds."""
     keys = {"format", "type", "shape", "dim", *NUMBERS}
-    if not isinstance(about, dict) or set(about) - {"factors"} != keys or not isinstance(about["shape"], list):
+    if not isinstance(about, dict) or set(about) - {"factors", ACT} != keys or not isinstance(about["shape"], list):
         raise BadInput(f"it should be described by {', '.join(sorted(keys))}")
     if not all(isinstance(about[k], str) for k in ("format", "type", "dim")):
         raise BadInput("its format, type and dim should be words")

@@ -13,6 +13,7 @@ from trimtab.core.types import BadInput
 from trimtab.methods import composite
 from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.panels import BITS, DENSE, VECTORS, Packed
+from trimtab.methods.rounding import rounding_of
 from trimtab.runtime import layouts
 
 AGAIN = "install trimtab again (pip install, or make setup in a checkout)"
@@ -109,9 +110,11 @@ class Linear:
             raw = {k: t.contiguous().view(-1).view(torch.uint8) for k, t in packed.buffers.items()}
             none = torch.empty(0, dtype=torch.uint8)
             scale_type = {torch.float32: "f32", torch.float16: "f16"}.get(packed.buffers.get("scales", none).dtype, "")
+            step = float(packed.buffers["act_scale"]) if "act_scale" in packed.buffers else 0.0
             try:
                 self._native = core().Linear(
                     packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
+                    packed.act_bits, step,
                     *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "windows", "scales", "zeros", "table")))
             except ValueError as e:
                 raise BadInput(str(e)) from None
@@ -133,8 +136,8 @@ class Linear:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
         `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs where
-        the weights are codes, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said. BadInput for what does not
-        run here.
+        the weights are codes, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said. What the weight itself says of
+        its inputs goes before that. BadInput for what does not run here.
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
@@ -142,7 +145,8 @@ class Linear:
         if self.factors:
             return self._composed(x, kernel, threads, narrowest)
         if self._weight is not None:
-            return torch.nn.functional.linear(x.float(), self._weight)
+            rounding = rounding_of(self.packed)
+            return torch.nn.functional.linear(x.float() if rounding is None else rounding.of(x), self._weight)
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.packed.shape[0])
         try:  # as NumPy sees them: a tensor takes microseconds to be handed over

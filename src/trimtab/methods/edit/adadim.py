@@ -14,7 +14,7 @@ from trimtab.methods.solvers import Settle, errors, sweep
 from trimtab.methods.terms import Terms
 
 
-@method("edit", joint=("unit", "score", "budget"), drops=False, codes=True,
+@method("edit", joint=("unit", "score", "budget"), drops=False, codes=True, either=True,
         xfail={"rows": "outputs that are neighbours share a scale"})
 def adadim(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, feedback: bool = False, damp: float = 0.01) -> Change:
     """Groups along the inputs or along the outputs, whichever costs the outputs less.

@@ -61,7 +61,9 @@ class Packed:
     `rows`, `cols` of a block, of a book the outputs of a vector; `n`, `m` of n:m along `dim` (in, or out: the transpose is what is
     packed), of a book the bits of its indices; `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint8 of
-    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), table (float32), book (float16), those it has.
+    entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), table (float32), book (float16), act_scale
+    (float32 [1]), those it has. `act_bits`: what x is rounded to before it meets codes, by the token, or by `act_scale` where that is
+    there; 0 leaves it to who runs it.
     A map that is made of others, applied in turn (lowrank), added (sum) or with a change of inputs and outputs around it (based), has
     these as its `factors` and their buffers as its own, what they are before the name.
     """
@@ -76,6 +78,7 @@ class Packed:
     m: int = 1
     group: int = 0
     dim: str = "in"
+    act_bits: int = 0
     factors: tuple[Packed, ...] = ()
 
     @property
@@ -87,7 +90,8 @@ class Packed:
         """In a word: the format, and what its codes are; of a map made of others theirs."""
         if self.factors and self.format != "lowrank":
             return " + ".join(f.label for f in self.factors)
-        return f"{self.format} {self.type}" if self.type in LEVELS else self.format
+        met = f" x a{self.act_bits}" if self.act_bits else ""
+        return f"{self.format} {self.type}{met}" if self.type in LEVELS else self.format
 
     @property
     def entries(self) -> Values:

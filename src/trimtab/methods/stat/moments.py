@@ -5,6 +5,8 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 
+TOKENS = 128  # of a batch that a sample has
+
 
 @method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s.square(), of_gram=lambda moment: moment.diagonal())
 def in_sq(x: Tensor) -> Tensor:
@@ -17,7 +19,8 @@ def in_sq(x: Tensor) -> Tensor:
     return x.float().square().sum(0)
 
 
-@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda moment: moment)
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda moment: moment,
+        some=lambda value, inputs: value[inputs][:, inputs])
 def gram(x: Tensor) -> Tensor:
     """Second moment of the inputs, [in, in]: the Hessian of the site's squared output error, up to a factor.
 
@@ -49,3 +52,15 @@ def absmax(x: Tensor) -> Tensor:
     Deviations: none
     """
     return x.float().abs().amax(0)
+
+
+@method("stat", merge="cat", rescaled=lambda value, s: value / s, turned=lambda value, basis: basis.of(value),
+        some=lambda value, inputs: value[:, inputs])
+def sample(x: Tensor) -> Tensor:
+    """Some of the tokens as they are, [tokens, in]: at most 128 of a batch, evenly spread.
+
+    Formula: x_t
+    Source: textbook
+    Deviations: none
+    """
+    return x[:: -(-len(x) // TOKENS)].float().clone()
