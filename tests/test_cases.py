@@ -27,6 +27,8 @@ def result(m: Method, case: Case):
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()
     if isinstance(out, Basis):
         return out.weight(case.env["w"]).abs()
+    if getattr(out, "bias", None) is not None:
+        return {"w": out.w, "bias": out.bias}
     return getattr(out, "w", getattr(out, "buffers", out))
 
 

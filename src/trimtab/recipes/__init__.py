@@ -91,6 +91,12 @@ recipe("super_weight", "*.down: site | spike | uniform | spare(keep=0.01%) ; all
        source="arXiv:2411.07191 (Yu et al. 2024)", claims=[
     Claim("better than rounding to nearest alone at 4 bits", "super_weight", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
 ], note="Small networks have no super weight: `spare` then keeps what is largest, and little is gained.")
+recipe("adpq", "site | magnitude | uniform | spare(keep=8%,bits=4) ; int(bits=4,group=128) | rtn",
+       source="arXiv:2405.13358 (AdpQ) and arXiv:2501.09107, statistical pre-calibration (Ghaffari et al. 2024, 2025)", claims=[
+    Claim("better than rounding to nearest alone at 4 bits", "adpq(bits=4)", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
+    Claim("better than rounding to nearest alone at 3 bits", "adpq(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
+], note="Adaptive LASSO shrinks to zero what has |w|^2 <= lambda': the share above it, 8 % as recalled, is what a threshold of magnitude "
+        "keeps. `site | magnitude | spare(keep=1%) ; int(bits=3) | gptq` goes on from a split of fewer bytes.")
 recipe("llm_int8", "above(limit=6) | peak | spare(bits=8) ; int(bits=8,group=0) | rtn", source="arXiv:2208.07339 (Dettmers et al. 2022)",
        note="Inputs whose magnitude reaches 6 are multiplied beside the others; the runtime rounds x by groups of inputs, not by tokens.")
 recipe("ptq161", "inputs | peak | uniform | spare(keep=0.2,bits=4) ; ptq161", source="arXiv:2502.13179 (Zhao et al. 2025)", claims=[

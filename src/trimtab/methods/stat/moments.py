@@ -49,3 +49,14 @@ def absmax(x: Tensor) -> Tensor:
     Deviations: none
     """
     return x.float().abs().amax(0)
+
+
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s)
+def in_mean(x: Tensor) -> Tensor:
+    """Mean of each input, [in].
+
+    Formula: E[x_j]
+    Source: textbook
+    Deviations: none
+    """
+    return x.float().sum(0)

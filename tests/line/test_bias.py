@@ -1,0 +1,98 @@
+"""What a repair adds to biases: written, kept through later passes and a packed directory, refused where there is none."""
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import trimtab as tt
+from tests import tiny
+from trimtab import cli
+from trimtab.network.stream import load_module
+from trimtab.prove.proof import answer
+from trimtab.runtime import packed
+
+
+@pytest.fixture(autouse=True)
+def proof_in_this_process(monkeypatch):
+    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+
+
+def trim(model, recipe, out, *more: object) -> int:
+    text = model.parent / "inputs.safetensors"
+    save_file(tiny.inputs(model.name, rows=16), text)
+    given = ("trim", model, recipe, "-o", out, "--calib", text, "--text", text, "--samples", "16", "--no-speed", "-q")
+    return cli.main([str(a) for a in (*given, *more)])
+
+
+def means(path) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much the mean outputs of the queries of both blocks, over the tokens that are no padding, are off from those that the dense
+    queries have of the same inputs."""
+    batch, seen = tiny.inputs("bert", rows=16), []
+    module, dense = load_module(path), load_module(path.parent / "bert")
+    here = batch["attention_mask"].bool()
+    for block, other in zip(module.encoder.layer, dense.encoder.layer, strict=True):
+        map_, its = block.attention.self.query, other.attention.self.query
+        map_.register_forward_hook(lambda m, x, y, its=its: seen.append((y - its(x[0]))[here].mean(0)))
+    with torch.no_grad():
+        module(**batch)
+    return seen[0], seen[1]
+
+
+@pytest.mark.parametrize(("with_it", "without"), [
+    ("int(bits=2,group=0) | rtn | bias", "int(bits=2,group=0) | rtn"),
+    ("row | wanda | mask | bias ; int(bits=2,group=0) | gptq | gain | bias", "row | wanda ; int(bits=2,group=0) | gptq | gain"),
+    ("svd(rank=4) | bias", "svd(rank=4)"),
+])
+def test_every_output_has_its_mean_again(tmp_path, with_it, without):
+    model = tiny.save("bert", tmp_path / "bert")
+    for name, recipe in (("with", with_it), ("without", without)):
+        assert trim(model, recipe, tmp_path / name) == 0
+    mended, off = means(tmp_path / "with"), means(tmp_path / "without")
+    for block in (0,) if ";" in with_it else (0, 1):  # behind a first pass, the second block's inputs are another network's again
+        assert float(mended[block].abs().max()) < 1e-5 and float(off[block].abs().max()) > 1e-2
+
+
+def test_packed_and_plain_have_the_same_biases(tmp_path):
+    model = tiny.save("qwen2", tmp_path / "qwen2")
+    recipe = "*.q,*.k,*.v: int(bits=4,group=0) | rtn | bias"
+    assert trim(model, recipe, tmp_path / "plain") == 0
+    assert trim(model, recipe, tmp_path / "packed", "--pack", "--head", "keep") == 0
+    name = "model.layers.1.self_attn.v_proj.bias"
+    plain, before = (load_module(p).get_parameter(name) for p in (tmp_path / "plain", model))
+    assert torch.equal(packed.open(tmp_path / "packed", verify=True).tensors[name], plain) and not torch.equal(plain, before)
+    ids = tiny.inputs("qwen2")["input_ids"]
+    want, got = (tt.load(tmp_path / n).module(ids).logits for n in ("plain", "packed"))
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05 * float(want.std()))
+
+
+def test_stopped_and_resumed_it_is_the_same(tmp_path, monkeypatch):
+    from trimtab.core.journal import Journal
+
+    model = tiny.save("bert", tmp_path / "bert")
+    recipe = "int(bits=3,group=0) | rtn | bias"
+    assert trim(model, recipe, tmp_path / "a") == 0
+    write = Journal.write_block
+
+    def once(self, *args):
+        write(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write_block", once)
+    assert trim(model, recipe, tmp_path / "b") == 1
+    monkeypatch.setattr(Journal, "write_block", write)
+    assert trim(model, recipe, tmp_path / "b", "--resume") == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_sites_without_a_bias_are_named(tmp_path, capsys):
+    model = tiny.save("qwen2", tmp_path / "qwen2")
+    assert trim(model, "int(bits=4,group=0) | rtn | bias", tmp_path / "o") == 2
+    assert "0.attn.o, 0.mlp.gate, 0.mlp.up, ... have none; name sites that have one, such as *.attn.q:" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_repair_behind_it_would_leave_it(tmp_path, capsys):
+    model = tiny.save("bert", tmp_path / "bert")
+    assert trim(model, "int(bits=4,group=0) | rtn | bias | gain", tmp_path / "o") == 2
+    assert "repair/gain would leave the bias of bias; put it in front of bias" in capsys.readouterr().err
