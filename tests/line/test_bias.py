@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import trimtab as tt
 from tests import tiny
 from trimtab import cli
-from trimtab.network.stream import load_module
+from trimtab.network.stream import Network, load_module
 from trimtab.prove.proof import answer
 from trimtab.runtime import packed
 
@@ -44,6 +44,21 @@ def test_every_output_has_its_mean_again(tmp_path, recipe):
         module(**batch)
     for mended, shift in off[:1 if ";" in recipe else 2]:  # behind a first pass, later blocks' inputs are another network's again
         assert float(mended.abs().max()) < 1e-5 and float((mended - shift).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt", "qwen2"])
+def test_a_site_takes_it_in_its_own_rows(tmp_path, name):
+    """Stacked ones leave their neighbours alone; what the file cannot hold is not there either."""
+    net = Network.open(tiny.save(name, tmp_path / name, dtype=torch.bfloat16))
+    module, sites = net.block(1), [s for s in net.sites_of(1) if net.has_bias(s)]
+    want = {s.name: net.bias(module, s) for s in sites}
+    assert [s.role for s in sites] == (["q", "k", "v"] if name == "qwen2" else [s.role for s in net.sites_of(1)])
+    for k, s in enumerate(sites):
+        delta = torch.linspace(0.1, 1, s.shape[0]) + k
+        file = net.add_to_bias(module, s, delta)
+        want[s.name] = (want[s.name] + delta).bfloat16().float()
+        assert all(torch.equal(net.bias(module, other), want[other.name]) for other in sites)
+        assert all(t.dtype == torch.bfloat16 for t in net.stored(module, 1, {file}).values())
 
 
 def test_packed_and_plain_have_the_same_biases(tmp_path):
