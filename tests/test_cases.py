@@ -30,6 +30,8 @@ def result(m: Method, case: Case):
         return out.of(case.env["x"])
     if isinstance(out, Basis):
         return out.weight(case.env["w"]).abs()
+    if getattr(out, "bias", None) is not None:
+        return {"w": out.w, "bias": out.bias}
     return getattr(out, "w", getattr(out, "buffers", out))
 
 

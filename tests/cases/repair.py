@@ -35,4 +35,10 @@ CASES = {
     # Two bits, one step of 9: 4 becomes 0, and what is lost is of rank 1.
     "repair/lorc": Case({"w": torch.tensor([[9.0, 4.0]]), "new": nearest(torch.tensor([[9.0, 4.0]]), 2).change(), "gram": torch.eye(2)},
                         [[9, 4]], {"rank": 1}, differs="repair/clip"),
+    # Off by (-0.4, -0.4), at means of 2 and 0.5: what the weights take off is 0.8 + 0.2.
+    "repair/bias": Case({"w": TWO, "new": rounded(TWO, Whole(4, 1.0)(TWO), 2).change(), "in_mean": torch.tensor([2.0, 0.5])},
+                        {"w": [[1, 2]], "bias": [1]}),
+    # One step is 1, and 1.4 and 2.4 are 1 and 2: w G w' = 6.2 and w' G w' = 5, so the step becomes 1.24.
+    "repair/gain": Case({"w": TWO, "new": rounded(TWO, Whole(4, 1.0)(TWO), 2).change(), "gram": torch.eye(2)}, [[1.24, 2.48]],
+                        differs="repair/clip"),
 }

@@ -15,6 +15,7 @@ CASES = {
     "stat/gram": Case({"x": X}, [[25, -4], [-4, 1]], differs="stat/in_sq"),
     "stat/absmax": Case({"x": X}, [4, 1], differs="stat/act_norm"),
     "stat/in_abs": Case({"x": X}, [7, 1], differs="stat/in_sq"),
+    "stat/in_mean": Case({"x": X}, [-1, 1], differs="stat/in_abs"),
     # The root of in_sq.
     "stat/act_norm": Case({"x": X}, [5, 1], differs="stat/in_sq"),
     # At a right angle: 0. Then (3 * 4 + 4 * 3) / (5 * 5).

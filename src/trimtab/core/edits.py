@@ -162,7 +162,7 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
     """Edit the sites of a block by the passes that own them, in place, one after the other.
 
     `priors`: the parts that earlier passes left, by `<site>:<part>`. Returns the changes, each made as it is asked for and with w in the
-    type of the files, and the names of further parameters that a rewrite changed.
+    type of the files, and the names of further parameters that a rewrite or a repair changed, all of them once every change is made.
     """
     def its(s: Site) -> dict[str, Tensor]:
         return stats.of(s) if stats else {}
@@ -182,6 +182,8 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
                                rescaled(its(s), scales.get(s.name)), prior, spared[s.name], bases.get(s.name, PLAIN))
             change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
             net.set_weight(module, s, change.w)
+            if change.bias is not None:
+                others.add(net.add_to_bias(module, s, change.bias))
             yield s, change
 
     return changes(), others
@@ -207,7 +209,7 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
 
 
 def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None) -> Change:
-    """What the edit and the repair of a pass make of w [out, in]."""
+    """What the edit and the repairs of a pass make of w [out, in]."""
     step = p.steps["edit"]
     env: dict[str, Any] = {"w": w, "keep": share, **stats}
     if "unit" in p.steps:
@@ -222,8 +224,7 @@ def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Te
     else:
         env["mask"] = torch.ones_like(w, dtype=torch.bool) if prior is None else prior
     change: Change = step.method(env, **step.bound)
-    if "repair" in p.steps:
-        r = p.steps["repair"]
+    for r in p.repairs:
         change = r.method({**env, "new": change}, **r.bound)
     return change
 

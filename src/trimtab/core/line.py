@@ -117,7 +117,13 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                            f"and would round what it writes; use --dtype float32")
     largest = max((sum(s.size for s in net.sites_of(i)) for i in range(net.n_blocks)), default=0)
     for k, sweep in enumerate(plan_sweeps):
-        for p, _ in sweep:
+        for p, sites in sweep:
+            shifts = [r for r in p.repairs if "bias" in r.method.facts["leaves"]]
+            if shifts and (bare := [s.name for s in sites if not net.has_bias(s)]):
+                names = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
+                some = next((s.name.replace(f"{s.block}.", "*.", 1) for s in sites if net.has_bias(s)), None)
+                raise BadInput(f"{shifts[0]} changes biases, and {names} have none; " + (
+                    f"name sites that have one, such as {some}:" if some else "leave it out for this network"))
             if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
                                f"lower --samples or raise --max-memory")
@@ -171,9 +177,9 @@ def check_terms(s: Site, passes: list[Pass]) -> None:
     if (drops or single) and pack.rounds(last) and not grid.method.facts["zero"]:
         raise BadInput(f"{s.name}: zero is no value of {grid}, and a pass before it drops weights; "
                        f"use another grid, such as int or ternary")
-    if drops and (last.turns or ("repair" in last.steps and "mask" not in last.steps["repair"].method.facts["keeps"])):
-        who = last.steps["rewrite"] if last.turns else last.steps["repair"]
-        raise BadInput(f"{s.name}: {who} would bring back weights that {drops[0]} drops; give it sites of its own")
+    fills = [last.steps["rewrite"]] if last.turns else [r for r in last.repairs if "mask" not in r.method.facts["keeps"]]
+    if drops and fills:
+        raise BadInput(f"{s.name}: {fills[0]} would bring back weights that {drops[0]} drops; give it sites of its own")
     if spares and (len(spares) > 1 or spares[0] is not passes[max(0, len(passes) - 2)] or (last not in spares and not pack.rounds(last))):
         raise BadInput(f"{s.name}: what {spares[0].steps['edit']} keeps is kept from one pass behind it, which rounds to codes, such as "
                        "rtn or gptq; put that last, and spare once")

@@ -114,8 +114,9 @@ def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: fl
     change = Change(w.bfloat16())
     for p in passes:
         if p.steps["edit"].method.facts["spares"]:
-            columns = p.steps["unit"].method({"s": w, "keep": p.keep or keep}, **p.steps["unit"].bound).all(0)
-            w = w[:, ~columns]
+            kept = p.steps["unit"].method({"s": w, "keep": p.keep or keep}, **p.steps["unit"].bound)
+            p.steps["edit"].method({"w": w, "mask": kept}, **p.steps["edit"].bound)
+            w = w[:, ~kept.all(0)]
             mask, change = torch.ones_like(w, dtype=torch.bool), Change(w.bfloat16())
             continue
         if "unit" in p.steps:
@@ -132,7 +133,7 @@ def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: fl
             change = Change(change.w, Factors(w[:, :rank], w[:rank]).parts())
         if p.steps["edit"].method.facts["books"]:
             change = some_books(w, p.steps["edit"].bound).change()
-        if "repair" in p.steps and "rank" in (knobs := p.steps["repair"].bound):
+        for knobs in (r.bound for r in p.repairs if "rank" in r.bound):
             checked_rank(w.shape, knobs["rank"])
         if "input" in p.steps:
             seen = {n: torch.ones(2, w.shape[1]) for n in ("sample", "absmax")}
@@ -233,8 +234,10 @@ def composed(how: Format, change: Change, terms: Terms, rounding: Rounding | Non
     if spared.columns is not None and spared.codes is not None:
         maps.append(based(dense(spared.codes.change()), inputs, spared.columns))
     if spared.entries is not None and spared.at is not None:
-        single = torch.zeros(change.w.shape, device=spared.entries.device)
-        maps.append(sell(Change(single.index_put_((spared.at[:, 0], spared.at[:, 1]), spared.entries, accumulate=True))))
+        narrow = spared.entries.bfloat16()  # where nothing is lost by it
+        entries = narrow if torch.equal(narrow.float(), spared.entries) else spared.entries
+        single = torch.zeros(change.w.shape, dtype=entries.dtype, device=entries.device)
+        maps.append(sell(Change(single.index_put_((spared.at[:, 0], spared.at[:, 1]), entries))))
     return summed(*maps)
 
 

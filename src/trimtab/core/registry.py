@@ -58,7 +58,7 @@ KNOBS = {
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
 }
 # Declared beside a method, and nothing of what it computes.
-ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "keeps", "either", "rounded")
+ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "keeps", "leaves", "either", "rounded")
 SECTIONS = ("Formula", "Source", "Deviations")
 _REG: dict[str, Method] = {}
 
@@ -171,8 +171,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
     # grid; either: whether its groups may lie along the outputs.
     "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False},
-    # keeps: what of an edit it leaves as it is: "mask", "codes", "factors", "books".
-    "repair": {"keeps": ("mask",)},
+    # keeps: what of an edit, and of repairs before it, it leaves as it is: "mask", "codes", "factors", "books"; leaves: what it adds:
+    # "factors", or a "bias", for sites that have one.
+    "repair": {"keeps": ("mask",), "leaves": ()},
     "input": {},
     # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of
     # every buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that

@@ -54,7 +54,7 @@ def _said(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Pass:
-    steps: dict[str, Step]
+    steps: dict[str, Step]  # by axis, but for repairs, which stand by their keys, in order
     scope: str | None = None
     keep: float | None = None
     order: str = "sequential"
@@ -81,6 +81,11 @@ class Pass:
     def chooses(self) -> bool:
         """Whether its budget chooses a grid for every site."""
         return "budget" in self.steps and bool(self.steps["budget"].method.facts["chooses"])
+
+    @property
+    def repairs(self) -> list[Step]:
+        """One after the other, each of what the one before it made."""
+        return [s for s in self.steps.values() if s.method.axis == "repair"]
 
     @property
     def options(self) -> list[Pass]:
@@ -118,7 +123,7 @@ class Pass:
         return all(any(map(matches, part.split(","))) for part in (self.scope or "all").split("&"))
 
     def __str__(self) -> str:
-        parts = [str(self.steps[a]) for a in LINE if a in self.steps]
+        parts = [str(s) for a in LINE for s in self.steps.values() if s.method.axis == a]
         knobs = [f"keep={self.keep}"] * (self.keep is not None) + [f"order={self.order}"] * (self.order != "sequential")
         if knobs:
             head = parts[0]
@@ -360,6 +365,16 @@ def _pop_pass_knobs(knobs: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
     return got
 
 
+def _place(m: Method) -> str:
+    """Where it stands among the steps of a pass, of which it has one but for repairs."""
+    return m.key if m.axis == "repair" else m.axis
+
+
+def _free(m: Method) -> tuple[str, ...]:
+    """What nobody may have decided before it: its place, and for a repair of the weights that they are mended at all."""
+    return (_place(m),) if "bias" in m.facts.get("leaves", ()) else (m.axis, _place(m))
+
+
 def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pass:
     reg = load_all()
     steps: dict[str, Step] = {}
@@ -373,11 +388,11 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
             raise BadInput(f"unknown method {name!r}{hint}")
         # what rounds to a grid decides a share of its own, and leaves it to a budget which grid that is
         left = {"budget"} if "budget" in steps and steps["budget"].method.facts["chooses"] else set()
-        open_ = [m for m in named if not {m.axis, *(set(m.joint) - left)} & set(decided)]
+        open_ = [m for m in named if not {*_free(m), *(set(m.joint) - left)} & set(decided)]
         if not decided.keys() - {"unit", "budget"}:  # a repair or a format is named after what it acts on
             open_ = [m for m in open_ if m.axis not in ("repair", "format")] or open_
         if not open_:
-            axis = next(a for a in (named[-1].axis, *named[-1].joint) if a in decided)
+            axis = next(a for a in (*_free(named[-1]), *named[-1].joint) if a in decided)
             raise BadInput(f"{decided[axis]!r} and {name!r} both decide {axis}; keep one of them")
         if len(open_) > 1:
             raise BadInput(f"{name!r} is ambiguous; write {' or '.join(m.key for m in open_)}")
@@ -385,8 +400,8 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
         for k, v in _pop_pass_knobs(knobs, m.knobs).items():
             if own.setdefault(k, v) != v:
                 raise BadInput(f"{k} is given twice in one pass")
-        steps[m.axis] = _step(m, knobs)
-        decided |= dict.fromkeys((m.axis, *m.joint), name)
+        steps[_place(m)] = _step(m, knobs)
+        decided |= dict.fromkeys((_place(m), *m.joint), name)
     if "grid" in decided and "edit" not in decided:  # what rounds to it, unless something else is asked for
         steps["edit"] = Step("edit/rtn")
         decided |= dict.fromkeys(("edit", *get("edit/rtn").joint), "rtn")
@@ -399,7 +414,8 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
             decided |= dict.fromkeys((axis, *get(key).joint), key)
     if "score" not in decided:
         raise BadInput(f"no score is named in {' | '.join(n for n, _ in tokens)!r}; add one, such as magnitude or wanda")
-    return _checked(Pass({a: steps[a] for a in AXES if a in steps}, scope, own.get("keep"), own.get("order", "sequential")))
+    ordered = {k: s for a in AXES for k, s in steps.items() if s.method.axis == a}
+    return _checked(Pass(ordered, scope, own.get("keep"), own.get("order", "sequential")))
 
 
 def _checked(p: Pass) -> Pass:
@@ -421,11 +437,14 @@ def _checked(p: Pass) -> Pass:
     if "input" in p.steps and edit.facts["either"]:
         raise BadInput(f"{edit.name} may put its groups along the outputs, which no rounded input meets; "
                        f"use rtn or gptq with {p.steps['input']}")
-    leaves = {k for k in ("codes", "factors", "books") if edit.facts[k]}
-    if leaves and "repair" in p.steps and not leaves <= set(p.steps["repair"].method.facts["keeps"]):
-        keep = [m.name for m in load_all().values() if m.axis == "repair" and leaves <= set(m.facts["keeps"])]
-        raise BadInput(f"{p.steps['repair']} would leave the {' and '.join(leaves)} of {edit.name}"
-                       + (f"; {', '.join(keep)} would not" if keep else ""))
+    leaves = {k: edit.name for k in ("codes", "factors", "books") if edit.facts[k]}
+    for r in p.repairs:
+        if lost := {k: who for k, who in leaves.items() if k not in r.method.facts["keeps"]}:
+            keep = [m.name for m in load_all().values() if m.axis == "repair" and set(leaves) <= set(m.facts["keeps"])]
+            who = next(iter(lost.values()))
+            raise BadInput(f"{r} would leave the {' and '.join(lost)} of {who}" + (
+                f"; put it in front of {who}" if who != edit.name else f"; {', '.join(keep)} would not" if keep else ""))
+        leaves |= dict.fromkeys(r.method.facts["leaves"], r.method.name)
     if p.keep is not None and not p.free:
         raise BadInput(f"keep is given, but {p.steps.get('unit', p.steps['edit'])} fixes its own share: leave keep out")
     return p

@@ -23,13 +23,15 @@ class Change:
     """What an edit or a repair returns for one site.
 
     `w` [out, in] is what the parts decode to; `mask` (bool, True = kept) is the pattern it must respect;
-    `parts` are the codes, scales, factors a format stores; `pre` are operations on the site's input, in order.
+    `parts` are the codes, scales, factors a format stores; `pre` are operations on the site's input, in order; `bias` [out] is to be
+    added to the bias of the site.
     """
 
     w: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     pre: tuple[Any, ...] = ()
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -149,4 +149,4 @@ def put_together(new: Change, spared: Spared, inside: Basis | None, outside: Bas
         whole = torch.ones(len(mask), len(others), dtype=torch.bool, device=mask.device)
         whole[:, others] = mask
         mask = whole
-    return Change(terms.weight().to(new.w.dtype), terms.parts(), mask)
+    return Change(terms.weight().to(new.w.dtype), terms.parts(), mask, bias=new.bias)

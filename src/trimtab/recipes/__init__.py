@@ -71,7 +71,7 @@ recipe("adaround", "int(bits=4,group=128) | adaround", source="arXiv:2004.10568 
 ], note="Layer by layer; `int(clip=mse) | adaround | greedy` goes on where the learned codes can still be bettered one by one.")
 recipe("adaquant", "int(bits=4,group=128) | adaquant", source="arXiv:2006.10518 (Hubara et al. 2020)", claims=[
     Claim("better than rounding to nearest at 4 bits", "adaquant(bits=4)", "rtn(bits=4)", "4-bits", "on image classifiers"),
-], note="Its bits are a budget, `knapsack`; bias and batch norms are not tuned.")
+], note="Its bits are a budget, `knapsack`; in place of its tuning of biases and batch norms there are the repairs `bias` and `gain`.")
 recipe("knapsack", "knapsack(mean=3.25) | int(bits=2/3/4,group=64,clip=mse) | rtn", source="arXiv:2006.10518 (Hubara et al. 2020)", claims=[
     Claim("better than the same bits everywhere", "knapsack", "rtn(bits=3,clip=mse,group=64)", "3-bits", "on image classifiers"),
 ], note="`knapsack(mean=4.5) | int(bits=3/4/8) | gptq`: values of any knob of any grid, with `/` between them.")
@@ -87,6 +87,10 @@ recipe("lorc", "int(bits=4,group=128) | rtn | lorc(rank=8)", source="arXiv:2303.
     Claim("better than rounding to nearest alone at 4 bits", "lorc(bits=4)", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
     Claim("better than rounding to nearest alone at 3 bits", "lorc(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
 ], note="`gptq(bits=2) | lorc` behind any codes; `lorc(whiten=true)` is nearest in the outputs.")
+recipe("gain", "int(bits=4,group=128) | rtn | gain", source="ours, for the re-tuned batch norms of arXiv:2006.10518", claims=[
+    Claim("better than rounding to nearest alone at 4 bits", "gain(bits=4)", "rtn(bits=4)", "4-bits", "ours: no figure"),
+    Claim("better than rounding to nearest alone at 3 bits", "gain(bits=3)", "rtn(bits=3)", "3-bits", "ours: no figure"),
+], note="No byte more: the scales take it in. Behind any codes, `gptq(bits=2)` too, and in front of `lorc` or `bias`.")
 recipe("super_weight", "*.down: site | spike | uniform | spare(keep=0.01%) ; all: int(bits=4,group=128) | rtn",
        source="arXiv:2411.07191 (Yu et al. 2024)", claims=[
     Claim("better than rounding to nearest alone at 4 bits", "super_weight", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
@@ -116,6 +120,12 @@ recipe("repquant", "*.q,*.k,*.v,*.gate,*.up: channelwise(act_bits=6,clip=mse) | 
     Claim("better than one step for all channels with inputs of 6 bits", "repquant",
           "int(bits=8,group=0) | adaquant | static(act_bits=6)", "w8a6", "on vision transformers; figures not read"),
 ], note="Softmax is not rounded here, and so needs no logarithmic codes.")
+recipe("adpq", "site | magnitude | uniform | spare(keep=8%,bits=4) ; int(bits=4,group=128) | rtn",
+       source="arXiv:2405.13358 (AdpQ) and arXiv:2501.09107, statistical pre-calibration (Ghaffari et al. 2024, 2025)", claims=[
+    Claim("better than rounding to nearest alone at 4 bits", "adpq(bits=4)", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
+    Claim("better than rounding to nearest alone at 3 bits", "adpq(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
+], note="Adaptive LASSO shrinks to zero what has |w|^2 <= lambda': the share above it, 8 % as recalled, is what a threshold of magnitude "
+        "keeps. `site | magnitude | spare(keep=1%) ; int(bits=3) | gptq` goes on from a split of fewer bytes.")
 recipe("ptq161", "inputs | peak | uniform | spare(keep=0.2,bits=4) ; ptq161", source="arXiv:2502.13179 (Zhao et al. 2025)", claims=[
     Claim("better than GPTQ at 2 bits", "ptq161", "gptq(bits=2)", "2-bits", "figures not read"),
 ])

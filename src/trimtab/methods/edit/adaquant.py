@@ -27,7 +27,8 @@ def adaquant(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, iters: int = 2
     Source: Hubara et al. 2020, arXiv:2006.10518, section 3.1, equation 3
     Deviations: weights only; all calibration tokens at once by their second moment, 200 steps of Adam where the authors' code takes 100 of
         batches; rates are shares of a step of the grid and fall to 0, where theirs are 1e-5 for weights and 1e-3 for ranges; of all
-        steps the best is kept, row by row; zero points and tables stay. Bias and norms are not tuned. Bits: the budget `knapsack`
+        steps the best is kept, row by row; zero points and tables stay. Bits: the budget `knapsack`. Biases and batch norms are not tuned
+        by gradient: what they are there for, the repairs `bias` and `gain` have in closed form
     """
     w0, group = w.float() * mask, grid.group(w)
     near, g = rounded(w0, grid(w0), group), gram.float()

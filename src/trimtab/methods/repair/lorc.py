@@ -12,7 +12,7 @@ from trimtab.methods.solvers import damped, errors
 from trimtab.methods.terms import Terms
 
 
-@method("repair", keeps=("codes",))
+@method("repair", keeps=("codes",), leaves=("factors",))
 def lorc(w: Tensor, new: Change, gram: Tensor, *, rank: int = 8, whiten: bool = False, damp: float = 0.01) -> Change:
     """A product of small rank beside the codes, the nearest to what rounding lost.
 

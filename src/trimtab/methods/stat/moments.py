@@ -64,3 +64,14 @@ def sample(x: Tensor) -> Tensor:
     Deviations: none
     """
     return x[:: -(-len(x) // TOKENS)].float().clone()
+
+
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s)
+def in_mean(x: Tensor) -> Tensor:
+    """Mean of each input, [in].
+
+    Formula: E[x_j]
+    Source: textbook
+    Deviations: none
+    """
+    return x.float().sum(0)
