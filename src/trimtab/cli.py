@@ -231,7 +231,8 @@ def parser() -> Parser:
     p.add_argument("model")
     p.add_argument("--to", required=True, help="compressed-tensors, gguf or onnx")
     p.add_argument("-o", "--out", type=Path, required=True, help="a directory, or one file: model.gguf, model.onnx")
-    p.add_argument("--type", default="auto", help="gguf: f16, bf16, q8_0, q4_0, q4_1 or q6_k; default: codes as they are, and no rounding")
+    p.add_argument("--type", default="auto", help="gguf: f16, bf16, q8_0, q4_0, q4_1 or q6_k; compressed-tensors: w8a8 or fp8; default: "
+                   "codes as they are, and no rounding")
     p.add_argument("--force", action="store_true", help="replace an existing output")
 
     p = command("verify", "re-measure the claims of recipes on the built-in model")

@@ -22,11 +22,14 @@ HELD = [
     ("qwen3", f"*.1.*,1.*: {W4}", torch.bfloat16), ("phi3", W4, torch.bfloat16),
     ("gpt_neox", "rtn(bits=8,group=16,asymmetric=true)", torch.float32), ("opt", f"mlp: {W4}", torch.float32),
     ("bert_masked", W4, torch.float32), ("vit", W8, torch.float32),
+    ("llama", "fp8", torch.bfloat16), ("gpt_neox", "mlp: fp8", torch.float32),
 ]
 REFUSED = [
     ("llama", "rtn(bits=3,group=16)", r"0\.attn\.q: its codes are of 3 bits"), ("llama", "ternary | rtn", r"0\.attn\.q: .* ternary"),
     ("llama", "*.down: nf(bits=4,group=16) | rtn", r"0\.mlp\.down: its codes are steps of a table of 16"),
-    ("llama", "fp(bits=8,exponent=4,group=0,clip=max) | rtn", "e4m3, which end at 448"),
+    ("llama", "fp(bits=8,exponent=5,group=0,clip=max) | rtn", r"those of e4m3, fp\(bits=8,exponent=4\)"),
+    ("llama", "fp(bits=8,exponent=4,group=16) | rtn", "8 bits of e4m3 in groups of 16, and float8 layers have rows"),
+    ("llama", "fp(bits=8,exponent=4,group=0) | rtn | token", "inputs rounded to whole numbers, and float8"),
     ("llama", "mlp: svd", r"0\.mlp\.gate: it has factors"),
     ("llama", "wanda", "has no codes"), ("llama", "rtn(bits=4,group=20)", "groups of 20 do not divide its 32 inputs"),
     ("llama", f"*.q: {W4}", r"0\.attn\.k: it has no codes and 0\.attn\.q has 4 bits in groups of 16; .* alike"),
@@ -131,6 +134,32 @@ def met(x: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
     """Inputs as transformers rounds them: by the token's largest, or by a step; down to -128."""
     step = x.abs().amax(-1, keepdim=True) / 127.5 if step is None else step
     return (x / step).round().clamp(-128, 127) * step
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_float8_inputs_are_rounded_as_it_runs(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    import transformers
+
+    plain = trimmed("llama", "fp8", tmp_path)
+    assert write(plain, tmp_path / "out", type="fp8")["format"] == "float-quantized"
+    after = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert after.dtype == torch.float8_e4m3fn and float(after.float().abs().max()) == 448
+
+    def met(m: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        step = args[0].abs().amax(-1, keepdim=True) / 448
+        return (args[0] / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
+
+    model = transformers.LlamaForCausalLM.from_pretrained(plain)
+    for name, m in model.named_modules():
+        if name.endswith("_proj"):
+            m.register_forward_pre_hook(met)
+    with torch.no_grad():
+        want = model(**tiny.inputs("llama")).logits
+    torch.testing.assert_close(answers("llama", tmp_path / "out"), want, rtol=0, atol=1e-4)
+    for recipe, type_ in ((W8, "fp8"), ("fp8", "w8a8")):
+        with pytest.raises(BadInput, match="with --type fp8, and it has 8 bits"):
+            write(trimmed("llama", recipe, tmp_path / type_), tmp_path / "no", type=type_)
 
 
 @pytest.mark.parametrize(("step", "strategy"), [("token", "token"), ("static(clip=max)", "tensor")])

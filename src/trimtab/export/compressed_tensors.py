@@ -1,8 +1,9 @@
-"""Codes of 4 and 8 bits in the layout of compressed-tensors, which transformers and vLLM open.
+"""Codes of 4 and 8 bits, whole numbers or float8, in the layout of compressed-tensors, which transformers and vLLM open.
 
 A layer of `pack-quantized` is `weight_packed` int32 [out, in * bits / 32], the first code in the lowest bits, `weight_scale` [out,
 groups], `weight_shape` int64 [2] and, of asymmetric codes, `weight_zero_point` int32 [out * bits / 32, groups], packed along the
-outputs; one of `int-quantized` is `weight` int8 [out, in] and `weight_scale` [out, 1]. Codes and zero points count from 0 where they
+outputs; one of `int-quantized` or `float-quantized` is `weight` int8 or float8 (e4m3) [out, in] and `weight_scale` [out, 1], and
+`input_scale` [1] where inputs have one step. Codes and zero points count from 0 where they
 are packed, and from -2^(bits - 1) where they are int8.
 
 Scales are float32. Where all layers have one scheme and only weights are rounded, the quantization_config says `dequantize`:
@@ -31,9 +32,10 @@ from trimtab.methods.codes import Codes
 from trimtab.methods.rounding import ACT, Rounding
 from trimtab.methods.terms import ALONE
 from trimtab.network.checkpoint import NOT_JSON, PARTS, Checkpoint, SafeFile, copy_others, write_sharded
+from trimtab.network.foreign import e4m3
 from trimtab.network.stream import Layer, Network
 
-TYPES = ("auto", "w8a8")
+TYPES = ("auto", "w8a8", "fp8")
 OWN = ("config.json", "trimtab.json", "README.md")  # what they say of the weights is no longer so
 RIGHT = "rtn(bits=4,group=128), gptq or awq would do"
 # The sites that servers run as one map, of which each has its own weight in some families.
@@ -50,14 +52,15 @@ class Scheme:
     group: int
     activations: int
     static: bool = False
+    floating: bool = False
 
     @property
     def format(self) -> str:
-        return "int-quantized" if self.activations == 8 else "pack-quantized"
+        return "float-quantized" if self.floating else "int-quantized" if self.activations == 8 else "pack-quantized"
 
     def data(self, targets: list[str]) -> dict[str, Any]:
         """As a group of the quantization_config."""
-        common = {"type": "int", "dynamic": False}
+        common = {"type": "float" if self.floating else "int", "dynamic": False}
         grouped = {"strategy": "group", "group_size": self.group} if self.group else {"strategy": "channel", "group_size": None}
         met = {**common, "num_bits": 8, "symmetric": True, "strategy": "tensor" if self.static else "token", "group_size": None,
                "dynamic": not self.static}
@@ -66,16 +69,17 @@ class Scheme:
                 "input_activations": met if self.activations == 8 else None}
 
     def __str__(self) -> str:
-        return (f"{self.bits} bits {'' if self.symmetric else 'asymmetric '}in {f'groups of {self.group}' if self.group else 'rows'}")
+        kind = "of e4m3 " if self.floating else "" if self.symmetric else "asymmetric "
+        return f"{self.bits} bits {kind}in {f'groups of {self.group}' if self.group else 'rows'}"
 
 
 def write(model: Path, out: Path, *, type: str = "auto") -> dict[str, Any]:
     """Fill the directory `out` with a compressed-tensors checkpoint of `model`, which trimtab trimmed without --pack.
 
-    `type`: auto, activations are rounded where the recipe says so (token or static, 8 bits), or w8a8, they are, to int8 token by token as
-    the model runs; both for symmetric codes of 8 bits by rows. Returns what was written: format, schemes by name, quantized and ignored
-    (counts of layers), bytes. BadInput where the directory is no such one, its weights are no longer those of its parts, or a site has
-    what the format does not hold.
+    `type`: auto, activations are rounded where the recipe says so (token or static, 8 bits); w8a8 or fp8, they are, to int8 or float8
+    token by token as the model runs; all for symmetric codes of 8 bits by rows, whole numbers or for fp8 those of float8. Returns what
+    was written: format, schemes by name, quantized and ignored (counts of layers), bytes. BadInput where the directory is no such one,
+    its weights are no longer those of its parts, or a site has what the format does not hold.
     """
     c = Checkpoint.open(Path(model))
     parts = parts_of(c)
@@ -83,22 +87,26 @@ def write(model: Path, out: Path, *, type: str = "auto") -> dict[str, Any]:
     codes = reader(net, parts)
     layers = {x.name: x for x in quantized(net, parts)}
     sides = {name: _sides(x, codes(x)) for name, x in layers.items()}
-    roundings = {name: met(x, parts) or (Rounding(8) if type == "w8a8" else None) for name, x in layers.items()}
-    proper = {group for group, inputs, _, _ in sides.values() if group < inputs}
+    roundings = {name: met(x, parts) or (Rounding(8) if type != "auto" else None) for name, x in layers.items()}
+    proper = {group for group, inputs, *_ in sides.values() if group < inputs}
     schemes: dict[str, Scheme] = {}
-    for name, (group, inputs, bits, symmetric) in sides.items():
+    for name, (group, inputs, bits, symmetric, floating) in sides.items():
         site, r = layers[name].sites[0].name, roundings[name]
         activations, static = 16 if r is None else r.bits, r is not None and r.scale is not None
-        scheme = Scheme(bits, symmetric, group if group < inputs or group in proper else 0, activations, static)
+        scheme = Scheme(bits, symmetric, group if group < inputs or group in proper else 0, activations, static, floating)
         if inputs % group:
             raise BadInput(f"{site}: groups of {group} do not divide its {inputs} inputs, as compressed-tensors wants it; use a group that "
                            "does, or group=0, the row")
         if activations not in (8, 16):
             raise BadInput(f"{site}: its inputs are rounded to {activations} bits, and those of compressed-tensors here have 8; token or "
                            "static would do")
-        if activations == 8 and (bits, symmetric, scheme.group) != (8, True, 0):
-            raise BadInput(f"{site}: activations of 8 bits go with symmetric weights of 8 bits by rows, and it has {scheme}; "
-                           "rtn(bits=8,group=0) would do")
+        if floating and (scheme.group or met(layers[name], parts) is not None):
+            whole = "" if scheme.group else ", and inputs rounded to whole numbers"
+            raise BadInput(f"{site}: it has {scheme}{whole}, and float8 layers have rows and, with --type fp8, inputs in float8; "
+                           "fp(bits=8,exponent=4,group=0) | rtn would do")
+        if activations == 8 and (bits, symmetric, scheme.group, floating) != (8, True, 0, type == "fp8"):
+            raise BadInput(f"{site}: activations of 8 bits go with symmetric weights of 8 bits by rows, of float8 with --type fp8, and it "
+                           f"has {scheme}; {'fp(bits=8,exponent=4,group=0) | rtn' if type == 'fp8' else 'rtn(bits=8,group=0)'} would do")
         schemes[name] = scheme
     alike(net, layers, schemes)
     if len(set(schemes.values())) > 1 and (odd := next((name for name, x in schemes.items() if not x.symmetric), None)):
@@ -201,17 +209,24 @@ def met(layer: Layer, parts: SafeFile) -> Rounding | None:
 
 def check(site: Site, parts: Mapping[str, Tensor]) -> None:
     levels = int(parts[f"{site.name}:grid"][0])
-    if f"{site.name}:table" in parts:
-        eight = "; an fp8 layer would need a grid whose steps are those of e4m3, which end at 448, and fp(bits=8) goes on to 480"
-        raise BadInput(f"{site.name}: its codes are steps of a table of {levels}, and those of compressed-tensors here are whole numbers"
-                       f"{eight if levels == 256 else ''}; {RIGHT}")
+    if (table := parts.get(f"{site.name}:table")) is not None:
+        if e4m3_step(table) is None:
+            raise BadInput(f"{site.name}: its codes are steps of a table of {levels}, and those of compressed-tensors here are whole "
+                           f"numbers, or those of e4m3, fp(bits=8,exponent=4); {RIGHT}")
+        return
     if levels not in (16, 256):
         what = "ternary" if levels == 3 else f"of {(levels - 1).bit_length()} bits"
         raise BadInput(f"{site.name}: its codes are {what}, and those of compressed-tensors that servers run have 4 or 8 bits; {RIGHT}")
 
 
-def _sides(layer: Layer, codes: Codes) -> tuple[int, int, int, bool]:
-    return codes.group, codes.codes.shape[1], codes.bits, codes.grid.zeros is None
+def e4m3_step(table: Tensor) -> float | None:
+    """What the numbers of e4m3 are multiplied by in a table of codes; None where it has others."""
+    step = float(table.max()) / 448
+    return step if len(table) == 256 and torch.equal(table, e4m3() * step) else None
+
+
+def _sides(layer: Layer, codes: Codes) -> tuple[int, int, int, bool, bool]:
+    return codes.group, codes.codes.shape[1], codes.bits, codes.grid.zeros is None, codes.grid.table is not None
 
 
 def alike(net: Network, layers: Mapping[str, Layer], schemes: Mapping[str, Scheme]) -> None:
@@ -241,6 +256,10 @@ def words(codes: Tensor, bits: int) -> Tensor:
 def tensors(codes: Codes, scheme: Scheme, rounding: Rounding | None) -> dict[str, Tensor]:
     """A layer's tensors by the last part of their names."""
     scales = codes.grid.scales.float()
+    if codes.grid.table is not None:
+        size = torch.where(codes.codes > 127, codes.codes - 128, 127 - codes.codes).clamp_max(126)  # 127 is its NaN
+        bits = size | torch.where(codes.codes > 127, 0, 128).to(torch.uint8)
+        return {"weight": bits.view(torch.float8_e4m3fn), "weight_scale": scales * (e4m3_step(codes.grid.table) or 1.0)}
     if scheme.format == "int-quantized":
         own = {"weight": (codes.codes ^ 128).view(torch.int8), "weight_scale": scales}  # the byte of code - 128
         return own if rounding is None or rounding.scale is None else {**own, "input_scale": rounding.scale}

@@ -54,7 +54,7 @@ class Quantized:
         """The codes, or where no grid of ours holds them the weight in float32."""
         codes, scales, zeros = UNPACK[self.method](self, {k: read(n) for k, n in self.stored.items()})
         levels = 1 << (self.bits or 8)
-        table = _e4m3() if not self.bits else None
+        table = e4m3() if not self.bits else None
         if zeros is not None and bool((zeros == levels // 2).all()):
             zeros = None
         if self.order is not None:
@@ -243,7 +243,7 @@ def _of_compressed(q: Quantized, t: dict[str, Tensor]) -> Unpacked:
     return torch.where(raw < 128, 128 + size, 127 - size), scales, None
 
 
-def _e4m3() -> Tensor:
+def e4m3() -> Tensor:
     """The values of e4m3 in order, by code: below 128 the negative ones. Its NaN, at both ends, is never used."""
     sizes = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
     sizes = torch.cat([sizes, sizes[-1:]])

@@ -100,6 +100,8 @@ recipe("llm_int8", "above(limit=6) | peak | spare(bits=8) ; int(bits=8,group=0) 
        note="Inputs whose magnitude reaches 6 are multiplied beside the others, which are rounded by the token.")
 recipe("w8a8", "int(bits=8,group=0) | rtn | token", source="common practice; the baseline of arXiv:2211.10438 (SmoothQuant)",
        note="`w8a8(act_bits=6)`; `int(bits=8,group=0) | gptq | static` with one step for all tokens, as calibration found it.")
+recipe("fp8", "fp(bits=8,exponent=4,group=0,clip=max) | rtn", source="the format of arXiv:2209.05433 (Micikevicius et al. 2022), e4m3",
+       note="`export --to compressed-tensors` writes it as float8, with `--type fp8` inputs in float8, too.")
 recipe("smoothquant", "smoothquant | int(bits=8,group=0) | rtn | static(clip=max)",
        source="arXiv:2211.10438 (Xiao et al. 2022), O3", claims=[
     Claim("better than the same without its scales", "smoothquant", "int(bits=8,group=0) | rtn | static(clip=max)", "w8a8",

@@ -10,16 +10,20 @@ from trimtab.core.registry import method
 from trimtab.core.types import BadInput
 from trimtab.methods.codes import Grid, clipped, length, rounded, steps
 
+NOT_FINITE = {(8, 4): 1, (8, 5): 4}  # codes of e4m3 and e5m2, of either sign
+
 
 def minifloats(bits: int, exponent: int) -> Tensor:
     """All numbers of a sign, `exponent` bits of exponent and the rest of mantissa, both zeros, in order, [2^bits] float32.
 
-    Exponent 0 is subnormal; no code is kept for infinity or NaN. Up to a factor, which the scale takes: the least exponent is 0.
+    Exponent 0 is subnormal. Of 8 bits the codes that e4m3 and e5m2 keep for infinity and NaN stand for the largest number; no other has
+    any. Up to a factor, which the scale takes: the least exponent is 0.
     """
     mantissa = bits - 1 - exponent
     whole = torch.arange(1 << (bits - 1), dtype=torch.float64, device="cpu")
     power, part = (whole / (1 << mantissa)).floor(), (whole % (1 << mantissa)) / (1 << mantissa)
     sizes = torch.where(power > 0, torch.exp2(power - 1) * (1 + part), part)
+    sizes = sizes.clamp_max(float(sizes[-1 - NOT_FINITE.get((bits, exponent), 0)]))
     return torch.cat([-sizes.flip(0), sizes]).float()
 
 
@@ -36,8 +40,8 @@ def fp(w: Tensor, *, bits: int = 4, group: int = 128, exponent: int = -1, clip: 
         bias 2^E - log2(max) + log2(2 - 2^-M) - 1 of the source is a scale
     Source: Liu et al. 2023 (LLM-FP4), arXiv:2310.16836, section 4 (search of the range and the split); Aggarwal et al. 2023,
         arXiv:2311.12359 (3 to 8 bits)
-    Deviations: no code for infinity or NaN; the weights' error is searched, not the layer's output; 40 shares of the range between 1
-        and 0.2, not 100 between 0.01 and 1.2
+    Deviations: no code for infinity or NaN, but for 8 bits, which are those of hardware (e4m3 ends at 448); the weights' error is
+        searched, not the layer's output; 40 shares of the range between 1 and 0.2, not 100 between 0.01 and 1.2
     """
     if bits not in (8, 4, 3) or not -1 <= exponent <= bits - 1 or exponent == 0:
         raise BadInput(f"minifloats have 8, 4 or 3 bits, 1 to one less of them exponent (-1: searched), not {bits} and {exponent}")
