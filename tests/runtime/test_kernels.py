@@ -637,8 +637,8 @@ def test_buffers_that_contradict_each_other_are_refused():
             broken(p, scales=scales[1:]), broken(p, scales=scales.float()),
             broken(p, scales=scales / 0), broken(p, table=torch.ones(4)), broken(p, zeros=torch.ones(64, dtype=torch.uint8)),
             broken(p, residual=p.buffers["values"].flatten()[:8]), replace(p, rows=2), replace(p, rows=17), replace(p, rows=0),
-            replace(p, n=7), replace(p, n=0), replace(p, n=17), replace(p, m=17), replace(p, m=5), replace(p, cols=2), replace(p, type="i8"),
-            replace(p, format="dense"), replace(p, shape=(128, 128)), replace(p, shape=(64, 132)),
+            replace(p, n=7), replace(p, n=0), replace(p, n=17), replace(p, m=17), replace(p, m=5), replace(p, cols=2),
+            replace(p, type="i8"), replace(p, format="dense"), replace(p, shape=(128, 128)), replace(p, shape=(64, 132)),
             replace(dense(w), type="v"), broken(dense(w), book=vectors),
         ]
     few = torch.zeros(64, 128)

@@ -77,7 +77,7 @@ inline void indices(int bits, const std::byte* at, uint16_t* to) {
 }
 #else
 template <int P>
-inline void part_of(const uint8_t* at, int shift, uint16_t* to) {
+inline void part_of(const uint8_t* __restrict at, int shift, uint16_t* __restrict to) {
     for (int f = 0; f < 8 / P; ++f)
         for (int i = 0; i < 8 * P; ++i) to[f * 8 * P + i] = uint16_t(to[f * 8 * P + i] | (at[i] >> (P * f) & ((1 << P) - 1)) << shift);
 }
@@ -266,41 +266,54 @@ inline void add_column(float* total, Ints sum, float scale, float met) {
     Vec::load(total).fma(sum.floats() - Vec::all(128 * met), Vec::all(scale)).store(total);
 }
 
-// Books of no more than eight bits: a byte of every index is an output's weight, out of registers.
-template <int FIRST, int SECOND, int ROWS>
-inline void add_lookups(const Weights& w, Bytes one, Bytes two, int64_t units, const Codes& x, int64_t row, int64_t g, bool ask, float* total) {
+// Outputs k .. k + OUTPUTS of the vectors, the last one again where there are fewer.
+template <int FIRST, int SECOND, int ROWS, int OUTPUTS>
+inline void add_outputs(const Weights& w, Bytes one, Bytes two, int64_t units, const Codes& x, int64_t row, int64_t g, int k, float* total) {
     const int8_t* from = x.x + row * x.stride + g * GROUP;
-    for (int k = 0, pass = 0; k < w.vector; k += 2, ++pass) {
-        const int both[] = {k, std::min(k + 1, w.vector - 1)};
-        const Lookup<FIRST> a[] = {Lookup<FIRST>(w.books[0].bytes + both[0] * FIRST * 64), Lookup<FIRST>(w.books[0].bytes + both[1] * FIRST * 64)};
-        const Lookup<SECOND> b[] = {Lookup<SECOND>(w.books[1].bytes + both[0] * SECOND * 64), Lookup<SECOND>(w.books[1].bytes + both[1] * SECOND * 64)};
-        Ints sum[2][ROWS];
-        unrolled<ROWS>(EACH(r) { sum[0][r] = sum[1][r] = Ints::zero(); });
+    const auto last = [&](int i) { return std::min(k + i, w.vector - 1); };
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        const Lookup<FIRST> a[] = {Lookup<FIRST>(w.books[0].bytes + last(I) * FIRST * 64)...};
+        const Lookup<SECOND> b[] = {Lookup<SECOND>(w.books[1].bytes + last(I) * SECOND * 64)...};
+        Ints sum[OUTPUTS][ROWS];
+        unrolled<ROWS>(EACH(r) { ((sum[I][r] = Ints::zero()), ...); });
         for (int64_t u = 0; u < units; ++u) {
-            if (ask) {
-                __builtin_prefetch(one.next + (pass * units + u) * one.step);
-                if (SECOND) __builtin_prefetch(two.next + (pass * units + u) * two.step);
-            }
+            __builtin_prefetch(one.next + u * one.step);
             const __m512i first = _mm512_loadu_si512(one.at + u * UNIT);
             const __mmask64 upper = _mm512_movepi8_mask(first);
-            __m512i its[] = {a[0](first, upper), a[1](first, upper)};
+            __m512i its[] = {a[I](first, upper)...};
             if constexpr (SECOND > 0) {
+                __builtin_prefetch(two.next + u * two.step);
                 const __m512i second = _mm512_loadu_si512(two.at + u * UNIT);
                 const __mmask64 above = _mm512_movepi8_mask(second);
-                its[0] = _mm512_add_epi8(its[0], b[0](second, above));
-                its[1] = _mm512_add_epi8(its[1], b[1](second, above));
+                ((its[I] = _mm512_add_epi8(its[I], b[I](second, above))), ...);
             }
             unrolled<ROWS>(EACH(r) {
                 const Ints met = Ints::all(peek<int>(from + r * x.stride + u * UNIT_INPUTS));
-                sum[0][r] = sum[0][r].template dot<8>(Ints{its[0]}, met);
-                sum[1][r] = sum[1][r].template dot<8>(Ints{its[1]}, met);
+                ((sum[I][r] = sum[I][r].template dot<8>(Ints{its[I]}, met)), ...);
             });
         }
-        for (int i = 0; i < both[1] - k + 1; ++i)
+        for (int i = 0; i < std::min(OUTPUTS, w.vector - k); ++i)
             for (int r = 0; r < ROWS; ++r) {
                 const int64_t at = (row + r) * x.groups + g;
                 add_column(total + ((row + r) * w.vector + k + i) * Vec::N, sum[i][r], x.scales[at], x.sums[at]);
             }
+    }(std::make_integer_sequence<int, OUTPUTS>());
+}
+
+// Books of no more than eight bits: a byte of every index is an output's weight, out of registers; as many outputs at once as these hold.
+template <int FIRST, int SECOND, int ROWS>
+inline void add_lookups(const Weights& w, Bytes one, Bytes two, int64_t units, const Codes& x, int64_t row, int64_t g, float* total) {
+    constexpr int MOST = ROWS == 1 && FIRST + SECOND <= 5 ? 4 : 2;
+    for (int k = 0; k < w.vector;) {
+        if (MOST == 4 && w.vector - k > 2) {
+            add_outputs<FIRST, SECOND, ROWS, MOST>(w, one, two, units, x, row, g, k, total);
+            k += MOST;
+        } else {
+            add_outputs<FIRST, SECOND, ROWS, 2>(w, one, two, units, x, row, g, k, total);
+            k += 2;
+        }
+        one.next += units * one.step;
+        two.next += units * two.step;
     }
 }
 
@@ -325,19 +338,22 @@ inline void each_column(const Weights& w, int64_t unit, int64_t units, const F& 
         return t;
     }();
     const __m512i turned = _mm512_load_si512(TURNED.at);
-    for (int64_t u = 0; u < units; ++u) {
-        uint16_t one[UNIT], two[UNIT];
-        const std::byte *a = first.index + (unit + u) * 8 * first.bits, *b = second.index + (unit + u) * 8 * second.bits;
-        indices(first.bits, a, one);
-        if (TWO) indices(second.bits, b, two);
-        __builtin_prefetch(a + AHEAD);
-        __builtin_prefetch(a + AHEAD + 64);
-        if (TWO) __builtin_prefetch(b + AHEAD);
-        unrolled<BESIDE / 2>(EACH(c) {
-            __m512i it = eight_of(first.bytes, one + c * 8);
-            if constexpr (TWO) it = _mm512_add_epi8(it, eight_of(second.bytes, two + c * 8));
-            f(u, c, _mm512_permutexvar_epi8(turned, it));
-        });
+    alignas(64) uint16_t one[SOME * UNIT], two[SOME * UNIT];  // ready before they are wanted
+    for (int64_t from = 0; from < units; from += SOME) {
+        const int64_t some = std::min(SOME, units - from);
+        for (int64_t u = 0; u < some; ++u) {
+            const std::byte* at = first.index + (unit + from + u) * 8 * first.bits;
+            __builtin_prefetch(at + AHEAD);
+            __builtin_prefetch(at + AHEAD + 64);
+            indices(first.bits, at, one + u * UNIT);
+            if (TWO) indices(second.bits, second.index + (unit + from + u) * 8 * second.bits, two + u * UNIT);
+        }
+        for (int64_t u = 0; u < some; ++u)
+            unrolled<BESIDE / 2>(EACH(c) {
+                __m512i it = eight_of(first.bytes, one + u * UNIT + c * 8);
+                if constexpr (TWO) it = _mm512_add_epi8(it, eight_of(second.bytes, two + u * UNIT + c * 8));
+                f(from + u, c, _mm512_permutexvar_epi8(turned, it));
+            });
     }
 }
 
@@ -375,7 +391,7 @@ inline void add_gathered(const Weights& w, int64_t unit, int64_t units, const Co
 inline void linear_codes_books(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* total) {
     const Codes x(ready, in_rows(w), w.in, batch);
     const bool lookup = by_lookup(w);
-    const int columns = columns_of(w), passes = (w.vector + 1) / 2;
+    const int columns = columns_of(w), passes = (w.vector + 3) / 4;
     const int64_t units = (w.in + UNIT_INPUTS - 1) / UNIT_INPUTS, size = batch * columns * Vec::N;
     alignas(64) std::byte one[GROUP_UNITS * UNIT], two[GROUP_UNITS * UNIT];
     for (int64_t p = begin; p < end; ++p) {
@@ -390,8 +406,8 @@ inline void linear_codes_books(const Weights& w, const void* ready, int64_t batc
             const Bytes a = bytes_of(w.books[0], first, some, passes, one), b = bytes_of(w.books[1], first, some, passes, two);
             const auto run = [&]<int FIRST, int SECOND>() {
                 int64_t row = 0;
-                for (; row + 4 <= batch; row += 4) add_lookups<FIRST, SECOND, 4>(w, a, b, some, x, row, g, row == 0, total);
-                for (; row < batch; ++row) add_lookups<FIRST, SECOND, 1>(w, a, b, some, x, row, g, row == 0, total);
+                for (; row + 4 <= batch; row += 4) add_lookups<FIRST, SECOND, 4>(w, a, b, some, x, row, g, total);
+                for (; row < batch; ++row) add_lookups<FIRST, SECOND, 1>(w, a, b, some, x, row, g, total);
             };
             const bool large = w.books[0].tables() > 64, more = w.books[1].tables() > 64;
             if (!w.books[1].bits) large ? run.template operator()<4, 0>() : run.template operator()<1, 0>();
