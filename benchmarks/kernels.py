@@ -59,13 +59,15 @@ from torch import Tensor
 from trimtab.core.registry import load_all
 from trimtab.core.types import Change
 from trimtab.demo import machine
+from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, nearest
 from trimtab.methods.codes import rounded as on_grid
 from trimtab.methods.format.bitmask import bitmask
+from trimtab.methods.format.book import book
 from trimtab.methods.format.bsr import bsr
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
-from trimtab.methods.format.panels import Packed
+from trimtab.methods.format.panels import VECTORS, Packed
 from trimtab.methods.format.sell import sell
 from trimtab.methods.grid.fp import fp
 from trimtab.methods.grid.nf import nf
@@ -135,6 +137,17 @@ def thinned(w: Tensor, how: str, share: float) -> Tensor:
     return w * (torch.rand(w.shape, generator=gen) < share)
 
 
+def by_chance(out: int, inputs: int, vector: int, bits: int, second: int) -> Packed:
+    """Indices into a book, and into a second one where its index has bits; no weight is nearest to them."""
+    gen = torch.Generator().manual_seed(bits)
+
+    def pair(bits: int) -> tuple[Tensor, Tensor]:
+        index = torch.randint(1 << bits, (-(-out // vector), inputs), generator=gen).to(typed(1 << bits))
+        return index, torch.randn(1 << bits, vector, generator=gen).half()
+
+    return book(Books(*pair(bits), torch.full((out,), inputs ** -0.5).half(), *(pair(second) if second else ())).change())
+
+
 def copied(p: Packed) -> native.Linear:
     return native.Linear(Packed(**{**vars(p), "buffers": {k: t.clone() for k, t in p.buffers.items()}}))
 
@@ -158,7 +171,7 @@ def ours(name: str, p: Packed, x: Tensor, narrowest: str, threads: int, baseline
         return lambda: linear._native.run(given, to, threads, "", narrowest)
     kernel = names.parse(native.Linear(p)._native.best(narrowest, len(x)))
     found = Candidate(f"trimtab {name}", make, p.nbytes, flops_of(p, len(x)), kernel.activation, baseline, goals)
-    if p.type in LEVELS:
+    if p.type in {*LEVELS, VECTORS}:
         make()()
         found.error = off(y[:64], x[:64].double() @ layouts.restored(p).double().T)
     return found
@@ -303,6 +316,9 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | No
         both("nf4 g64", dense(on_grid(w, nf(w), 64).change()), "i4", *by_table)
         both("fp4 g128", dense(on_grid(w, fp(w, exponent=2, clip="max"), 128).change()), "i4", *by_table)
         both("sign g128", dense(on_grid(w, sign(w), 128).change()), "i4", *by_table)
+        for vector, bits, second in ((4, 8, 0), (6, 12, 0), (8, 8, 8), (8, 16, 0), (4, 8, 4)):
+            its = by_chance(*w.shape, vector, bits, second)
+            both(f"books of {vector}, {bits}{f' + {second}' if second else ''} bits", its, "i4", *by_table)
         both("ternary by row", dense(nearest(w, 2, ternary=True).change()), "i4", *reads)
         for kept in (0.5, 0.3, 0.1):
             both(f"bitmask int8 {kept:.0%} kept", bitmask(nearest(thinned(w, "", kept), 8).change()), "i8")

@@ -45,6 +45,7 @@ RECIPE = (f"0.*.q: nm(n=2,m=4) | magnitude ; {SLOW} ; 0.*.k: block(b=16) | magni
           "0.*.down: rtn(bits=2,group=32) ; "
           "1.*.down: block(rows=1,cols=32) | magnitude ; 1.*.down: rtn(bits=8,group=32) ; "
           "2.*.q: row(keep=0.2) | magnitude ; "  # few enough for sell
+          "2.*.k: vptq(vector=2,bits=5,residual=2,iters=2) ; 2.*.v: vptq(iters=2) ; "
           "2.*.o: svd(rank=8) ; 2.*.gate,2.*.down: svd(keep=0.5)")
 ODD = (0, 1, -1, 2, 3, 16, 31, 33, 64, 1024, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, math.nan, True, None, "", "bsr", "nm", "bitmask",
        "dense", "i4", "i8", "t", "f32", "bf16", "out", [], [32, 32], {}, [1, 2, 3], "F32", "U8", "I64", [0, 0], [0, 2**40])

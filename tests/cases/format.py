@@ -37,9 +37,9 @@ CASES = {
         differs="format/nm"),
     # Of three inputs one output, the rank; of that two.
     "format/lowrank": Case({"new": PAIR}, {"right_values": panel([5], [6], [7]), "left_values": panel([3, 4])}, differs="format/dense"),
-    # Two bits an index, lowest first: 0 + 1 * 4 + 3 * 16 + 2 * 64, and two zeros.
-    "format/book": Case({"new": VECTORS}, {"values": [180, 0], "book": [[1, 2], [3, 4], [5, 6], [7, 8]], "scales": [1, 0.5, 2]},
-                        differs="format/dense"),
+    # Of two bits: a byte holds an index of vectors 0, 4, 8 and 12, or of 1, 5, 9 and 13, and one of inputs 0 to 3.
+    "format/book": Case({"new": VECTORS}, {"values": [[[0, 1, 3, 0, 2, 0, 0, 0] + [0] * 8]], "book": [[1, 2], [3, 4], [5, 6], [7, 8]],
+                                           "scales": [1, 0.5, 2]}, differs="format/dense"),
     # Input by input: output 1 keeps its inputs 0 and 1, output 0 its inputs 2 and 3; four bytes an input. 64 bytes behind the
     # four values of 16 bytes, filled up to 128: 32 numbers.
     "format/bitmask": Case({"new": PAIRS}, {"bits": [2, 0, 0, 0] * 2 + [1, 0, 0, 0] * 2, "values": [2, 3, 5, -7] + [0] * 28},

@@ -19,9 +19,13 @@ from torch.nn import functional as F
 from tests import tiny
 from trimtab.builtin import corpus, model_path
 from trimtab.core.types import BadInput, Change, Failed
+from trimtab.methods.basis import Basis
+from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import nearest
+from trimtab.methods.composite import based, stacked, summed
 from trimtab.methods.edit.svd import svd
 from trimtab.methods.format import dense as dense_format
+from trimtab.methods.format.book import book
 from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import Packed
@@ -288,6 +292,39 @@ def test_any_of_the_maps_may_be_factors(some):
     assert net.description == description and decoder.weight_bytes == sum(p.nbytes for p in packed.values())
     assert close(decoder.logits(LONG), net.logits(LONG), 1e-5) and close(decoder.logits(LONG, chunk=7), net.logits(LONG), 1e-5)
     assert next(decoder.generate(LONG[:130], 1)) == int(net.logits(LONG[:130])[-1].argmax())
+
+
+@pytest.mark.parametrize("made", ["alone", "in a basis", "beside spared inputs", "stacked"])
+def test_any_of_the_maps_may_be_books(made):
+    """With one book and with two, alone or in a map of maps: the decoder, the layers in torch and x in eight bits say the same."""
+    net, gen = Net(3), torch.Generator().manual_seed(0)
+    packed, in_turn = {}, json.dumps(net.description["layers"][-1])  # maps of one that are applied in turn: alone
+    for i, (n, w) in enumerate(net.weights.items()):
+        out, inputs = w.shape
+
+        def of(rows: int, columns: int, i: int = i) -> Packed:
+            def pair(bits: int, size: float) -> tuple[Tensor, Tensor]:
+                index = torch.randint(1 << bits, (-(-rows // 4), columns), generator=gen).to(typed(1 << bits))
+                return index, (torch.randn(1 << bits, 4, generator=gen) * size).half()
+
+            scales = torch.full((rows,), columns ** -0.5).half()
+            return book(Books(*pair(9 if i % 5 == 0 else 8, 1), scales, *(pair(4, 0.3) if i % 2 else ())).change())
+
+        if made == "alone" or f'"{n}"' in in_turn:
+            packed[n] = of(out, inputs)
+        elif made == "in a basis":
+            packed[n] = based(of(out, inputs), inputs, inside=Basis(torch.rand(inputs, generator=gen) + 0.5))
+        elif made == "stacked":
+            packed[n] = stacked(of(out // 2, inputs), of(out - out // 2, inputs))
+        else:
+            taken = torch.arange(inputs, dtype=torch.int32)
+            packed[n] = summed(based(of(out, inputs - 3), inputs, taken[3:]), based(dense(w[:, :3]), inputs, taken[:3]))
+        net.weights[n] = layouts.restored(packed[n])
+    decoder, want = Decoder(net.description, packed, net.tensors), net.logits(LONG)
+    assert decoder.weight_bytes == sum(p.nbytes for p in packed.values())
+    assert close(decoder.logits(LONG), want, 1e-5) and close(decoder.logits(LONG, chunk=7), want, 1e-5)
+    assert not close(rounded := decoder.logits(LONG, narrowest="i8"), want, 1e-5) or "avx512bf16" not in native.isas()
+    assert close(rounded, want, 0.2)
 
 
 def test_what_is_no_map_is_refused_beside_factors_too():

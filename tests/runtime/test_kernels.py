@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
+from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, TABLES, WIDTHS, Codes, Grid, nearest, steps
 from trimtab.methods.codes import rounded as rounded_to
 from trimtab.methods.format import bitmask as bitmask_file
+from trimtab.methods.format import book as book_file
 from trimtab.methods.format import bsr as bsr_file
 from trimtab.methods.format import dense as dense_file
 from trimtab.methods.format import nm as nm_file
 from trimtab.methods.format import panels
 from trimtab.methods.format import sell as sell_file
-from trimtab.methods.format.panels import BITS, TYPES, Packed
+from trimtab.methods.format.panels import BITS, TYPES, VECTORS, Packed
 from trimtab.runtime import layouts, names, native
 
 BUILT = native.kernels()
@@ -81,6 +83,9 @@ def picked(w: Tensor, n: int, m: int, gen: torch.Generator) -> Tensor:
 def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
     gen = torch.Generator().manual_seed(out * inputs)
     w = torch.randn(out, inputs, generator=gen)
+    if type_ == VECTORS:
+        yield from packs_of_books(out, inputs, gen)
+        return
     if type_ in LEVELS:
         yield from packs_of_trits(w) if type_ == "t" else packs_of_tables(w, TABLES[type_]) if type_ in TABLES else \
             packs_of_codes(w, WIDTHS[type_], gen)
@@ -145,6 +150,33 @@ def packs_of_tables(w: Tensor, bits: int) -> Iterator[Packed]:
     yield dense(tabled(w * 0, bits))
 
 
+BOOKS = [(1, 1, 0), (2, 3, 0), (3, 6, 0), (4, 8, 0), (4, 8, 4), (4, 7, 8), (3, 5, 6), (5, 4, 7), (5, 9, 2), (6, 12, 0), (7, 10, 11),
+         (8, 13, 0), (8, 16, 15), (9, 14, 0), (12, 8, 3), (16, 16, 1)]  # outputs of a vector, bits of its first and its second index
+
+
+def random_books(out: int, inputs: int, vector: int, width: int, second: int, gen: torch.Generator) -> Books:
+    """Indices and vectors by chance, first and last among them."""
+    def pair(width: int, size: float) -> tuple[Tensor, Tensor]:
+        index = torch.randint(1 << width, (-(-out // vector), inputs), generator=gen)
+        index[0, 0], index[-1, -1] = 0, (1 << width) - 1
+        return index.to(typed(1 << width)), (size * torch.randn(1 << width, vector, generator=gen)).half()
+
+    return Books(*pair(width, 1), (torch.rand(out, generator=gen) + 0.5).half(), *(pair(second, 0.3) if second else ()))
+
+
+def packs_of_books(out: int, inputs: int, gen: torch.Generator) -> Iterator[Packed]:
+    for k, (vector, width, second) in enumerate(BOOKS):
+        yield book_file.book(random_books(out, max(1, inputs - k % 4), vector, width, second, gen).change())
+
+
+def books_in_eight_bits(p: Packed) -> Tensor:
+    """The weight with its vectors as they meet x in eight bits: of both books one step, so that their sum is of eight bits too."""
+    pairs = [b.float() for k, b in p.buffers.items() if k in ("book", "residual_book")]
+    step = sum(float(b.abs().max()) for b in pairs) / (126 if p.m else 127)
+    whole = {k: (p.buffers[k].float() / step).round().half() for k in ("book", "residual_book") if k in p.buffers}
+    return layouts.restored(replace(p, buffers={**p.buffers, **whole})).double() * step
+
+
 def in_eight_bits(table: Tensor) -> Tensor:
     """The steps as they meet x in eight bits: multiples of the step, 1/127 to 1/64 of the largest, that they are nearest to."""
     most = table.abs().max()
@@ -174,7 +206,7 @@ def rounded(x: Tensor, p: Packed, activation: str) -> Tensor:
         return x.bfloat16().double()
     if activation == "f32":
         return x.double()
-    group = p.group if p.group < p.shape[1] or p.format == "bsr" else min(240 if p.type == "t" else 256, p.shape[1])
+    group = p.group if 0 < p.group < p.shape[1] or p.format == "bsr" else min(240 if p.type == "t" else 256, p.shape[1])
     grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     top = grouped.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(top, 127).div(top)  # 127 / top would be 127 times a rounded reciprocal
@@ -206,6 +238,8 @@ def agree(p: Packed, batches: tuple[int, ...], stands_for: Tensor | None = None)
     gen, coarse = torch.Generator().manual_seed(1), w
     if p.type in TABLES:
         coarse = layouts.restored(replace(p, buffers={**p.buffers, "table": in_eight_bits(p.buffers["table"])})).double()
+    if p.type == VECTORS:
+        coarse = books_in_eight_bits(p)
     for batch in batches:
         x = torch.randn(batch, p.shape[1], generator=gen)
         wants: dict[str, Tensor] = {}
@@ -338,6 +372,13 @@ def test_packing_loses_nothing(type_):
         w = torch.randn(out, inputs, generator=gen)
         few = w * (torch.rand(w.shape, generator=gen) < 0.3)
         groups = [(n, m) for n, m in ((1, 2), (2, 4), (3, 4), (4, 8), (7, 8), (5, 12)) if inputs % m == 0]
+        if type_ == VECTORS:
+            for vector, width, second in BOOKS:
+                its = random_books(out, inputs, vector, width, second, gen)
+                p = book_file.book(its.change())
+                layouts.check(p)
+                assert torch.equal(layouts.restored(p), its.weight())
+            continue
         if type_ == "t":
             for group in (0, 20, 40):
                 if group < inputs:
@@ -457,6 +498,8 @@ def test_bytes_of_codes_are_what_they_say():
     assert dense(nearest(w, 2, 64)).nbytes == 64 * 256 // 4 + 64 * 4 * 2
     assert dense(ternary(w)).nbytes == 64 * 13 * 4 + 64 * 4
     assert dense(ternary(w, 80)).nbytes == 64 * 13 * 4 + 64 * 4 * 2
+    its = random_books(96, 130, 6, 11, 3, torch.Generator().manual_seed(0))  # one panel, 33 units of 64 indices
+    assert book_file.book(its.change()).nbytes == 33 * 64 * (11 + 3) // 8 + 2 * 6 * (2**11 + 2**3) + 2 * 96
     few = w * (w.abs() > 1)
     kept = -(-int((nearest(few, 8, 64).codes != 128).sum()) // 64) * 64 + 64
     assert bitmask(nearest(few, 8, 64)).nbytes == kept + 64 * 256 // 8 + 64 * 4 * 2
@@ -511,6 +554,8 @@ def test_what_does_not_fit_is_refused():
                     lambda: Grid(torch.ones(2, 1), 3, torch.ones(2, 1, dtype=torch.uint8)),
                     lambda: Codes(torch.full((2, 20), 3, dtype=torch.uint8), Grid(torch.ones(2, 1), 3), 20),
                     lambda: Grid(torch.ones(2, 1), 5),
+                    lambda: book_file.book(change(w)),
+                    lambda: book_file.book(random_books(40, 8, 17, 4, 0, torch.Generator()).change()),
                     lambda: bsr(nearest(w, 4, 64), 16, 32), lambda: nearest(w / 0, 4),
                     lambda: Codes(torch.full((2, 32), 16, dtype=torch.uint8), Grid(torch.ones(2, 1), 16), 32),
                     lambda: Codes(torch.zeros(2, 32, dtype=torch.uint8), Grid(torch.ones(2, 2), 16), 32),
@@ -585,6 +630,17 @@ def test_buffers_that_contradict_each_other_are_refused():
         broken(threes, values=threes.buffers["values"][:, 3:]), replace(threes, type="l3"), replace(threes, type="i2"),
         replace(threes, format="bsr"), replace(threes, format="nm", n=2, m=4),
     ]
+    for p in (book_file.book(random_books(64, 128, *its, torch.Generator().manual_seed(0)).change()) for its in ((4, 8, 0), (4, 12, 3))):
+        vectors, scales = p.buffers["book"], p.buffers["scales"]
+        bad += [
+            broken(p, values=p.buffers["values"].flatten()[1:]), broken(p, book=vectors[1:]), broken(p, book=vectors / 0),
+            broken(p, scales=scales[1:]), broken(p, scales=scales.float()),
+            broken(p, scales=scales / 0), broken(p, table=torch.ones(4)), broken(p, zeros=torch.ones(64, dtype=torch.uint8)),
+            broken(p, residual=p.buffers["values"].flatten()[:8]), replace(p, rows=2), replace(p, rows=17), replace(p, rows=0),
+            replace(p, n=7), replace(p, n=0), replace(p, n=17), replace(p, m=17), replace(p, m=5), replace(p, cols=2),
+            replace(p, type="i8"), replace(p, format="dense"), replace(p, shape=(128, 128)), replace(p, shape=(64, 132)),
+            replace(dense(w), type="v"), broken(dense(w), book=vectors),
+        ]
     few = torch.zeros(64, 128)
     few[:32, ::25] = few[32:, ::60] = 1  # 6 and 3 columns
     for p in (bsr(few.bfloat16(), 32, 1), bsr(nearest(few, 8), 32, 1), bsr(few, 1, 32), bsr(nearest(few, 8, 32), 1, 32)):

@@ -22,7 +22,7 @@ from trimtab.methods.factors import Factors, checked_rank, rank_of
 from trimtab.methods.format.book import book
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import lowrank
-from trimtab.methods.format.panels import Packed
+from trimtab.methods.format.panels import VECTORS, Packed
 from trimtab.methods.format.sell import sell
 from trimtab.methods.rounding import Rounding, met_rounded
 from trimtab.methods.terms import ALONE, Terms, of_site
@@ -383,7 +383,7 @@ def told(net: Network, layers: list[Layer], linears: Mapping[str, Any], dtype: s
     if left := [s.name for s in net.sites if s.name not in packed]:
         names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
         lines.append(f"{len(left)} sites ({names}) are no plain linear layers and stay ordinary tensors")
-    values = [x.file for x in layers if linears[x.name]["type"] not in LEVELS]
+    values = [x.file for x in layers if linears[x.name]["type"] not in {*LEVELS, VECTORS}]
     if dtype is None and any(net.checkpoint.tensors[n].dtype == torch.float16 for n in values):
         lines.append("float16 weights are rounded to bfloat16, which kernels read; --pack-dtype float32 keeps every bit")
     return lines

@@ -95,9 +95,10 @@ NB_MODULE(_trimtab_kernels, m) {
           "Operations a second (a multiplication and its addition are two) with x of this type, nothing read from memory: the best try.");
     nb::class_<Bound>(m, "Linear")
         .def(nb::init<const std::string&, const std::string&, int64_t, int64_t, int, int, int, int, int64_t, const std::string&, int, float, Bytes, Bytes,
-                      Bytes, Bytes, Bytes, Bytes, Bytes, Bytes>(),
+                      Bytes, Bytes, Bytes, Bytes, Bytes, Bytes, Bytes, Bytes, Bytes>(),
              "format"_a, "type"_a, "out"_a, "in"_a, "rows"_a, "cols"_a, "n"_a, "m"_a, "group"_a, "scale_type"_a, "act_bits"_a, "act_scale"_a, "values"_a, "bits"_a,
-             "columns"_a, "pointers"_a, "windows"_a, "scales"_a, "zeros"_a, "table"_a)
+             "columns"_a, "pointers"_a, "windows"_a, "scales"_a, "zeros"_a, "table"_a,
+             "book"_a, "residual"_a, "residual_book"_a)
         .def("kernels", [](const Bound& l, const std::string& narrowest) {
             std::vector<std::string> names;
             for (const Kernel* k : l.linear.kernels(activation(narrowest))) names.emplace_back(k->name);

@@ -30,13 +30,14 @@ inline int checked_threads(int threads) {
 
 // A checked map with the memory it lies in, kept alive and not copied.
 struct Bound {
-    Bytes values, bits, columns, pointers, windows, scales, zeros, table;
+    Bytes values, bits, columns, pointers, windows, scales, zeros, table, book, residual, residual_book;
     Linear linear;
     Bound(const std::string& format, const std::string& type, int64_t out, int64_t in, int rows, int cols, int n, int m, int64_t group,
-          const std::string& scale_type, int act_bits, float act_scale, Bytes v, Bytes b, Bytes c, Bytes p, Bytes w, Bytes s, Bytes z, Bytes t)
-        : values(v), bits(b), columns(c), pointers(p), windows(w), scales(s), zeros(z), table(t),
+          const std::string& scale_type, int act_bits, float act_scale, Bytes v, Bytes b, Bytes c, Bytes p, Bytes w, Bytes s, Bytes z, Bytes t,
+          Bytes k, Bytes r, Bytes q)
+        : values(v), bits(b), columns(c), pointers(p), windows(w), scales(s), zeros(z), table(t), book(k), residual(r), residual_book(q),
           linear({format, type, out, in, rows, cols, n, m, group, scale_type, act_bits, act_scale},
-                 {bytes(v), bytes(b), bytes(c), bytes(p), bytes(w), bytes(s), bytes(z), bytes(t)}) {}
+                 {bytes(v), bytes(b), bytes(c), bytes(p), bytes(w), bytes(s), bytes(z), bytes(t), bytes(k), bytes(r), bytes(q)}) {}
 
     void run(In x, Out y, int threads, const std::string& name, const std::string& narrowest) const;
 };

@@ -34,8 +34,8 @@ Flags look() {
     Flags f{};
     f.avx2 = ymm && fma && popcnt && f16c && (b >> 5 & 1) && (b >> 8 & 1);                                              // avx2, bmi2
     f.avx512 = f.avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);              // f, dq, bw, vl
-    const bool vbmi2 = c >> 6 & 1, vnni = c >> 11 & 1;
-    f.avx512bf16 = f.avx512 && vbmi2 && vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    const bool vbmi = (c >> 1 & 1) && (c >> 6 & 1), vnni = c >> 11 & 1;
+    f.avx512bf16 = f.avx512 && vbmi && vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     return f;
 }
 }  // namespace

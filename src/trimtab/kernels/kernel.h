@@ -16,9 +16,10 @@ constexpr int SLACK = 64;
 enum class Isa { portable, avx2, avx512, avx512bf16, neon };
 // i8, i4, i2: codes, one group of inputs and one output sharing a scale and a zero point: weight = scale * (code - zero).
 // i3: the same of three bits, which lie as two words of their lower two for 32 inputs and one of their third.
-// t: ternary codes 0, 1 and 2 with the zero point 1, five a byte. l4, l3, l2, l1: codes of a table, weight = scale * table[code].
-enum class Type { f32, bf16, f16, i8, i4, i3, i2, t, l4, l3, l2, l1 };
-constexpr Type TYPES[] = {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i3, Type::i2, Type::t, Type::l4, Type::l3, Type::l2, Type::l1};
+// t: ternary codes 0, 1 and 2 with the zero point 1, five a byte. v: indices into a book of vectors of outputs. l4, l3, l2, l1: codes of a table, weight = scale * table[code].
+enum class Type { f32, bf16, f16, i8, i4, i3, i2, t, v, l4, l3, l2, l1 };
+constexpr Type TYPES[] = {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i3, Type::i2, Type::t, Type::v,
+                          Type::l4, Type::l3, Type::l2, Type::l1};
 
 constexpr bool by_table(Type t) { return t >= Type::l4; }
 constexpr int code_bits(Type t) {
@@ -34,6 +35,18 @@ constexpr int code_bits(Type t) {
 // Codes come in units of whole words: 32-bit words of one, and inputs it holds; 0 where there are no codes.
 constexpr int unit_words(Type t) { return code_bits(t) == 3 ? 3 : 1; }
 constexpr int unit_inputs(Type t) { return t == Type::t ? 20 : code_bits(t) == 3 ? 32 : code_bits(t) ? 32 / code_bits(t) : 0; }
+
+// book: vectors of a panel, and inputs of theirs that lie together.
+constexpr int BESIDE = 16, UNIT_INPUTS = 4;
+// A book of 2^bits vectors, made ready: floats [2^bits, wide], wide being 4, 8 or 16, and what meets x in eight bits, vector by vector
+// [2^bits, 8], or of no more than eight bits output by output [v, 64 or 256]; where there are two, the second is added to the first.
+struct Book {
+    int bits;
+    const std::byte* index;
+    const float* floats;
+    const uint8_t* bytes;
+    int64_t tables() const { return bits > 6 ? 256 : 64; }
+};
 
 // One linear map [out, in] as its format lays it out; see methods/format/panels.py for the layouts. Pointers need no alignment.
 struct Weights {
@@ -55,6 +68,9 @@ struct Weights {
     float step;
     int act_bits = 0;          // codes: what x is rounded to, by the row or by `act_scale` where there is one; 0: to eight bits by groups, where it may
     float act_scale = 0;
+    int vector = 0;            // book: outputs of a vector; a panel has `rows` = BESIDE * vector
+    int wide = 0;
+    Book books[2] = {};        // the second may have no bits
     int64_t panels() const { return (out + rows - 1) / rows; }
     int64_t groups() const { return (in + group - 1) / group; }
     int64_t first(int64_t panel) const { return pointers ? pointers[panel] : panel; }  // block; a dense panel is one

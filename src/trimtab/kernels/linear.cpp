@@ -27,7 +27,7 @@ const std::vector<Table>& tables() {
 Type type_of(const std::string& name) {
     for (Type t : TYPES)
         if (name == type_name(t)) return t;
-    bad("unknown type " + name + "; there are f32, bf16, i8, i4, i3, i2, t, l4, l3, l2 and l1");
+    bad("unknown type " + name + "; there are f32, bf16, i8, i4, i3, i2, t, v, l4, l3, l2 and l1");
 }
 
 int64_t size_of(Type t) { return t == Type::f32 ? 4 : t == Type::i8 ? 1 : 2; }
@@ -55,6 +55,7 @@ const char* type_name(Type type) {
         case Type::i4: return "i4";
         case Type::i3: return "i3";
         case Type::i2: return "i2";
+        case Type::v: return "v";
         case Type::l4: return "l4";
         case Type::l3: return "l3";
         case Type::l2: return "l2";
@@ -103,7 +104,7 @@ void tabulate(Weights& w, std::span<const std::byte> table) {
 }  // namespace
 
 Linear::Linear(const Layout& l, const Buffers& b) {
-    bytes_ = int64_t(b.values.size() + b.bits.size() + b.columns.size() + b.pointers.size() + b.windows.size() + b.scales.size() + b.zeros.size() + b.table.size());
+    bytes_ = int64_t(b.values.size() + b.bits.size() + b.columns.size() + b.pointers.size() + b.windows.size() + b.scales.size() + b.zeros.size() + b.table.size() + b.book.size() + b.residual.size() + b.residual_book.size());
     if (l.out < 1 || l.in < 1 || l.out > INT32_MAX || l.in > INT32_MAX) bad("a linear map needs 1 to 2^31 - 1 outputs and inputs");
     const Type type = type_of(l.type);
     if (type == Type::f16) bad("weights of type f16 have no kernel; there are f32, bf16 and codes");
@@ -111,6 +112,8 @@ Linear::Linear(const Layout& l, const Buffers& b) {
     if (l.rows < 1 || l.rows > 1024 || l.cols < 1 || l.cols > l.in) bad("a panel is 1 to 1024 outputs high and at most as wide as the matrix");
     const bool codes = unit_inputs(type) > 0;
     const std::string& f = l.format;
+    if ((type == Type::v) != (f == "book")) bad(f + ": indices of vectors, and nothing else, are a book");
+    if (f != "book" && !(b.book.empty() && b.residual.empty() && b.residual_book.empty())) bad(f + ": only a book has vectors");
     auto want = [&](std::span<const std::byte> have, int64_t bytes, const char* what) {
         if (int64_t(have.size()) != bytes) bad(f + ": " + std::to_string(bytes) + " bytes of " + what + " expected, " + std::to_string(have.size()) + " given");
     };
@@ -135,7 +138,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         }
         w_.scale_type = type_of(l.scale_type);
         if (w_.scale_type != Type::f32 && w_.scale_type != Type::f16) bad(f + ": scales are f32 or f16");
-    } else if (!b.scales.empty() || !b.zeros.empty() || !b.table.empty()) {
+    } else if ((f != "book" && !b.scales.empty()) || !b.zeros.empty() || !b.table.empty()) {
         bad(f + ": only codes have scales and zero points");
     }
     if (f == "dense") {
@@ -208,8 +211,10 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         const int64_t held = l.in / l.m * l.n, words = up(held, 16) + (l.m == 8 ? up(held, 32) : 0);
         want(b.values, w_.panels() * size(held), "values");
         want(b.bits, w_.panels() * words * 4 * PANEL, "bits");
+    } else if (f == "book") {
+        books(l, b);
     } else {
-        bad("unknown format " + f + "; there are dense, bsr, bitmask, sell and nm");
+        bad("unknown format " + f + "; there are dense, bsr, bitmask, sell, nm and book");
     }
     if (codes) {
         const int64_t count = scaled * (f == "bsr" ? 1 : w_.groups()) * l.rows;
@@ -232,6 +237,78 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         if (told ? k->activation == Type::i8 : k->activation == Type::f32) kernels_[0].push_back(k);
         if (told ? k->activation == Type::i8 : k->activation != Type::i8) kernels_[1].push_back(k);
         if (!told || k->activation == Type::i8) kernels_[2].push_back(k);
+    }
+}
+
+namespace {
+
+float half(uint16_t h) {  // 5 bits of exponent, 10 of fraction
+    const float size = (h >> 10 & 31) == 31 ? INFINITY : std::ldexp(float((h & 0x3ff) | ((h >> 10 & 31) ? 0x400 : 0)), std::max(h >> 10 & 31, 1) - 25);
+    return h >> 15 ? -size : size;
+}
+
+}  // namespace
+
+void Linear::books(const Layout& l, const Buffers& b) {
+    if (l.rows > BESIDE || l.cols != 1 || l.n < 1 || l.n > 16 || l.m < 0 || l.m > 16)
+        bad("book: indices have 1 to 16 bits, and vectors 1 to 16 outputs of one input");
+    if (l.scale_type != "f16") bad("book: scales are f16");
+    const int v = l.rows;
+    w_.vector = v;
+    w_.rows = BESIDE * v;
+    w_.wide = v <= 4 ? 4 : v <= 8 ? 8 : 16;
+    w_.group = l.in;
+    const int64_t units = w_.panels() * up(l.in, UNIT_INPUTS), count[] = {int64_t(1) << l.n, l.m ? int64_t(1) << l.m : 0};
+    auto want = [](std::span<const std::byte> have, int64_t bytes, const char* what) {
+        if (int64_t(have.size()) != bytes) bad("book: " + std::to_string(bytes) + " bytes of " + what + " expected, " + std::to_string(have.size()) + " given");
+    };
+    want(b.values, units * 8 * l.n, "indices");
+    want(b.book, count[0] * 2 * v, "vectors");
+    want(b.residual, units * 8 * l.m, "second indices");
+    want(b.residual_book, count[1] * 2 * v, "second vectors");
+    want(b.scales, l.out * 2, "scales");
+    w_.scales = b.scales.data();
+    w_.scale_type = Type::f16;
+    for (int64_t i = 0; i < l.out; ++i) {
+        uint16_t h;
+        std::memcpy(&h, w_.scales + i * 2, 2);
+        if (!std::isfinite(half(h))) bad("book: a scale is not finite");
+    }
+    // As floats, on cache lines: a vector that lies across two costs twice.
+    floats_.assign(size_t((count[0] + count[1]) * w_.wide + 16), 0.0f);
+    float* floats = floats_.data() + (-reinterpret_cast<uintptr_t>(floats_.data()) & 63) / 4;
+    float most = 0;
+    for (int i = 0; i < 2; ++i) {
+        const std::span<const std::byte> from = i ? b.residual_book : b.book;
+        float largest = 0;
+        w_.books[i] = {i ? l.m : l.n, i ? b.residual.data() : b.values.data(), floats, nullptr};
+        for (int64_t k = 0; k < count[i] * v; ++k) {
+            uint16_t h;
+            std::memcpy(&h, from.data() + k * 2, 2);
+            const float x = half(h);
+            if (!std::isfinite(x)) bad("book: a vector is not finite");
+            floats[k / v * w_.wide + k % v] = x;
+            largest = std::max(largest, std::abs(x));
+        }
+        most += largest;
+        floats += count[i] * w_.wide;
+    }
+    // In eight bits, 128 being zero, and the sum of both books in eight bits too.
+    w_.step = most > 0 ? most / (l.m ? 126.0f : 127.0f) : 1;
+    const bool small = l.n <= 8 && l.m <= 8;
+    if (!small && v > 8) return;
+    int64_t sizes[2];
+    for (int i = 0; i < 2; ++i) sizes[i] = !count[i] ? 0 : small ? v * w_.books[i].tables() : count[i] * 8;
+    bytes_of_books_.assign(size_t(sizes[0] + sizes[1] + 64), 0);
+    uint8_t* bytes = bytes_of_books_.data() + (-reinterpret_cast<uintptr_t>(bytes_of_books_.data()) & 63);
+    for (int i = 0; i < 2; ++i) {
+        for (int64_t k = 0; k < count[i]; ++k)
+            for (int j = 0; j < v; ++j) {
+                const int code = int(std::nearbyint(w_.books[i].floats[k * w_.wide + j] / w_.step));
+                bytes[small ? j * w_.books[i].tables() + k : k * 8 + j] = uint8_t(code + (i ? 0 : 128));
+            }
+        w_.books[i].bytes = bytes;
+        bytes += sizes[i];
     }
 }
 

@@ -10,17 +10,17 @@
 namespace trimtab {
 
 struct Layout {
-    std::string format;        // dense, bsr, bitmask, sell, nm
-    std::string type;          // f32, bf16, i8, i4, i3, i2, t, l4, l3, l2, l1
+    std::string format;        // dense, bsr, bitmask, sell, nm, book
+    std::string type;          // f32, bf16, i8, i4, i3, i2, t, v, l4, l3, l2, l1
     int64_t out, in;
-    int rows, cols, n, m;
+    int rows, cols, n, m;      // of a book the outputs of a vector, 1, and the bits of its indices
     int64_t group;
     std::string scale_type;    // f32, f16; empty where there are no codes
     int act_bits = 0;          // codes: what x is rounded to, whoever runs it; see Weights
     float act_scale = 0;
 };
 
-struct Buffers { std::span<const std::byte> values, bits, columns, pointers, windows, scales, zeros, table; };
+struct Buffers { std::span<const std::byte> values, bits, columns, pointers, windows, scales, zeros, table, book, residual, residual_book; };
 
 // The buffers are checked here, once, so that no kernel has to: every index is inside, every count is the sum of its parts.
 // They are not copied, the index arrays of blocks excepted, and must outlive the map, which stays where it is. Throws std::invalid_argument.
@@ -36,9 +36,13 @@ public:
     const Kernel* best(Type narrowest, int64_t batch) const;
 
 private:
+    void books(const Layout& layout, const Buffers& buffers);
+
     std::vector<const Kernel*> kernels_[3];  // x as it is, or at worst in bf16, or at worst in i8
     std::vector<int32_t> columns_;
     std::vector<int64_t> pointers_;
+    std::vector<float> floats_;
+    std::vector<uint8_t> bytes_of_books_;
     Weights w_;
     int64_t bytes_;
 };

@@ -134,8 +134,8 @@ recipe("ptq161", "inputs | peak | uniform | spare(keep=0.2,bits=4) ; ptq161", so
 recipe("vptq", "vptq", source="arXiv:2409.17066 (Liu et al. 2024)", claims=[
     Claim("better than GPTQ at 2 bits", "vptq", "gptq(bits=2,group=64,asymmetric=true,clip=mse)", "2-bits",
           "figures recalled, not asserted"),
-], note="`vptq(residual=1)` has 3 bits a weight; `inputs | peak | spare(keep=1%,bits=8) ; vptq` spares the outliers. It saves bytes, "
-        "not time: no kernel reads codebooks, transformers runs it in torch.")
+], note="`vptq(residual=1)` has 3 bits a weight; `inputs | peak | spare(keep=1%,bits=8) ; vptq` spares the outliers. The "
+        "kernels read books of up to 256 vectors (bits * vector at most 8) the fastest.")
 recipe("onebit", "onebit", source="arXiv:2402.11295 (Xu et al. 2024), its initialisation, without the training",
        note="One bit a weight: a start for training, and an honest zero point without it.")
 recipe("adadim", "int(bits=4,group=128) | adadim", source="arXiv:2309.15531 (Heo et al. 2023)", claims=[

@@ -18,7 +18,7 @@ from trimtab.methods.codes import LEVELS, Codes
 from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
-from trimtab.methods.format.panels import Packed
+from trimtab.methods.format.panels import VECTORS, Packed
 from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint, finite, read_json
 from trimtab.runtime import native, packed
@@ -347,7 +347,7 @@ def open_packed(path: Path, dtype: str | None = None) -> Decoder:
     except NOT_DESCRIBED:
         raise BadInput(f"{file} is no description of a decoder; fetch it again") from None
     types = {p.type for p in model.linears.values()}
-    narrowest = asked or ("i8" if types & set(LEVELS) else "bf16" if "bf16" in types else "f32")
+    narrowest = asked or ("i8" if types & {*LEVELS, VECTORS} else "bf16" if "bf16" in types else "f32")
 
     def tensor(name: str) -> Tensor:
         if name not in model.tensors:

@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 from trimtab.core.types import BadInput
 from trimtab.methods.codes import LEVELS
-from trimtab.methods.format.panels import Packed
+from trimtab.methods.format.panels import VECTORS, Packed
 from trimtab.runtime import layouts, native
 
 
 class PackedLinear(nn.Module):
     """y = x W^T + bias with a packed weight; x [..., in] of any float type, y [..., out] of the same.
 
-    Where the weight is codes, x is rounded to eight bits by groups of inputs; `narrowest = ""` turns that off.
+    Where the weight is codes or vectors of a codebook, x is rounded to eight bits by groups of inputs; `narrowest = ""` turns that off.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.linear = native.Linear(packed)
-        self.narrowest = "i8" if packed.type in LEVELS else ""
+        self.narrowest = "i8" if packed.type in {*LEVELS, VECTORS} else ""
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 OPS = ("linear",)
 ACTIVATIONS = ("f32", "bf16", "i8")
-TYPES = ("f32", "bf16", "i8", "i4", "i3", "i2", "t", "l4", "l3", "l2", "l1")
-FORMATS = r"dense|bsr(?:16|32x1|32|64|1x32)|bitmask|sell|nm[48]"
+TYPES = ("f32", "bf16", "i8", "i4", "i3", "i2", "t", "v", "l4", "l3", "l2", "l1")
+FORMATS = r"dense|bsr(?:16|32x1|32|64|1x32)|bitmask|sell|nm[48]|book"
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
 NAME = re.compile(rf"({'|'.join(OPS)})_({'|'.join(ACTIVATIONS)})_({FORMATS})-({'|'.join(TYPES)})_({'|'.join(ISAS)})")
 
@@ -29,9 +29,11 @@ class Name:
 
 def of_source(folder: Path) -> list[str]:
     """The names of all kernels for all processors, as the C++ table in `folder` has them."""
-    kinds = re.findall(r'\{(F32|BF16|I8)\("([^"]+)"\)', (folder / "isa" / "table.inc").read_text(encoding="utf-8"))
+    text = (folder / "isa" / "table.inc").read_text(encoding="utf-8")
+    every, _, some = text.rpartition("#if defined(__AVX512BF16__)")
+    kinds = [re.findall(r'\{(F32|BF16|I8)\("([^"]+)"\)', part) for part in (every, every + some)]
     return [f"linear_{macro.lower()}_{kind}_{isa}" for isa in ISAS if (folder / "isa" / f"{isa}.cpp").exists()
-            for macro, kind in kinds if macro != "BF16" or isa == "avx512bf16"]
+            for macro, kind in kinds[isa == "avx512bf16"]]
 
 
 def parse(text: str) -> Name:

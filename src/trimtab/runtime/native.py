@@ -12,7 +12,7 @@ import trimtab
 from trimtab.core.types import BadInput
 from trimtab.methods import composite
 from trimtab.methods.composite import BASED, STACK, SUM
-from trimtab.methods.format.panels import BITS, DENSE, VECTORS, Packed
+from trimtab.methods.format.panels import BITS, DENSE, Packed
 from trimtab.methods.rounding import rounding_of
 from trimtab.runtime import layouts
 
@@ -76,7 +76,7 @@ def kind(p: Packed) -> str:
 
 def _strange(p: Packed) -> bool:
     """A layout that saves bytes, not time: the kernels do not know it."""
-    if p.type in ("l8", VECTORS):
+    if p.type == "l8":
         return True
     if p.format == "nm" and (p.m not in (4, 8) or p.dim == "out" or (p.type in BITS and p.n * 2 != p.m)):
         return True
@@ -115,7 +115,8 @@ class Linear:
                 self._native = core().Linear(
                     packed.format, packed.type, *packed.shape, packed.rows, packed.cols, packed.n, packed.m, packed.group, scale_type,
                     packed.act_bits, step,
-                    *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "windows", "scales", "zeros", "table")))
+                    *(raw.get(k, none) for k in ("values", "bits", "columns", "pointers", "windows", "scales", "zeros", "table", "book",
+                                            "residual", "residual_book")))
             except ValueError as e:
                 raise BadInput(str(e)) from None
             self.kernels = list(dict.fromkeys(k for t in ("f32", "bf16", "i8") for k in self._native.kernels(t)))
@@ -136,8 +137,8 @@ class Linear:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
         `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs where
-        the weights are codes, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said. What the weight itself says of
-        its inputs goes before that. BadInput for what does not run here.
+        the weights are codes or vectors of a book, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said. What the
+        weight itself says of its inputs goes before that. BadInput for what does not run here.
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
