@@ -53,6 +53,10 @@ struct Ints {
     Ints operator|(int m) const { return {_mm512_or_si512(v, _mm512_set1_epi32(m))}; }
     Ints operator|(Ints o) const { return {_mm512_or_si512(v, o.v)}; }
     Ints less(Ints o) const { return {_mm512_sub_epi8(v, o.v)}; }  // byte by byte
+    // Products of unsigned bytes with signed ones, two summed up in 16 bits; sums of those; and two of them in 32 bits.
+    Ints pairs(Ints x) const { return {_mm512_maddubs_epi16(v, x.v)}; }
+    Ints with_pairs(Ints o) const { return {_mm512_add_epi16(v, o.v)}; }
+    Ints with_fours(Ints pairs) const { return {_mm512_add_epi32(v, _mm512_madd_epi16(pairs.v, _mm512_set1_epi16(1)))}; }
     // Numbers below 256, in every byte.
     Ints four() const { return {_mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101))}; }
     // Of every byte b: 3 b / 256, and what is left of 3 b.
@@ -125,6 +129,9 @@ struct Ints {
     Ints operator|(int m) const { return {_mm256_or_si256(v, _mm256_set1_epi32(m))}; }
     Ints operator|(Ints o) const { return {_mm256_or_si256(v, o.v)}; }
     Ints less(Ints o) const { return {_mm256_sub_epi8(v, o.v)}; }
+    Ints pairs(Ints x) const { return {_mm256_maddubs_epi16(v, x.v)}; }
+    Ints with_pairs(Ints o) const { return {_mm256_add_epi16(v, o.v)}; }
+    Ints with_fours(Ints pairs) const { return {_mm256_add_epi32(v, _mm256_madd_epi16(pairs.v, _mm256_set1_epi16(1)))}; }
     Ints four() const { return {_mm256_mullo_epi32(v, _mm256_set1_epi32(0x01010101))}; }
     Ints trits() const {
         const __m256i most = _mm256_subs_epu8(_mm256_avg_epu8(v, _mm256_setzero_si256()), _mm256_set1_epi8(2));
@@ -346,8 +353,8 @@ template <int BITS>
 struct Unit {
     static constexpr int WIDTH = BITS % LOOKUP;
     Ints word[words_in<BITS>()];
-    // `apart`: bytes from one word of an output to its next.
     Unit() = default;
+    // `apart`: bytes from one word of an output to its next.
     [[gnu::always_inline]] Unit(const std::byte* at, int64_t apart) {
         unrolled<words_in<BITS>()>(EACH(k) { word[k] = Ints::load(at + k * apart); });
     }
@@ -366,18 +373,8 @@ struct Unit {
     // The code of one input as a float; of a table the step it stands for.
     [[gnu::always_inline]] Vec code(int input, const Table<BITS>& table) const {
         if constexpr (WIDTH == 3) {
-            const int low = shift_of<2>(input % 16), third = shift_of<1>(input);
-#if defined(__AVX512F__)
-            // The lower two bits from one word, all above from the other: of these the lowest counts.
-            alignas(64) static constexpr float EIGHT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
-            const Ints high = third < 2 ? word[2] << (2 - third) : word[2] >> (third - 2);
-            const Ints code{_mm512_ternarylogic_epi32(_mm512_set1_epi32(3), (word[input / 16] >> low).v, high.v, 0xca)};
-            return code.of_sixteen(BITS > LOOKUP ? table.floats : EIGHT);
-#else
-            const Ints code = ((word[input / 16] >> low) & 3) | ((word[2] >> third) & 1) << 2;
-            if constexpr (BITS > LOOKUP) return code.of_sixteen(table.floats);
-            else return code.floats();
-#endif
+            const Ints low = (word[input / 16] >> shift_of<2>(input % 16)) & 3, high = (word[2] >> shift_of<1>(input)) & 1;
+            return (low | high << 2).of_sixteen(table.floats);
         } else if constexpr (BITS > LOOKUP) {
             return (word[0] >> shift_of<WIDTH>(input)).of_sixteen(table.floats);  // that has them again for whatever stands above
         } else {
@@ -457,15 +454,32 @@ struct FieldSum<3> {
         return Ints{_mm512_add_epi32(all, _mm512_slli_epi32(third, 2))}.floats();
     }
 };
+#elif defined(__AVX2__)
+// The products of a unit of small codes are summed up in 16 bits. Those of a table of two are summed up as they are.
+template <int BITS>
+    requires(BITS <= 4 || BITS == LOOKUP + 1)
+struct FieldSum<BITS> {
+    Ints sum = Ints::zero(), part;
+    template <int F>
+    [[gnu::always_inline]] void add(Unit<BITS>& unit, Ints x, const Table<BITS>& table) {
+        Ints four;
+        if constexpr (BITS > LOOKUP) four = next_field<1>(unit.word[0]);
+        else four = unit.template next<F>(table);
+        part = F ? part.with_pairs(four.pairs(x)) : four.pairs(x);
+        if (F == inputs_in<BITS>() / 4 - 1) sum = sum.with_fours(part);
+    }
+    Vec floats() const { return sum.floats(); }
+};
 #endif
 
 // f(input, code as a float) for every input of a unit, which are constants.
 template <int BITS, class F>
 [[gnu::always_inline]] inline void each_code(Unit<BITS> unit, const Table<BITS>& table, const F& f) {
-    if constexpr (BITS == TRITS) {
-        unrolled<5>(EACH(k) {
-            const Ints four = next_field<TRITS>(unit.word[0]);
-            unrolled<4>(EACH(b) { f(std::integral_constant<int, 4 * k + b>(), code_of<4>(four, b)); });  // a byte holds one below 2^4, as the first field of four bits does
+    if constexpr (BITS == TRITS || BITS == 3) {
+        unrolled<inputs_in<BITS>() / 4>(EACH(k) {
+            const Ints four = unit.template next<k>(table);
+            // A byte holds one below 2^4, as a field of four bits does.
+            unrolled<4>(EACH(b) { f(std::integral_constant<int, 4 * k + b>(), code_of<4>(four, b)); });
         });
     } else {
         unrolled<inputs_in<BITS>()>(EACH(k) { f(k, unit.code(k, table)); });

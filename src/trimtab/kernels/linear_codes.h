@@ -82,7 +82,7 @@ inline void close_total(const float* total, const Weights& w, float* y, int64_t 
 // are: what they stand for.
 template <int BITS>
 inline Vec less_zero(Vec sum, const Weights& w, int64_t side, const float* met) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
     if constexpr (BITS == LOOKUP + 1) {
         const float low = float(w.bytes[0]) - 128, step = float(w.bytes[1]) - float(w.bytes[0]);
         return Vec::all(low * *met).fma(sum, Vec::all(step));
@@ -103,7 +103,8 @@ inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float
     total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < x.groups; ++g) {
         FieldSum<BITS> sum[V];
-        const int64_t from = g * group / P, until = (std::min(w.in, (g + 1) * group) + P - 1) / P, first = (p * groups + (groups > 1 ? g : 0)) * PANEL;
+        const int64_t from = g * group / P, until = (std::min(w.in, (g + 1) * group) + P - 1) / P;
+        const int64_t first = (p * groups + (groups > 1 ? g : 0)) * PANEL;
         for (int k = 0; k < PANEL * scale; k += 64) __builtin_prefetch(w.scales + first * scale + AHEAD / 2 + k);
         for (int64_t i = from; i < until; ++i) {
             const std::byte* here = at + i * SIZE;
