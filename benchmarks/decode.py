@@ -29,6 +29,7 @@ PACKED = {
     "dense bf16": ["dense"],
     "int8": ["rtn(bits=8,group=0)"],
     "int4 g128": ["rtn(bits=4,group=128)"],
+    "int2 g64": ["rtn(bits=2,group=64)"],
     "2:4 int4 g128": ["nm(n=2,m=4) | magnitude ; rtn(bits=4,group=128)"],
     "mlp blocks 20% kept, bf16": ["mlp: blocks", "--keep", "0.2"],
     "mlp blocks 5% kept, bf16": ["mlp: blocks", "--keep", "0.05"],

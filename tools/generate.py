@@ -245,6 +245,7 @@ DECODE_GOALS: tuple[tuple[str, str, str, float, tuple[str, ...]], ...] = (
     ("", "decode_tok_s", "int4 g128", 1.3, ("llama.cpp q4_0",)),
     ("llama-110m", "decode_tok_s", "int4 g128", 1.2, ("openvino genai int4", "onnxruntime genai int4", "llama.cpp q4_0")),
     ("", "decode_tok_s", "2:4 int4 g128", 1.25, ("llama.cpp q4_0",)),
+    ("llama-1b", "decode_tok_s", "int2 g64", 1.4, ("trimtab int4 g128",)),
     ("llama-1b", "decode_tok_s", "mlp blocks 20% kept, bf16", 2.0, ("trimtab dense bf16",)),
     ("llama-1b", "decode_tok_s", "mlp blocks 5% kept, bf16", 2.8, ("trimtab dense bf16",)),
     ("", "prefill_tok_s", "dense bf16", 1.0, ("openvino genai bf16", "transformers bf16", "llama.cpp bf16")),

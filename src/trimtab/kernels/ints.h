@@ -53,6 +53,10 @@ struct Ints {
     Ints operator|(int m) const { return {_mm512_or_si512(v, _mm512_set1_epi32(m))}; }
     Ints operator|(Ints o) const { return {_mm512_or_si512(v, o.v)}; }
     Ints less(Ints o) const { return {_mm512_sub_epi8(v, o.v)}; }  // byte by byte
+    // Products of unsigned bytes with signed ones, two summed up in 16 bits; sums of those; and two of them in 32 bits.
+    Ints pairs(Ints x) const { return {_mm512_maddubs_epi16(v, x.v)}; }
+    Ints with_pairs(Ints o) const { return {_mm512_add_epi16(v, o.v)}; }
+    Ints with_fours(Ints pairs) const { return {_mm512_add_epi32(v, _mm512_madd_epi16(pairs.v, _mm512_set1_epi16(1)))}; }
     // Numbers below 256, in every byte.
     Ints four() const { return {_mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101))}; }
     // Of every byte b: 3 b / 256, and what is left of 3 b.
@@ -125,6 +129,9 @@ struct Ints {
     Ints operator|(int m) const { return {_mm256_or_si256(v, _mm256_set1_epi32(m))}; }
     Ints operator|(Ints o) const { return {_mm256_or_si256(v, o.v)}; }
     Ints less(Ints o) const { return {_mm256_sub_epi8(v, o.v)}; }
+    Ints pairs(Ints x) const { return {_mm256_maddubs_epi16(v, x.v)}; }
+    Ints with_pairs(Ints o) const { return {_mm256_add_epi16(v, o.v)}; }
+    Ints with_fours(Ints pairs) const { return {_mm256_add_epi32(v, _mm256_madd_epi16(pairs.v, _mm256_set1_epi16(1)))}; }
     Ints four() const { return {_mm256_mullo_epi32(v, _mm256_set1_epi32(0x01010101))}; }
     Ints trits() const {
         const __m256i most = _mm256_subs_epu8(_mm256_avg_epu8(v, _mm256_setzero_si256()), _mm256_set1_epi8(2));
@@ -346,6 +353,7 @@ template <int BITS>
 struct Unit {
     static constexpr int WIDTH = BITS % LOOKUP;
     Ints word[words_in<BITS>()];
+    Unit() = default;
     // `apart`: bytes from one word of an output to its next.
     [[gnu::always_inline]] Unit(const std::byte* at, int64_t apart) {
         unrolled<words_in<BITS>()>(EACH(k) { word[k] = Ints::load(at + k * apart); });
@@ -366,9 +374,7 @@ struct Unit {
     [[gnu::always_inline]] Vec code(int input, const Table<BITS>& table) const {
         if constexpr (WIDTH == 3) {
             const Ints low = (word[input / 16] >> shift_of<2>(input % 16)) & 3, high = (word[2] >> shift_of<1>(input)) & 1;
-            const Ints code = low | high << 2;
-            if constexpr (BITS > LOOKUP) return code.of_sixteen(table.floats);
-            else return code.floats();
+            return (low | high << 2).of_sixteen(table.floats);
         } else if constexpr (BITS > LOOKUP) {
             return (word[0] >> shift_of<WIDTH>(input)).of_sixteen(table.floats);  // that has them again for whatever stands above
         } else {
@@ -406,18 +412,77 @@ struct FieldSum<TRITS> {
         return Ints{_mm512_srai_epi32(_mm512_sub_epi32(_mm512_mullo_epi32(sum.v, _mm512_set1_epi32(3)), left.v), 8)}.floats();
     }
 };
+
+// Codes that no table has to answer for, or of one bit, stay where they lie in their byte: a mask is all they take. What is equally
+// far up has a sum of its own; each is a multiple of 2^how far.
+template <int BITS>
+constexpr bool in_place() { return BITS == 4 || BITS == 2 || BITS == LOOKUP + 1; }
+template <int BITS>
+    requires(in_place<BITS>())
+struct FieldSum<BITS> {
+    static constexpr int WIDTH = BITS % LOOKUP, COUNT = 8 / WIDTH;
+    __m512i sum[COUNT];
+    [[gnu::always_inline]] FieldSum() { unrolled<COUNT>(EACH(f) { sum[f] = _mm512_setzero_si512(); }); }
+    template <int F>
+    [[gnu::always_inline]] void add(const Unit<BITS>& unit, Ints x, const Table<BITS>&) {
+        sum[F] = Ints{sum[F]}.template dot<8>(unit.word[0] & int(0x01010101u * (((1u << WIDTH) - 1) << WIDTH * F)), x).v;
+    }
+    [[gnu::always_inline]] Vec floats() const {
+        __m512i all = sum[COUNT - 1];
+        unrolled<COUNT - 1>(EACH(f) { all = _mm512_add_epi32(_mm512_srai_epi32(all, WIDTH), sum[COUNT - 2 - f]); });
+        return Ints{all}.floats();
+    }
+};
+// The same of three bits, the third ones apart: four of a byte, then the upper four.
+template <>
+struct FieldSum<3> {
+    __m512i low[4], high[4];
+    [[gnu::always_inline]] FieldSum() { unrolled<4>(EACH(f) { low[f] = high[f] = _mm512_setzero_si512(); }); }
+    template <int F>
+    [[gnu::always_inline]] void add(Unit<3>& unit, Ints x, const Table<3>&) {
+        constexpr int at = F % 4;
+        low[at] = Ints{low[at]}.dot<8>(unit.word[F / 4] & int(0x03030303u << 2 * at), x).v;
+        if constexpr (F == 4) unit.word[2] = unit.word[2] >> 4;
+        high[at] = Ints{high[at]}.dot<8>(unit.word[2] & int(0x01010101u << at), x).v;
+    }
+    [[gnu::always_inline]] Vec floats() const {
+        __m512i all = low[3], third = high[3];
+        unrolled<3>(EACH(f) {
+            all = _mm512_add_epi32(_mm512_srai_epi32(all, 2), low[2 - f]);
+            third = _mm512_add_epi32(_mm512_srai_epi32(third, 1), high[2 - f]);
+        });
+        return Ints{_mm512_add_epi32(all, _mm512_slli_epi32(third, 2))}.floats();
+    }
+};
+#elif defined(__AVX2__)
+// The products of a unit of small codes are summed up in 16 bits. Those of a table of two are summed up as they are.
+template <int BITS>
+    requires(BITS <= 4 || BITS == LOOKUP + 1)
+struct FieldSum<BITS> {
+    Ints sum = Ints::zero(), part;
+    template <int F>
+    [[gnu::always_inline]] void add(Unit<BITS>& unit, Ints x, const Table<BITS>& table) {
+        Ints four;
+        if constexpr (BITS > LOOKUP) four = next_field<1>(unit.word[0]);
+        else four = unit.template next<F>(table);
+        part = F ? part.with_pairs(four.pairs(x)) : four.pairs(x);
+        if (F == inputs_in<BITS>() / 4 - 1) sum = sum.with_fours(part);
+    }
+    Vec floats() const { return sum.floats(); }
+};
 #endif
 
-// f(input, code as a float) for every input of a unit.
+// f(input, code as a float) for every input of a unit, which are constants.
 template <int BITS, class F>
-inline void each_code(Unit<BITS> unit, const Table<BITS>& table, const F& f) {
-    if constexpr (BITS == TRITS) {
-        for (int k = 0; k < 20; k += 4) {
-            const Ints four = next_field<TRITS>(unit.word[0]);
-            for (int b = 0; b < 4; ++b) f(k + b, code_of<4>(four, b));  // a byte holds one below 2^4, as the first field of four bits does
-        }
+[[gnu::always_inline]] inline void each_code(Unit<BITS> unit, const Table<BITS>& table, const F& f) {
+    if constexpr (BITS == TRITS || BITS == 3) {
+        unrolled<inputs_in<BITS>() / 4>(EACH(k) {
+            const Ints four = unit.template next<k>(table);
+            // A byte holds one below 2^4, as a field of four bits does.
+            unrolled<4>(EACH(b) { f(std::integral_constant<int, 4 * k + b>(), code_of<4>(four, b)); });
+        });
     } else {
-        for (int k = 0; k < inputs_in<BITS>(); ++k) f(k, unit.code(k, table));
+        unrolled<inputs_in<BITS>()>(EACH(k) { f(k, unit.code(k, table)); });
     }
 }
 

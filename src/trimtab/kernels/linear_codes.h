@@ -11,11 +11,17 @@ inline Vec scale_at(const Weights& w, int64_t i) {
                                      : Vec::f16(reinterpret_cast<const uint16_t*>(w.scales) + i);
 }
 
+// The zero point where none is given; of a table that of its bytes.
+template <int BITS>
+constexpr float middle() {
+    if constexpr (BITS == TRITS) return 1;
+    else if constexpr (BITS > LOOKUP) return 128;
+    else return float(1 << (BITS - 1));
+}
+
 template <int BITS>
 inline Vec zero_at(const Weights& w, int64_t i) {
-    if constexpr (BITS == TRITS) return Vec::all(1);
-    else if constexpr (BITS > LOOKUP) return Vec::all(128);  // of the bytes of the table
-    else return w.zeros ? Ints::bytes(w.zeros + i).floats() : Vec::all(float(1 << (BITS - 1)));
+    return BITS != TRITS && BITS < LOOKUP && w.zeros ? Ints::bytes(w.zeros + i).floats() : Vec::all(middle<BITS>());
 }
 
 // The same of a single block or output of eight bits.
@@ -72,11 +78,25 @@ inline void close_total(const float* total, const Weights& w, float* y, int64_t 
     for (int r = 0; r < ROWS; ++r) std::copy_n(total + r * HEIGHT, std::min<int64_t>(HEIGHT, w.out - first), y + r * w.out + first);
 }
 
+// A sum of codes times x, which sums up to `met`, less the zero point's share. Of a table of two, whose codes were summed up as they
+// are: what they stand for.
+template <int BITS>
+inline Vec less_zero(Vec sum, const Weights& w, int64_t side, const float* met) {
+#if defined(__AVX2__)
+    if constexpr (BITS == LOOKUP + 1) {
+        const float low = float(w.bytes[0]) - 128, step = float(w.bytes[1]) - float(w.bytes[0]);
+        return Vec::all(low * *met).fma(sum, Vec::all(step));
+    }
+#endif
+    if (w.zeros) return sum - zero_at<BITS>(w, side) * Vec::all(*met);
+    return sum.fma(Vec::all(-middle<BITS>()), Vec::all(*met));
+}
+
 // One row of x.
 template <int BITS>
 inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float* y, int64_t p) {
     constexpr int P = inputs_in<BITS>(), FIELDS = P / 4, V = PANEL / Vec::N, SIZE = PANEL * 4 * words_in<BITS>();
-    const int64_t units = (w.in + P - 1) / P, groups = w.groups();
+    const int64_t units = (w.in + P - 1) / P, groups = w.groups(), scale = w.scale_type == Type::f32 ? 4 : 2;
     const std::byte* at = w.values + p * units * SIZE;
     const Table<BITS> table(w);
     Tile<PANEL, 1> total;
@@ -84,20 +104,25 @@ inline void one_row_codes(const Weights& w, const Codes& x, int64_t group, float
     for (int64_t g = 0; g < x.groups; ++g) {
         FieldSum<BITS> sum[V];
         const int64_t from = g * group / P, until = (std::min(w.in, (g + 1) * group) + P - 1) / P;
+        const int64_t first = (p * groups + (groups > 1 ? g : 0)) * PANEL;
+        for (int k = 0; k < PANEL * scale; k += 64) __builtin_prefetch(w.scales + first * scale + AHEAD / 2 + k);
         for (int64_t i = from; i < until; ++i) {
             const std::byte* here = at + i * SIZE;
             for (int k = 0; k < SIZE; k += 64) __builtin_prefetch(here + AHEAD + k);
-            for (int v = 0; v < V; ++v) {
-                Unit<BITS> unit(here + v * Vec::N * 4, PANEL * 4);
-                unrolled<FIELDS>(EACH(f) { sum[v].template add<f>(unit, Ints::all(peek<int>(x.x + i * P + 4 * f)), table); });
-            }
+            Unit<BITS> unit[V];
+            unrolled<V>(EACH(v) { unit[v] = Unit<BITS>(here + v * Vec::N * 4, PANEL * 4); });
+            unrolled<FIELDS>(EACH(f) {
+                const Ints its = Ints::all(peek<int>(x.x + i * P + 4 * f));
+                unrolled<V>(EACH(v) { sum[v].template add<f>(unit[v], its, table); });
+            });
         }
-        for (int v = 0; v < V; ++v) {
-            const int64_t side = (p * groups + (groups > 1 ? g : 0)) * PANEL + v * Vec::N;
-            const Vec whole = sum[v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[g]);
-            total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side) * Vec::all(x.scales[g] * w.step));
-        }
+        unrolled<V>(EACH(v) {
+            const int64_t side = first + v * Vec::N;
+            const Vec whole = less_zero<BITS>(sum[v].floats(), w, side, x.sums + g);
+            total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side) * Vec::all(x.scales[g]));
+        });
     }
+    if constexpr (BITS > LOOKUP) unrolled<V>(EACH(v) { total.sum[0][v] = total.sum[0][v] * Vec::all(w.step); });
     total.close(y, w.out, p * PANEL);
 }
 

@@ -27,10 +27,11 @@ inline void expand(const Weights& w, const std::byte* units, int64_t k, int64_t 
     }
 }
 
-// One row of x: the sum of codes times x in a group, less the zero point times the sum of x.
+// One row of x: the sum of codes times x in a group, less the zero point times the sum of x, which is in `met`.
 template <int BITS>
-inline void one_row_expand(const Weights& w, const float* x, float* y, int64_t p) {
+inline void one_row_expand(const Weights& w, const float* x, const float* met, float* y, int64_t p) {
     constexpr int P = inputs_in<BITS>(), V = PANEL / Vec::N, SIZE = PANEL * 4 * words_in<BITS>();
+    constexpr int CHAINS = Vec::N == 16 ? 4 : 2;  // sums of an output that do not wait for each other
     const int64_t units = (w.in + P - 1) / P, groups = w.groups();
     const Table<BITS> table(w);
     float end[P] = {};  // what the last unit meets, and zeros behind it
@@ -39,35 +40,41 @@ inline void one_row_expand(const Weights& w, const float* x, float* y, int64_t p
     total.open(y, w.out, 0, true);
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t from = g * w.group, until = std::min(w.in, from + w.group);
-        Tile<PANEL, 1> part;
+        Tile<PANEL, CHAINS> part;
         part.open(y, w.out, 0, true);
-        float met = 0;
         for (int64_t i = from; i < until; i += P) {
             const float* at = i + P <= w.in ? x + i : end;
-            for (int k = 0; k < P; ++k) met += at[k];
             const std::byte* here = w.values + (p * units + i / P) * SIZE;
             for (int k = 0; k < SIZE; k += 64) __builtin_prefetch(here + AHEAD + k);
-            for (int v = 0; v < V; ++v)
-                each_code<BITS>(Unit<BITS>(here + v * Vec::N * 4, PANEL * 4), table, [&](int k, Vec code) {
-                    part.sum[0][v] = part.sum[0][v].fma(code, Vec::all(at[k]));
+            unrolled<V>(EACH(v) {
+                each_code<BITS>(Unit<BITS>(here + v * Vec::N * 4, PANEL * 4), table, [&](auto k, Vec code) __attribute__((always_inline)) {
+                    part.sum[k % CHAINS][v] = part.sum[k % CHAINS][v].fma(code, Vec::all(at[k]));
                 });
+            });
         }
-        for (int v = 0; v < V; ++v) {
+        unrolled<V>(EACH(v) {
             const int64_t side = (p * groups + g) * PANEL + v * Vec::N;
-            const Vec whole = part.sum[0][v] - middle_at<BITS>(w, side) * Vec::all(met);
+            unrolled<CHAINS - 1>(EACH(k) { part.sum[0][v] = part.sum[0][v] + part.sum[k + 1][v]; });
+            const Vec whole = part.sum[0][v] - middle_at<BITS>(w, side) * Vec::all(met[g]);
             total.sum[0][v] = total.sum[0][v].fma(whole, scale_at(w, side));
-        }
+        });
     }
     total.close(y, w.out, p * PANEL);
 }
 
-inline int64_t expand_scratch(const Weights& w, int64_t) { return EXPAND * w.rows; }
+// Inputs of a panel as floats, or what x sums up to in each group.
+inline int64_t expand_scratch(const Weights& w, int64_t batch) { return batch == 1 ? w.groups() : EXPAND * w.rows; }
 
 template <int BITS>
 void linear_expand(const Weights& w, const void* ready, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch) {
     const float* x = static_cast<const float*>(ready);
     if (batch == 1) {
-        for (int64_t p = begin; p < end; ++p) one_row_expand<BITS>(w, x, y, p);
+        for (int64_t g = 0; g < w.groups(); ++g) {
+            float four[4] = {};
+            for (int64_t i = g * w.group, until = std::min(w.in, i + w.group); i < until; ++i) four[i % 4] += x[i];
+            scratch[g] = (four[0] + four[1]) + (four[2] + four[3]);
+        }
+        for (int64_t p = begin; p < end; ++p) one_row_expand<BITS>(w, x, scratch, y, p);
         return;
     }
     constexpr int P = inputs_in<BITS>(), SIZE = PANEL * 4 * words_in<BITS>();
