@@ -40,6 +40,8 @@ def flops() -> float:
 def walks(sweep: list[tuple[Pass, list[Site]]]) -> float:
     """How often a sweep runs all calibration tokens through every block."""
     passes = [p for p, _ in sweep]
+    if passes[0].trains:  # forward and backward, forward again where blocks are not kept, and now and then the samples held out
+        return 1.0 + 4.0 * passes[0].steps["repair"].bound["epochs"]
     planned = [p for p in passes if p.chooses or (p.free and p.budget.key != "budget/uniform")]
     plan = any(line.plan_needs(p) for p in planned)
     if any(line.differentiates(p) for p in passes):
@@ -116,7 +118,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan = line.sweeps(recipe, net.sites)
     line.check_recipe(net, recipe, plan, opts, opts.samples)
-    samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
+    samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.calibrated else []
     guess = first_guess(net, recipe, plan, samples, opts)
     tick(f"estimate: {guess['memory'] / 1e9:.2f} GB memory, {guess['disk'] / 1e9:.2f} GB disk, {guess['minutes']:.1f} minutes", 0, 0)
     line.check_room(out, guess["disk"])

@@ -49,7 +49,7 @@ SETTINGS = {
         ("gptq(clip=mse,", ")"), ("gptq(grid=nf,", ")"), ("awq(", ")"), ("awq | int(asymmetric=true,", ") | gptq"),
         ("ldlq(", ")"), ("adaround(", ")"), ("adaquant(", ")"), ("lorc(", ")"), ("lorc(whiten=true,", ")"), ("adadim(", ")"),
         (FINE, ") | gptq"), (FINE, ") | gptq | greedy"), (FINE, ") | adaquant"), *((f"{r} | {FINE}", ") | gptq") for r in BASES),
-        *([("super_weight(", ")")] if bits == 4 else []), *([("vptq(", ")"), ("quip(", ")")] if bits == 2 else []))),
+        *([("super_weight(", ")")] if bits == 4 else []), *([("vptq(", ")"), ("quip(", ")"), ("rilq(", ")")] if bits == 2 else []))),
         f"all linear weights in {bits} bits, a scale for 128 inputs (nf: 64)") for bits in (4, 3, 2)},
 }
 

@@ -26,7 +26,7 @@ DATA: dict[str, set[str]] = {
     "rewrite": {"w", "grid"},
     "grid": {"w"},
     "edit": {"w", "keep", "mask", "unit", "grid"},
-    "repair": {"w", "new"},
+    "repair": {"w", "new", "net"},
     "format": {"new"},
 }
 # A knob name means one thing everywhere; a new one is added here first.
@@ -54,6 +54,8 @@ KNOBS = {
     "vector": "outputs that share an index into a codebook",
     "residual": "bits a weight of a second codebook, for what the first one leaves, 0 for none",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
+    "lr": "learning rate", "epochs": "how often training sees every sample",
+    "accumulate": "samples whose gradients make one update",
 }
 ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "keeps")  # declared beside a method, and nothing of what it computes
 SECTIONS = ("Formula", "Source", "Deviations")
@@ -165,8 +167,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
     # grid.
     "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True},
-    # keeps: what of an edit it leaves as it is: "mask", "codes", "factors", "books".
-    "repair": {"keeps": ("mask",)},
+    # keeps: what of an edit it leaves as it is: "mask", "codes", "factors", "books"; level: what it sees at once, "site" or "net": there it
+    # is given the network behind the sweep, trains, and returns what mends a site: f(name, change) -> change.
+    "repair": {"keeps": ("mask",), "level": "site"},
     # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of
     # every buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
     # number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose

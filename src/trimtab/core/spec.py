@@ -83,6 +83,16 @@ class Pass:
         return "budget" in self.steps and bool(self.steps["budget"].method.facts["chooses"])
 
     @property
+    def trains(self) -> bool:
+        """Whether its repair is of the whole network: a stage of its own, behind what it edits."""
+        return "repair" in self.steps and self.steps["repair"].method.facts["level"] == "net"
+
+    @property
+    def stages(self) -> list[Pass]:
+        """What it does block by block, and then the pass itself where it trains."""
+        return [replace(self, steps={a: s for a, s in self.steps.items() if a != "repair"}), self] if self.trains else [self]
+
+    @property
     def options(self) -> list[Pass]:
         """With each of the grids that a site may take; itself where there is nothing to choose."""
         return [replace(self, steps={**self.steps, "grid": g}) for g in self.steps["grid"].options] if self.chooses else [self]
@@ -152,6 +162,11 @@ class Recipe:
     @property
     def needs(self) -> set[str]:
         return {n for p in self.passes for n in p.needs}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it sees calibration samples."""
+        return bool(self.needs) or any(p.trains for p in self.passes)
 
     @property
     def methods(self) -> dict[str, str]:
@@ -418,6 +433,8 @@ def _checked(p: Pass) -> Pass:
         keep = [m.name for m in load_all().values() if m.axis == "repair" and leaves <= set(m.facts["keeps"])]
         raise BadInput(f"{p.steps['repair']} would leave the {' and '.join(leaves)} of {edit.name}"
                        + (f"; {', '.join(keep)} would not" if keep else ""))
+    if "repair" in p.steps and not leaves | {"mask"} & set(p.steps["repair"].method.facts["keeps"]):
+        raise BadInput(f"{p.steps['repair']} mends codes, and {p.steps['edit']} leaves none; put it behind rtn or gptq")
     if p.keep is not None and not p.free:
         raise BadInput(f"keep is given, but {p.steps.get('unit', p.steps['edit'])} fixes its own share: leave keep out")
     return p
