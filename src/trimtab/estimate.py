@@ -15,6 +15,7 @@ from trimtab.core.edits import edit_block
 from trimtab.core.line import Options, Report
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe
+from trimtab.core.train import ROOM, held_bytes
 from trimtab.core.types import Failed, Site
 from trimtab.methods.factors import Factors
 from trimtab.network.checkpoint import SafeFile
@@ -86,6 +87,10 @@ def peak(net: Network, plan: Sweeps, samples: list[data.Batch], opts: Options) -
     if needs & {"grads", "grad", "grad_sq"}:
         hidden *= net.n_blocks + 2
         work += block * (len(samples) if "grads" in needs else 2)
+    if any(p.trains for sweep in plan for p, _ in sweep):
+        hidden *= 3
+        kept = held_bytes(net, max(line.tokens_of(net, b) for b in samples))
+        work += kept if kept <= (opts.max_memory / 4 if opts.max_memory else ROOM) else 2 * block
     table = 4.0 * getattr(net.config.get_text_config(), "vocab_size", 0) * getattr(net.config.get_text_config(), "hidden_size", 0)
     edit = hidden + max(table, block + grams * ("gram" in needs) + max(batch, work))
     if not opts.speed or opts.max_memory:
@@ -102,9 +107,10 @@ def first_guess(net: Network, recipe: Recipe, plan: Sweeps, samples: list[data.B
     forward = sum(2.0 * s.size * tokens / speed for s in net.sites)
     seconds = 0.0
     for sweep in plan:
-        grams = {(s.block, s.input): s.shape[1] for p, sites in sweep if "gram" in p.needs for s in sites}
+        edits = [(p, sites) for p, sites in sweep if not p.trains]
+        grams = {(s.block, s.input): s.shape[1] for p, sites in edits if "gram" in p.needs for s in sites}
         seconds += walks(sweep) * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
-        seconds += sum(editing(p, s, speed) for p, sites in sweep for s in sites)
+        seconds += sum(editing(p, s, speed) for p, sites in edits for s in sites)
     seconds += 3 * net.checkpoint.weight_bytes / COPY
     disk = line.disk_estimate(net, recipe, samples if opts.max_memory else [], bool(opts.pack))
     return {"memory": peak(net, plan, samples, opts), "disk": disk,

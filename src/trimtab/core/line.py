@@ -30,7 +30,7 @@ from trimtab.core.edits import Gridded, Unit, checked, edit_block, score_site
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe
-from trimtab.core.train import Net
+from trimtab.core.train import ROOM, Net
 from trimtab.core.types import BadInput, Change, Choices, Failed, Site, Summary
 from trimtab.methods.codes import rounded
 from trimtab.methods.factors import Factors
@@ -126,6 +126,9 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                                "greedy" if net.kind != "lm" else
                                f"{p.steps['repair']} judges itself by samples held out; use --samples 2 or more")
             if p.trains:
+                for name, value in p.steps["repair"].bound.items():
+                    if name in ("lr", "epochs", "accumulate") and value <= 0:
+                        raise BadInput(f"{p.steps['repair']}: {name}={value:g} trains nothing; it is above 0")
                 continue  # what it edits is a stage before it
             if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
@@ -567,7 +570,7 @@ def train(net: Network, p: Pass, sites: list[Site], k: int, samples: list[data_.
     blocks = [i for i in range(net.n_blocks) if not journal.has_block(k, i)]
     if not blocks:
         return
-    spill, room = (None, 2e9) if opts.max_memory is None else (opts.max_memory // 16, opts.max_memory / 4)
+    spill, room = (None, ROOM) if opts.max_memory is None else (opts.max_memory // 16, opts.max_memory / 4)
     handle = Net(net, sites, before, samples, journal.dir, spill, room, journal.training_path(k), tick)
     try:
         mend = p.steps["repair"].method({"net": handle}, **p.steps["repair"].bound)

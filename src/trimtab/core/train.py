@@ -21,11 +21,17 @@ from trimtab.network.checkpoint import SafeFile
 HELD = 5          # one of so many samples is held out
 EVERY = 25        # updates from one check on the samples held out to the next
 PATIENCE = 5      # checks without gain until training stops
+ROOM = 2e9        # bytes that kept blocks may take where no limit of memory is given
 MINUTE = 60.0     # seconds after which the state is journalled between checks, too
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
 
 Own = dict[str, dict[str, Tensor]]  # what is trained, by site and name
 Read = Callable[[int], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]  # a block's tensors, and parts by `<site>:<part>`
+
+
+def held_bytes(net: Any, tokens: int) -> float:
+    """What all blocks take where they are kept: weights, gradients and what sites were edited to, and what a sequence leaves behind."""
+    return 12.0 * sum(s.size for s in net.sites) + 8.0 * tokens * sum(sum(s.shape) for s in net.sites)
 
 
 @dataclass
@@ -77,7 +83,7 @@ class Net(Walk):
     """
 
     def __init__(self, net: Any, sites: Iterable[Site], read: Read, samples: list[Batch], scratch: Path, spill: int | None,
-                 room: float = 2e9, state: Path | None = None, tick: Callable[[str, int, int], None] = lambda *_: None):
+                 room: float = ROOM, state: Path | None = None, tick: Callable[[str, int, int], None] = lambda *_: None):
         super().__init__(net, samples, scratch, spill, width=1)
         self.read, self.state, self.tick = read, state, tick
         self.of_block: dict[int, list[Site]] = {}
@@ -88,9 +94,7 @@ class Net(Walk):
             raise BadInput("training holds samples out to judge itself by; give two samples or more")
         self.held = list(range(HELD - 1, count, HELD)) or [count - 1]
         self.taught = [b for b in range(count) if b not in self.held]
-        length = max(b["input_ids"].numel() for b in self.batches)
-        weights, passing = (sum(f(s) for s in net.sites) for f in (lambda s: s.size, lambda s: sum(s.shape)))
-        self.kept = 12.0 * weights + 8.0 * length * passing <= room
+        self.kept = held_bytes(net, max(b["input_ids"].numel() for b in self.batches)) <= room
         self.blocks: dict[int, tuple[nn.Module, dict[str, Change]]] = {}
         self.ready = False
 
@@ -98,9 +102,6 @@ class Net(Walk):
     def fit(self, start: Start, weight: Weight, loss: Loss, *, lr: float, epochs: int, accumulate: int, seed: int,
             dtype: torch.dtype) -> Own:
         """See `types.Net`. What is judged is what would be stored: in `dtype`, the weight in that of the files."""
-        for name, value in (("lr", lr), ("epochs", epochs), ("accumulate", accumulate)):
-            if value <= 0:
-                raise BadInput(f"{name}={value:g} trains nothing; it is above 0")
         draw = torch.Generator().manual_seed(seed)
         order = torch.cat([torch.randperm(len(self.taught), generator=draw) for _ in range(epochs)])
         updates = order.split(accumulate)
