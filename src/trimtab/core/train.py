@@ -118,7 +118,7 @@ class Net(Walk):
         while t.step < len(updates) and t.idle < PATIENCE:
             t.update(self._gradients([self.taught[n] for n in updates[t.step].tolist()], t.own, weight, loss), lr)
             if judged := t.step % EVERY == 0 or t.step == len(updates):
-                now = {n: {k: v.to(dtype) for k, v in its.items()} for n, its in t.own.items()}
+                now = {n: {k: v.to(dtype, copy=True) for k, v in its.items()} for n, its in t.own.items()}
                 value = self._measure(now, weight, loss)
                 better = value < t.least
                 t.least, t.best, t.idle = (value, now, 0) if better else (t.least, t.best, t.idle + 1)

@@ -88,7 +88,7 @@ recipe("lorc", "int(bits=4,group=128) | rtn | lorc(rank=8)", source="arXiv:2303.
     Claim("better than rounding to nearest alone at 3 bits", "lorc(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
 ], note="`gptq(bits=2) | lorc` behind any codes; `lorc(whiten=true)` is nearest in the outputs.")
 recipe("rilq", "int(bits=2,group=64,asymmetric=true,clip=mse) | gptq | rilq", source="arXiv:2412.01129 (Lee et al. 2025)", claims=[
-    Claim("better than the same rounding alone at 2 bits", "rilq", "gptq(bits=2,group=64,asymmetric=true,clip=mse)", "2-bits",
+    Claim("better than the same rounding alone at 2 bits", "rilq(bits=2)", "gptq(bits=2,group=64,asymmetric=true,clip=mse)", "2-bits",
           "up to 8.1 points of accuracy on LLaMA-3 behind QuIP#"),
 ], note="`int(bits=3) | rtn | rilq(rank=32)` behind any codes. It trains: more `epochs`, and more `--samples`, take longer and "
         "give more.")
