@@ -23,6 +23,8 @@ def result(m: Method, case: Case):
     out = m(case.env, **{k: v for k, v in case.knobs.items() if k in m.knobs})
     if m.facts.get("done"):
         out = m.facts["done"](out)
+    if m.facts.get("level") == "net":
+        out = out("site", case.env["net"].new)
     if isinstance(out, Grid):
         w = case.env["w"]
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()

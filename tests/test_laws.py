@@ -8,10 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +23,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tests import tiny
+from trimtab.core import train
 from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
+from trimtab.core.train import Net
 from trimtab.core.types import BadInput, Change, Choices, Site, Summary
 from trimtab.methods import select
 from trimtab.methods.basis import Basis
@@ -31,6 +37,7 @@ from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.rounding import Rounding
 from trimtab.methods.terms import Spared, Terms
+from trimtab.network.stream import Network
 from trimtab.runtime.layouts import check
 
 REG = load_all()
@@ -199,6 +206,8 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
     have = dict(stats(name, poor))
     if m.axis == "format":
         return {"new": next(held(m, small(m), dtype)), **given}
+    if m.facts.get("level") == "net":
+        return {"net": edited(), **given}
     pattern = unit(w.float().abs(), keep)
     if m.axis == "budget":
         have = {k: {n: stats(n, poor)[k] for n in SITES} for k in have}
@@ -216,7 +225,68 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
 
 
 def call(m: Method, at: dict[str, Any], /, **knobs: Any) -> Any:
-    return m(at, **{**small(m), **knobs})
+    out = m(at, **{**small(m), **knobs})
+    if m.facts.get("level") == "net":
+        with watching(False):
+            return mended(at["net"], out)
+    return out
+
+
+# --- a small network: two blocks of 32, all sites in two bits, and samples that repeat ------------------------------
+class Guarded(Net):
+    """What a method hands over is watched as the method is; the network's own work is not."""
+
+    def fit(self, *given: Any, **knobs: Any) -> Any:
+        def watched(f: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                with watching(True):
+                    return f(*args)
+            return run
+
+        with watching(False):
+            return super().fit(*map(watched, given), **knobs)
+
+
+@cache
+def small_network() -> tuple[Network, dict[int, dict[str, Tensor]], dict[int, dict[str, Tensor]]]:
+    """A network, the tensors of its blocks with all sites rounded to two bits, and the parts."""
+    path = tiny.save("llama", Path(tempfile.mkdtemp()) / "model")
+    net, stored, parts = Network.open(path), {}, {}
+    for i in range(net.n_blocks):
+        module, parts[i] = net.block(i), {}
+        for s in net.sites_of(i):
+            change = nearest(net.weight(module, s), 2, 8).change()
+            net.set_weight(module, s, change.w)
+            parts[i] |= {f"{s.name}:{k}": t for k, t in change.parts.items()}
+        stored[i] = net.stored(module, i)
+    return net, stored, parts
+
+
+def edited(room: float = 2e9, spill: int | None = None, state: Path | None = None) -> Guarded:
+    net, stored, parts = small_network()
+    samples = [{"input_ids": torch.randint(3, 80, (1, 12), generator=generator(k % 2))} for k in range(6)]
+    return Guarded(net, net.sites, lambda i: (stored[i], parts[i]), samples, Path(tempfile.mkdtemp()), spill, room, state)
+
+
+def mended(net: Net, mend: Callable[[str, Change], Change]) -> dict[str, Change]:
+    """Every site's change."""
+    out = {}
+    for i, sites in net.of_block.items():
+        stored, parts = net.read(i)
+        module = net.net.block(i, stored)
+        for s in sites:
+            its = {n.rpartition(":")[2]: t for n, t in parts.items() if n.rpartition(":")[0] == s.name}
+            out[s.name] = mend(s.name, Change(net.net.weight(module, s), its))
+    return out
+
+
+def held_out(net: Net, changes: dict[str, Change]) -> tuple[float, float]:
+    """The mean next-token loss of the samples held out, and how far the last hidden states are from the dense network's."""
+    net._groups([])
+    own = {name: {"w": change.w} for name, change in changes.items()}
+    seen = [net._measure(own, lambda new, its: its["w"], f) for f in (
+        lambda s: torch.nn.functional.cross_entropy(s.logits, s.following), lambda s: (s.hidden - s.dense).square().mean())]
+    return seen[0], seen[1]
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
@@ -234,6 +304,9 @@ def tensors(x: Any) -> Iterator[Tensor]:
         yield from tensors(x.parts())
     elif isinstance(x, Grid):
         yield from tensors([x.scales, x.zeros, x.table, x.levels])
+    elif isinstance(x, Net):
+        for i in x.of_block:
+            yield from tensors(list(map(dict, x.read(i))))
     elif isinstance(x, Change):
         yield from tensors([x.w, x.parts, x.mask, x.bias])
     elif isinstance(x, Summary):
@@ -306,8 +379,12 @@ MOVES = {Tensor.cpu, Tensor.cuda, Tensor.numpy, Tensor.__array__}
 class OwnDeviceOnly(TorchFunctionMode):
     """Refuses tensors made without a device, draws without a generator, and moves to a device by name."""
 
+    watching = True
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.watching:
+            return func(*args, **kwargs)
         if func in FACTORIES:
             assert kwargs.get("device") is not None or (func is torch.as_tensor and isinstance(args[0], Tensor)), \
                 f"{func.__name__} without a device"
@@ -315,6 +392,15 @@ class OwnDeviceOnly(TorchFunctionMode):
             assert kwargs.get("generator") is not None, f"{func.__name__} without a generator"
         assert func not in MOVES, f"{func.__name__}: a method stays where its input is"
         return func(*args, **kwargs)
+
+
+@contextmanager
+def watching(on: bool) -> Iterator[None]:
+    before, OwnDeviceOnly.watching = OwnDeviceOnly.watching, on
+    try:
+        yield
+    finally:
+        OwnDeviceOnly.watching = before
 
 
 def law_own_device_and_generator(m: Method) -> None:
@@ -1126,6 +1212,63 @@ def law_edit_rows(m: Method) -> None:
         close(turned.w, pruned(m, name, plain(), 0.3).w[p], 1e-4)
 
 
+# --- repair at the level of the network -----------------------------------------------------------------------------
+def law_net_lowers_what_the_held_out_samples_lose(m: Method) -> None:
+    """Their next tokens and their last hidden states together."""
+    net = edited()
+    was = held_out(net, mended(net, lambda name, new: new))
+    now = held_out(net, call(m, {"net": net}, epochs=20, lr=0.01))
+    assert sum(now) < 0.9 * sum(was)
+
+
+def law_net_is_never_worse(m: Method) -> None:
+    """Training that runs away is left out: every change is as it was."""
+    net = edited()
+    assert same(call(m, {"net": net}, lr=1e6), mended(net, lambda name, new: new))
+
+
+def law_net_keeps_what_it_says(m: Method) -> None:
+    """Codes as they were, and parts that decode to the weight."""
+    net = edited()
+    before = mended(net, lambda name, new: new)
+    for name, change in call(m, {"net": net}, epochs=20, lr=0.01).items():
+        assert not torch.equal(change.w, before[name].w)
+        if "codes" in m.facts["keeps"]:
+            was, now = Codes.among(before[name].parts), Codes.among(change.parts)
+            assert torch.equal(was.codes, now.codes) and same(was.grid, now.grid)
+            assert torch.equal(Terms.among(change.parts).weight(), change.w)
+
+
+def law_net_block_by_block_gives_the_same_bits(m: Method) -> None:
+    """Where not all blocks are held at once, and where hidden states lie in files."""
+    want = call(m, {"net": edited()}, epochs=5, lr=0.01)
+    for spill in (None, 1):
+        assert same(call(m, {"net": edited(0, spill)}, epochs=5, lr=0.01), want)
+
+
+def law_net_goes_on_where_it_was_stopped(m: Method) -> None:
+    state = Path(tempfile.mkdtemp()) / "state.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "EVERY", 7)  # other checks are another training
+        patch.setattr(train, "MINUTE", 0.0)
+        want = call(m, {"net": edited()}, epochs=20, accumulate=4, lr=0.01)
+        for stop in (1, 9, 15):
+            net = edited(state=state)
+            net.tick = stopping(stop)
+            with pytest.raises(KeyboardInterrupt):
+                call(m, {"net": net}, epochs=20, accumulate=4, lr=0.01)
+        assert train.State.read(state).step == 15
+        assert same(call(m, {"net": edited(state=state)}, epochs=20, accumulate=4, lr=0.01), want)
+
+
+def stopping(at: int) -> Callable[[str, int, int], None]:
+    def tick(stage: str, done: int, of: int) -> None:
+        if (stage, done) == ("train", at):
+            raise KeyboardInterrupt
+
+    return tick
+
+
 # --- repair ---------------------------------------------------------------------------------------------------------
 def best(w: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
     """The least calibration error a mask allows, row by row in float64."""
@@ -1460,8 +1603,9 @@ def laws_of(m: Method) -> dict[str, Callable[[Method], None]]:
     out = {}
     for n, f in LAWS.items():
         axis = n.split("_")[0]
-        if axis == m.axis or axis not in AXES:
-            out[n.removeprefix(f"{m.axis}_")] = f
+        mine = "net" if m.facts.get("level") == "net" else m.axis
+        if axis == mine or axis not in (*AXES, "net"):
+            out[n.removeprefix(f"{mine}_")] = f
     return out
 
 

@@ -15,6 +15,7 @@ from trimtab.core.edits import edit_block
 from trimtab.core.line import Options, Report
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe
+from trimtab.core.train import ROOM, held_bytes
 from trimtab.core.types import Failed, Site
 from trimtab.methods.factors import Factors
 from trimtab.network.checkpoint import SafeFile
@@ -40,6 +41,9 @@ def flops() -> float:
 def walks(sweep: list[tuple[Pass, list[Site]]]) -> float:
     """How often a sweep runs all calibration tokens through every block."""
     passes = [p for p, _ in sweep]
+    # Forward and backward, forward again where blocks are not kept, and now and then the samples held out.
+    if (trainer := passes[0].trainer) is not None:
+        return 1.0 + 4.0 * trainer.bound["epochs"]
     planned = [p for p in passes if p.chooses or (p.free and p.budget.key != "budget/uniform")]
     plan = any(line.plan_needs(p) for p in planned)
     if any(line.differentiates(p) for p in passes):
@@ -84,6 +88,10 @@ def peak(net: Network, plan: Sweeps, samples: list[data.Batch], opts: Options) -
     if needs & {"grads", "grad", "grad_sq"}:
         hidden *= net.n_blocks + 2
         work += block * (len(samples) if "grads" in needs else 2)
+    if any(p.trainer for sweep in plan for p, _ in sweep):
+        hidden *= 3
+        kept = held_bytes(net, max(line.tokens_of(net, b) for b in samples))
+        work += kept if kept <= (opts.max_memory / 4 if opts.max_memory else ROOM) else 2 * block
     table = 4.0 * getattr(net.config.get_text_config(), "vocab_size", 0) * getattr(net.config.get_text_config(), "hidden_size", 0)
     edit = hidden + max(table, block + grams * ("gram" in needs) + max(batch, work))
     if not opts.speed or opts.max_memory:
@@ -100,9 +108,10 @@ def first_guess(net: Network, recipe: Recipe, plan: Sweeps, samples: list[data.B
     forward = sum(2.0 * s.size * tokens / speed for s in net.sites)
     seconds = 0.0
     for sweep in plan:
-        grams = {(s.block, s.input): s.shape[1] for p, sites in sweep if "gram" in p.needs for s in sites}
+        edits = [(p, sites) for p, sites in sweep if not p.trainer]
+        grams = {(s.block, s.input): s.shape[1] for p, sites in edits if "gram" in p.needs for s in sites}
         seconds += walks(sweep) * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
-        seconds += sum(editing(p, s, speed) for p, sites in sweep for s in sites)
+        seconds += sum(editing(p, s, speed) for p, sites in edits for s in sites)
     seconds += 3 * net.checkpoint.weight_bytes / COPY
     disk = line.disk_estimate(net, recipe, samples if opts.max_memory else [], bool(opts.pack))
     return {"memory": peak(net, plan, samples, opts), "disk": disk,
@@ -116,7 +125,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan = line.sweeps(recipe, net.sites)
     line.check_recipe(net, recipe, plan, opts, opts.samples)
-    samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
+    samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.calibrated else []
     guess = first_guess(net, recipe, plan, samples, opts)
     tick(f"estimate: {guess['memory'] / 1e9:.2f} GB memory, {guess['disk'] / 1e9:.2f} GB disk, {guess['minutes']:.1f} minutes", 0, 0)
     line.check_room(out, guess["disk"])

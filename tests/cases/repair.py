@@ -1,11 +1,13 @@
 """One weight of two is gone; the other makes up for it as far as the inputs correlate."""
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tests.cases import Case
 from tests.cases.edit import Whole
-from trimtab.core.types import Change
+from trimtab.core.types import Change, Loss, Seen, Start, Weight
 from trimtab.methods.codes import nearest, rounded
 
 
@@ -17,6 +19,23 @@ def halved(w: list[list[float]], mask: list[list[int]], gram: list[list[float]])
 PAIR = halved([[1.0, 2.0], [2.0, 1.0]], [[0, 1], [1, 0]], [[2.0, 1.0], [1.0, 1.0]])
 TWO = torch.tensor([[1.4, 2.4]])
 EVEN = halved([[1.0, 2.0]], [[0, 1]], [[4.0, 2.0], [2.0, 4.0]])
+
+class Handed:
+    """One site and one sequence: what training is handed comes out as the factors, to be seen."""
+
+    def __init__(self, new: Change, seen: Seen):
+        self.new, self.seen = new, seen
+
+    def fit(self, start: Start, weight: Weight, loss: Loss, **_: object) -> dict[str, dict[str, torch.Tensor]]:
+        own = start(self.new, torch.Generator().manual_seed(0))
+        assert torch.equal(weight(self.new, own), self.new.w)  # nothing at first
+        own = {"left": torch.full_like(own["left"], float(loss(self.seen))).bfloat16(), "right": torch.tensor([[1.0, 2.0]]).bfloat16()}
+        return {"site": own}
+
+
+# Off by 3 and by 1: 5. Two tokens that are followed by what had a chance of one half and, of the other, one quarter.
+NINE = nearest(torch.tensor([[9.0, 4.0]]), 2).change()
+SEEN = Seen(torch.tensor([[3.0, 2.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)]]), torch.tensor([1, 0]))
 
 CASES = {
     # 2 + 1 * G_12 / G_22 = 3 and 2 + 1 * G_12 / G_11 = 2.5.
@@ -41,4 +60,7 @@ CASES = {
     # One step is 1, and 1.4 and 2.4 are 1 and 2: w G w' = 6.2 and w' G w' = 5, so the step becomes 1.24.
     "repair/gain": Case({"w": TWO, "new": rounded(TWO, Whole(4, 1.0)(TWO), 2).change(), "gram": torch.eye(2)}, [[1.24, 2.48]],
                         differs="repair/clip"),
+    # (5 + (ln 2 + ln 4) / 2) / 2 = 3.02 is 3.015625 in bfloat16; times [1, 2] beside the codes [9, 0].
+    "repair/rilq": Case({"w": torch.tensor([[9.0, 4.0]]), "new": NINE, "gram": torch.eye(2), "net": Handed(NINE, SEEN)},
+                        [[9 + 3.015625, 2 * 3.015625]], {"rank": 1}, differs="repair/lorc"),
 }

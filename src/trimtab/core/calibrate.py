@@ -143,8 +143,9 @@ class Walk:
         self.store: Store | None = None
         self.made = 0
 
-    def _new(self, like: Tensor, places: int = 1) -> Store:
-        rows = sum(len(next(iter(b.values()))) for b in self.batches)
+    def _new(self, like: Tensor, places: int = 1, rows: int = 0) -> Store:
+        """Room for hidden states of so many sequences, or of all, at one of `places`."""
+        rows = rows or sum(len(next(iter(b.values()))) for b in self.batches)
         size = like[0].numel() * like.element_size() * rows * places
         self.made += 1
         spilled = self.spill is not None and size > self.spill

@@ -37,6 +37,17 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """A safetensors file with `notes` in its metadata; atomically."""
+    from safetensors.torch import save_file
+
+    tmp = path.with_suffix(".tmp")
+    save_file(tensors, tmp, metadata={"notes": json.dumps(notes, sort_keys=True)})
+    sync(tmp)
+    os.replace(tmp, path)
+    sync(path.parent)
+
+
 class Journal:
     """The staging directory of one output, held under a lock that dies with its holder."""
 
@@ -129,13 +140,9 @@ class Journal:
     def has_block(self, sweep: int, block: int) -> bool:
         return self.block_path(sweep, block).exists()
 
+    def training_path(self, sweep: int) -> Path:
+        return self.dir / f"sweep{sweep}-training.safetensors"
+
     def write_block(self, sweep: int, block: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """`tensors` in the checkpoint's own names and layout, parts under `trimtab:<site>:<part>`; atomically."""
-        from safetensors.torch import save_file
-
-        path = self.block_path(sweep, block)
-        tmp = path.with_suffix(".tmp")
-        save_file(tensors, tmp, metadata={"notes": json.dumps(notes, sort_keys=True)})
-        sync(tmp)
-        os.replace(tmp, path)
-        sync(self.dir)
+        write_tensors(self.block_path(sweep, block), tensors, notes)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,17 @@ import trimtab
 from trimtab.core import data as data_
 from trimtab.core import memory, pack
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
-from trimtab.core.edits import Gridded, Unit, edit_block, score_site
+from trimtab.core.edits import Gridded, Unit, checked, edit_block, score_site
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.registry import get, load_all
-from trimtab.core.spec import Pass, Recipe
-from trimtab.core.types import BadInput, Choices, Failed, Site, Summary
+from trimtab.core.spec import Pass, Recipe, Step
+from trimtab.core.train import ROOM, Net
+from trimtab.core.types import BadInput, Change, Choices, Failed, Site, Summary
 from trimtab.methods.codes import rounded
 from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits
+from trimtab.methods.rounding import ACT
+from trimtab.methods.terms import of_site
 from trimtab.network.checkpoint import PARTS, Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
@@ -78,12 +81,14 @@ def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site
         if not mine:
             raise BadInput(f"scope {p.scope!r} matches no site; sites are named like {', '.join(s.name for s in sites[:3])}")
         names = {s.name for s in mine}
-        last = out[-1] if out else None
+        last = out[-1] if out and out[-1][0][0].trainer is None else None
         alike = last and (last[0][0].order, differentiates(last[0][0])) == (p.order, differentiates(p))
+        edits, *trains = p.stages
         if last and alike and not any(s.name in names for _, ss in last for s in ss):
-            last.append((p, mine))
+            last.append((edits, mine))
         else:
-            out.append([(p, mine)])
+            out.append([(edits, mine)])
+        out += [[(one, mine)] for one in trains]
     return out
 
 
@@ -118,6 +123,15 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
     largest = max((sum(s.size for s in net.sites_of(i)) for i in range(net.n_blocks)), default=0)
     for k, sweep in enumerate(plan_sweeps):
         for p, sites in sweep:
+            if (trainer := p.trainer) is not None:
+                if net.kind != "lm":
+                    raise BadInput(f"{trainer} trains on a language model's next tokens, and this model has none; use lorc, clip or greedy")
+                if samples < 2:
+                    raise BadInput(f"{trainer} judges itself by samples held out; use --samples 2 or more")
+                for name, value in trainer.bound.items():
+                    if name in ("lr", "epochs", "accumulate") and value <= 0:
+                        raise BadInput(f"{trainer}: {name}={value:g} trains nothing; it is above 0")
+                continue  # what it edits is a stage before it
             shifts = [r for r in p.repairs if "bias" in r.method.facts["leaves"]]
             if shifts and (bare := [s.name for s in sites if not net.has_bias(s)]):
                 names = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
@@ -377,7 +391,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
     plan_sweeps = sweeps(recipe, net.sites)
     check_recipe(net, recipe, plan_sweeps, opts, opts.samples)
-    samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.needs else []
+    samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.calibrated else []
     proof = proof_samples(net, opts)
     header = make_header(net, recipe, samples, opts)
     journal, loaded = Journal(out), time.time()
@@ -471,8 +485,10 @@ def check_room(out: Path, need: float) -> None:
 
 def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch], packed: bool = False) -> int:
     hidden = sum(tokens_of(net, b) for b in samples) * int(getattr(net.config, "hidden_size", 0)) * 4
-    places = net.n_blocks + 2 if any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs) else 1
-    return int(net.checkpoint.plain_bytes * (2.2 + 1.1 * packed + 1.1 * max(0, len(recipe.passes) - 1)) + hidden * places + 1e7)
+    stages = [one for p in recipe.passes for one in p.stages]
+    everywhere = any(p.trainer for p in stages) or any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs)
+    places = net.n_blocks + 2 if everywhere else 1
+    return int(net.checkpoint.plain_bytes * (2.2 + 1.1 * packed + 1.1 * max(0, len(stages) - 1)) + hidden * places + 1e7)
 
 
 def tokens_of(net: Network, batch: data_.Batch) -> int:
@@ -514,7 +530,22 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
     final = {s.name: k for k, sweep in enumerate(plan_sweeps) for _, sites in sweep for s in sites}
     plan = journal.plan() or {"header": header}
     all_shares: dict[str, dict[str, float | str]] = plan.get("shares", {})
+
+    def noted(k: int, s: Site, change: Change, parts: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """A site's parts, and what sweep k says of it, among those of its block."""
+        if not opts.pack and k == final[s.name]:  # counted here, where it is not written
+            packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
+            notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
+        if (factors := Factors.among(change.parts)) is not None:
+            notes.setdefault("ranks", {})[s.name] = factors.rank
+        if change.mask is not None:
+            parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
+        parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
+
     for k, sweep in enumerate(plan_sweeps):
+        if (trainer := sweep[0][0].trainer) is not None:
+            train(net, trainer, *sweep[0], k, samples, journal, opts, noted, tick)
+            continue
         if str(k) not in all_shares:
             all_shares[str(k)] = decide(net, sweep, k, walk_on, opts, tick)
             write_json(journal.dir / "plan.json", {**plan, "shares": all_shares})
@@ -532,14 +563,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             notes["starved"] = stats.starved() if stats else []
             changes, others = edit_block(net, module, i, owner, shares, stats, priors)
             for s, change in changes:
-                if not opts.pack and k == final[s.name]:  # counted here, where it is not written
-                    packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
-                    notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
-                if (factors := Factors.among(change.parts)) is not None:
-                    notes.setdefault("ranks", {})[s.name] = factors.rank
-                if change.mask is not None:
-                    parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
-                parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
+                noted(k, s, change, parts, notes)
             mine = {n.removeprefix(pack.PART): t for n, t in parts.items()}
             net.as_rounded(module, i, {n: t for n, t in mine.items() if n.rpartition(":")[0] in owner})
             # `before` for the norms that an earlier sweep scaled
@@ -551,6 +575,37 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                     needs.pop(s.name, None)
         walk_on(needs, edit, sweep[0][0].order, lambda d, n: tick("edit", d, n), k)
     return {n: v for shares in all_shares.values() for n, v in shares.items()}
+
+
+def train(net: Network, trainer: Step, p: Pass, sites: list[Site], k: int, samples: list[data_.Batch], journal: Journal, opts: Options,
+          noted: Callable[..., None], tick: Report) -> None:
+    """The repair of a pass that trains: a stage of its own, from the blocks that the stage before it left."""
+    def before(i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return read_block(journal.block_path(k - 1, i))[:2]
+
+    blocks = [i for i in range(net.n_blocks) if not journal.has_block(k, i)]
+    if not blocks:
+        return
+    spill, room = (None, ROOM) if opts.max_memory is None else (opts.max_memory // 16, opts.max_memory / 4)
+    handle = Net(net, sites, before, samples, journal.dir, spill, room, journal.training_path(k), tick)
+    try:
+        mend = trainer.method({"net": handle}, **trainer.bound)
+    finally:
+        handle.close()
+    for i in blocks:
+        tensors, priors, notes = read_block(journal.block_path(k - 1, i))
+        module, parts = net.block(i, tensors), {f"trimtab:{n}": t for n, t in priors.items()}
+        for s in (s for s in sites if s.block == i):
+            its = of_site(priors, s.name)
+            new = Change(net.weight(module, s).float(), its)
+            change = mend(s.name, new)
+            if change is not new:
+                checked(p, s, new.w, None, change)
+                met = {n: its[n] for n in ACT if n in its}  # how inputs are rounded is nothing of the weight's
+                change = replace(change, w=change.w.to(net.stored_dtype(s)), parts={**change.parts, **met})
+                net.set_weight(module, s, change.w)
+            noted(k, s, change, parts, notes)
+        journal.write_block(k, i, {**tensors, **net.stored(module, i), **parts}, notes)
 
 
 def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], journal: Journal,

@@ -26,7 +26,7 @@ DATA: dict[str, set[str]] = {
     "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
     "edit": {"w", "keep", "mask", "unit", "grid"},
-    "repair": {"w", "new"},
+    "repair": {"w", "new", "net"},
     "input": set(),
     "format": {"new"},
 }
@@ -56,6 +56,8 @@ KNOBS = {
     "vector": "outputs that share an index into a codebook",
     "residual": "bits a weight of a second codebook, for what the first one leaves, 0 for none",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
+    "lr": "learning rate", "epochs": "how often training sees every sample",
+    "accumulate": "samples whose gradients make one update",
 }
 # Declared beside a method, and nothing of what it computes.
 ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "keeps", "leaves", "either", "rounded")
@@ -172,8 +174,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # grid; either: whether its groups may lie along the outputs.
     "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False},
     # keeps: what of an edit, and of repairs before it, it leaves as it is: "mask", "codes", "factors", "books"; leaves: what it adds:
-    # "factors", or a "bias", for sites that have one.
-    "repair": {"keeps": ("mask",), "leaves": ()},
+    # "factors", or a "bias", for sites that have one; level: what it sees at once, "site" or "net": there it is given the network behind
+    # the sweep, trains, and returns what mends a site: f(name, change) -> change.
+    "repair": {"keeps": ("mask",), "leaves": (), "level": "site"},
     "input": {},
     # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of
     # every buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that

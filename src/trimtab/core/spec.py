@@ -88,6 +88,17 @@ class Pass:
         return [s for s in self.steps.values() if s.method.axis == "repair"]
 
     @property
+    def trainer(self) -> Step | None:
+        """The repair of the whole network, if it has one: a stage of its own, behind what it edits."""
+        return next((r for r in self.repairs if r.method.facts["level"] == "net"), None)
+
+    @property
+    def stages(self) -> list[Pass]:
+        """What it does block by block, and then the pass itself where it trains."""
+        before = {k: s for k, s in self.steps.items() if s is not self.trainer}
+        return [replace(self, steps=before), self] if self.trainer else [self]
+
+    @property
     def options(self) -> list[Pass]:
         """With each of the grids that a site may take; itself where there is nothing to choose."""
         return [replace(self, steps={**self.steps, "grid": g}) for g in self.steps["grid"].options] if self.chooses else [self]
@@ -157,6 +168,11 @@ class Recipe:
     @property
     def needs(self) -> set[str]:
         return {n for p in self.passes for n in p.needs}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it sees calibration samples."""
+        return bool(self.needs) or any(p.trainer for p in self.passes)
 
     @property
     def methods(self) -> dict[str, str]:
@@ -444,6 +460,10 @@ def _checked(p: Pass) -> Pass:
             who = next(iter(lost.values()))
             raise BadInput(f"{r} would leave the {' and '.join(lost)} of {who}" + (
                 f"; put it in front of {who}" if who != edit.name else f"; {', '.join(keep)} would not" if keep else ""))
+        if not {*leaves, "mask"} & set(r.method.facts["keeps"]):
+            raise BadInput(f"{r} mends codes, and {p.steps['edit']} leaves none; put it behind rtn or gptq")
+        if r is p.trainer and r is not p.repairs[-1]:
+            raise BadInput(f"{r} trains behind all that works block by block; put it last")
         leaves |= dict.fromkeys(r.method.facts["leaves"], r.method.name)
     if p.keep is not None and not p.free:
         raise BadInput(f"keep is given, but {p.steps.get('unit', p.steps['edit'])} fixes its own share: leave keep out")

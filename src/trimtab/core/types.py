@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -137,6 +137,32 @@ class Choices:
     names: tuple[str, ...]
     bytes: tuple[int, ...]
     losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one sequence came to, padding left out: `hidden` [tokens, width] behind the last norm, and `dense`, what it is in the dense
+    network; of the tokens that another one follows, `logits` [followed, vocabulary] and `following` [followed], that token."""
+
+    hidden: Tensor
+    dense: Tensor
+    logits: Tensor
+    following: Tensor
+
+
+Start = Callable[[Change, torch.Generator], dict[str, Tensor]]
+Weight = Callable[[Change, Mapping[str, Tensor]], Tensor]
+Loss = Callable[[Seen], Tensor]
+
+
+class Net(Protocol):
+    """A network as a repair sees it that trains at its level: sites that were edited, and calibration samples to train on."""
+
+    def fit(self, start: Start, weight: Weight, loss: Loss, *, lr: float, epochs: int, accumulate: int, seed: int,
+            dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+        """Train the float32 tensors that `start` makes of every site's change, to lower the mean `loss` of a sequence; `weight` is the
+        site's weight [out, in] that comes of them. Returns what did best on samples held out, in `dtype`, by site and name; nothing
+        where the sites as they are did best."""
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,16 @@ class Network:
                 return getattr(out, name)
         raise Failed(f"{type(self.model).__name__} gives neither logits nor a hidden state")
 
+    def ends(self, hidden: Tensor, context: Context, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What `finish` gives of a language model, and before it what its head sees: the hidden states behind the last norm."""
+        seen: list[Tensor] = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        try:
+            logits = self.finish(hidden, context, batch)
+        finally:
+            hook.remove()
+        return seen[0], logits
+
     # ---- blocks ---------------------------------------------------------------------------
     def block(self, i: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Block `i` with its weights in the compute dtype, from the files or, by stored name, from `replaced`."""

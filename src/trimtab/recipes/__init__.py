@@ -91,6 +91,11 @@ recipe("gain", "int(bits=4,group=128) | rtn | gain", source="ours, for the re-tu
     Claim("better than rounding to nearest alone at 4 bits", "gain(bits=4)", "rtn(bits=4)", "4-bits", "ours: no figure"),
     Claim("better than rounding to nearest alone at 3 bits", "gain(bits=3)", "rtn(bits=3)", "3-bits", "ours: no figure"),
 ], note="No byte more: the scales take it in. Behind any codes, `gptq(bits=2)` too, and in front of `lorc` or `bias`.")
+recipe("rilq", "int(bits=2,group=64,asymmetric=true,clip=mse) | gptq | rilq", source="arXiv:2412.01129 (Lee et al. 2025)", claims=[
+    Claim("better than the same rounding alone at 2 bits", "rilq(bits=2)", "gptq(bits=2,group=64,asymmetric=true,clip=mse)", "2-bits",
+          "up to 8.1 points of accuracy on LLaMA-3 behind QuIP#"),
+], note="`int(bits=3) | rtn | rilq(rank=32)` behind any codes. It trains: more `epochs`, and more `--samples`, take longer and "
+        "give more.")
 recipe("super_weight", "*.down: site | spike | uniform | spare(keep=0.01%) ; all: int(bits=4,group=128) | rtn",
        source="arXiv:2411.07191 (Yu et al. 2024)", claims=[
     Claim("better than rounding to nearest alone at 4 bits", "super_weight", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),

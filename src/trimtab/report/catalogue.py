@@ -16,7 +16,8 @@ def catalogue(name: str | None = None, axis: str | None = None) -> dict[str, Any
     reg, recipes = load_all(), rows()
     if axis is not None and axis not in (*AXES, "recipe"):
         raise BadInput(f"no axis {axis!r}; axes are {', '.join(AXES)}, recipe")
-    methods = {k: {"axis": m.axis, "name": m.name, **m.doc, "needs": list(m.needs), "knobs": m.knobs, "decides": [m.axis, *m.joint]}
+    methods = {k: {"axis": m.axis, "name": m.name, **m.doc, "needs": list(m.needs) or [d for d in m.data if d == "net"],
+                   "knobs": m.knobs, "decides": [m.axis, *m.joint]}
                for k, m in reg.items() if (axis in (None, m.axis)) and (name is None or name in (k, m.name))}
     for m in methods.values():
         if m["axis"] == "format":
