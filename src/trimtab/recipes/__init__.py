@@ -95,10 +95,10 @@ recipe("super_weight", "*.down: site | spike | uniform | spare(keep=0.01%) ; all
        source="arXiv:2411.07191 (Yu et al. 2024)", claims=[
     Claim("better than rounding to nearest alone at 4 bits", "super_weight", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
 ], note="Small networks have no super weight: `spare` then keeps what is largest, and little is gained.")
-recipe("adpq", "site | magnitude | uniform | spare(keep=8%,bits=4) ; int(bits=4,group=128) | rtn",
+recipe("adpq", "site | magnitude | uniform | spare(keep=8%,single=4) ; int(bits=4,group=128) | rtn",
        source="arXiv:2405.13358 (AdpQ) and arXiv:2501.09107, statistical pre-calibration (Ghaffari et al. 2024, 2025)", claims=[
-    Claim("better than rounding to nearest alone at 4 bits", "adpq(bits=4)", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
-    Claim("better than rounding to nearest alone at 3 bits", "adpq(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
+    Claim("better than rounding to nearest alone at 4 bits", "adpq(bits=4,single=4)", "rtn(bits=4)", "4-bits", "figures not read"),
+    Claim("better than rounding to nearest alone at 3 bits", "adpq(bits=3,single=3)", "rtn(bits=3)", "3-bits", "figures not read"),
 ], note="Adaptive LASSO shrinks to zero what has |w|^2 <= lambda': the share above it, 8 % as recalled, is what a threshold of magnitude "
         "keeps. `site | magnitude | spare(keep=1%) ; int(bits=3) | gptq` goes on from a split of fewer bytes.")
 recipe("llm_int8", "above(limit=6) | peak | spare(bits=8) ; int(bits=8,group=0) | rtn", source="arXiv:2208.07339 (Dettmers et al. 2022)",
