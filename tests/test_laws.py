@@ -450,8 +450,8 @@ def law_uses_knobs(m: Method) -> None:
         with_it = {"clip": k} if k == "percentile" else {"whiten": True} if k == "damp" and "whiten" in m.knobs else {}
         with_it = {"clip": "mse"} if k == "act_bits" and "clip" in m.knobs else with_it  # who else looks at steps
         with_it = {"feedback": True} if k == "damp" and "feedback" in m.knobs else with_it
-        if m.facts.get("spares"):  # whose knobs are those of whole inputs
-            given = [env(m, name, unit=Unit(get("unit/inputs"))) for name in THREE]
+        if m.facts.get("spares"):  # which has knobs for whole inputs too
+            given += [env(m, name, unit=Unit(get("unit/inputs"))) for name in THREE]
         assert any(differs(m, at, {k: t}, with_it) for t in tries if t != v for at in given), f"{k} makes no difference"
 
 
@@ -1067,7 +1067,7 @@ def law_edit_spares(m: Method) -> None:
         assert not bool(spared.rest(w)[mask].any()) and torch.equal(spared.rest(w)[~mask], w[~mask])
         near = []
         for bits in (2, 3, 4, 8):
-            new = call(m, {**env(m, name), "mask": mask}, bits=bits)
+            new = call(m, {**env(m, name), "mask": mask}, single=bits)
             spared = Spared.among(new.parts)
             assert torch.equal(new.w[~mask], w[~mask]) and torch.equal(spared.entries, new.w[mask])
             assert torch.equal(spared.entries, spared.entries.bfloat16().float()) and not bool(spared.rest(new.w)[mask].any())

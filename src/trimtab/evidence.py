@@ -67,7 +67,7 @@ SETTINGS = {
         ("ldlq(", ")"), ("adaround(", ")"), ("adaquant(", ")"), ("lorc(", ")"), ("lorc(whiten=true,", ")"), ("adadim(", ")"),
         ("gain(", ")"), ("int(group=128,", ") | gptq | gain"),
         (FINE, ") | gptq"), (FINE, ") | gptq | greedy"), (FINE, ") | adaquant"), *((f"{r} | {FINE}", ") | gptq") for r in BASES),
-        *([("super_weight(", ")")] if bits == 4 else []), *([("adpq(", ")")] if bits > 2 else []),
+        *([("super_weight(", ")")] if bits == 4 else []), *([("adpq(", f",single={bits})")] if bits > 2 else []),
         *([("vptq(", ")"), ("quip(", ")"), ("rilq(", ")")] if bits == 2 else []))),
         f"all linear weights in {bits} bits, a scale for 128 inputs (nf: 64)") for bits in (4, 3, 2)},
 }

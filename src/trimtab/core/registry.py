@@ -55,6 +55,7 @@ KNOBS = {
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "vector": "outputs that share an index into a codebook",
     "residual": "bits a weight of a second codebook, for what the first one leaves, 0 for none",
+    "single": "bits of a single weight that is spared, 0 for as it is",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
     "lr": "learning rate", "epochs": "how often training sees every sample",
     "accumulate": "samples whose gradients make one update",

@@ -127,10 +127,10 @@ recipe("repquant", "*.q,*.k,*.v,*.gate,*.up: channelwise(act_bits=6,clip=mse) | 
     Claim("better than one step for all channels with inputs of 6 bits", "repquant",
           "int(bits=8,group=0) | adaquant | static(act_bits=6)", "w8a6", "on vision transformers; figures not read"),
 ], note="Softmax is not rounded here, and so needs no logarithmic codes.")
-recipe("adpq", "site | magnitude | uniform | spare(keep=8%,bits=4) ; int(bits=4,group=128) | rtn",
+recipe("adpq", "site | magnitude | uniform | spare(keep=8%,single=4) ; int(bits=4,group=128) | rtn",
        source="arXiv:2405.13358 (AdpQ) and arXiv:2501.09107, statistical pre-calibration (Ghaffari et al. 2024, 2025)", claims=[
-    Claim("better than rounding to nearest alone at 4 bits", "adpq(bits=4)", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),
-    Claim("better than rounding to nearest alone at 3 bits", "adpq(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
+    Claim("better than rounding to nearest alone at 4 bits", "adpq(bits=4,single=4)", "rtn(bits=4)", "4-bits", "figures not read"),
+    Claim("better than rounding to nearest alone at 3 bits", "adpq(bits=3,single=3)", "rtn(bits=3)", "3-bits", "figures not read"),
 ], note="Adaptive LASSO shrinks to zero what has |w|^2 <= lambda': the share above it, 8 % as recalled, is what a threshold of magnitude "
         "keeps. `site | magnitude | spare(keep=1%) ; int(bits=3) | gptq` goes on from a split of fewer bytes.")
 recipe("ptq161", "inputs | peak | uniform | spare(keep=0.2,bits=4) ; ptq161", source="arXiv:2502.13179 (Zhao et al. 2025)", claims=[

@@ -10,15 +10,15 @@ from trimtab.methods.terms import Spared
 
 
 @method("edit", drops=False, spares=True)
-def spare(w: Tensor, mask: Tensor, *, bits: int = 0) -> Change:
+def spare(w: Tensor, mask: Tensor, *, bits: int = 8, single: int = 0) -> Change:
     """Keep the best out of the hands of later passes, which have what is left.
 
-    `w` [out, in], `mask` bool [out, in]: the share that is spared. Where it is whole inputs these are kept in `bits` bits (0: 8), a scale
-    an output (parts columns [k] and their codes), and w [out, in] has them so. Single weights (parts entries [n] and entries_at [n, 2]) are
-    kept as they are (0), or as w [out, in] then has them in `bits` bits, a scale an output.
+    `w` [out, in], `mask` bool [out, in]: the share that is spared. Where it is whole inputs these are kept in `bits` bits, a scale an
+    output (parts columns [k] and their codes), and w [out, in] has them so. Single weights (parts entries [n] and entries_at [n, 2]) are
+    kept as they are, or in `single` bits, a scale an output, and w [out, in] has them so.
 
-    Formula: W = W_spared + W_rest; later passes are given W_rest, without the columns that were spared. Single weights in bits:
-        s round(w / s), s = max |w| / (2^(bits - 1) - 1) over those of an output, rounded up to 9 - bits digits: all are bfloat16
+    Formula: W = W_spared + W_rest; later passes are given W_rest, without the columns that were spared. Single weights in b bits:
+        s round(w / s), s = max |w| / (2^(b - 1) - 1) over those of an output, rounded up to 9 - b binary digits: all are bfloat16
     Source: Dettmers et al. 2022 (LLM.int8), arXiv:2208.07339, equation 8 (inputs); Yu et al. 2024, arXiv:2411.07191 (single weights);
         Ghaffari et al. 2024 (AdpQ), arXiv:2405.13358 (single weights in bits, with a range of their own)
     Deviations: inputs in codes, where LLM.int8 has float16. Single weights share a scale by output, where AdpQ has groups, and are
@@ -27,11 +27,11 @@ def spare(w: Tensor, mask: Tensor, *, bits: int = 0) -> Change:
     columns = mask.all(0)
     if bool(columns.any()) and bool((mask.any(0) == columns).all()):
         at = columns.nonzero()[:, 0].int()
-        spared = Spared(columns=at, codes=nearest(w[:, columns].float(), bits or 8))
+        spared = Spared(columns=at, codes=nearest(w[:, columns].float(), bits))
         return Change(spared.whole(spared.rest(w.float())).to(w.dtype), spared.parts())
     if not bool(mask.any()):
         return Change(w)
-    kept = on_grid(w.float() * mask, bits) if bits else w.float()
+    kept = on_grid(w.float() * mask, single) if single else w.float()
     spared = Spared(entries=kept[mask], at=mask.nonzero().int().contiguous())
     return Change(torch.where(mask, kept.to(w.dtype), w), spared.parts())
 
