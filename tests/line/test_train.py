@@ -109,7 +109,7 @@ def test_only_its_own_sites_and_others_may_follow(capsys, tiny_lm, tmp_path, cal
     ("vptq | rilq", [], "would leave the books"),
     ("row | wanda ; int(group=32) | rtn | rilq", [], "would bring back weights"),
     ("int(group=32) | rtn | rilq ; mlp: int(group=32) | rtn", [], "would leave its grid"),
-    ("int(group=32) | rtn | rilq | lorc", [], "both decide repair"),
+    ("int(group=32) | rtn | rilq | lorc", [], "put it last"),
     ("int(group=32) | rtn | rilq(rank=33)", [], "a rank is 1 to"),
     ("int(group=32) | rtn | rilq", ["--samples", "1"], "--samples 2"),
     ("int(group=32) | rtn | rilq(epochs=0)", [], "epochs=0 trains nothing"),

@@ -94,8 +94,7 @@ recipe("gain", "int(bits=4,group=128) | rtn | gain", source="ours, for the re-tu
 recipe("rilq", "int(bits=2,group=64,asymmetric=true,clip=mse) | gptq | rilq", source="arXiv:2412.01129 (Lee et al. 2025)", claims=[
     Claim("better than the same rounding alone at 2 bits", "rilq(bits=2)", "gptq(bits=2,group=64,asymmetric=true,clip=mse)", "2-bits",
           "up to 8.1 points of accuracy on LLaMA-3 behind QuIP#"),
-], note="`int(bits=3) | rtn | rilq(rank=32)` behind any codes. It trains: more `epochs`, and more `--samples`, take longer and "
-        "give more.")
+], note="`int(bits=3) | rtn | rilq(rank=32)` behind any codes; more `epochs` of few samples are learned by heart.")
 recipe("super_weight", "*.down: site | spike | uniform | spare(keep=0.01%) ; all: int(bits=4,group=128) | rtn",
        source="arXiv:2411.07191 (Yu et al. 2024)", claims=[
     Claim("better than rounding to nearest alone at 4 bits", "super_weight", "rtn(bits=4)", "4-bits", "figures recalled, not asserted"),

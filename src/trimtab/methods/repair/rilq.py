@@ -14,7 +14,7 @@ from trimtab.methods.terms import Terms
 
 
 @method("repair", keeps=("codes", "factors"), leaves=("factors",), level="net")
-def rilq(net: Net, *, rank: int = 16, lr: float = 1e-3, epochs: int = 8, accumulate: int = 8,
+def rilq(net: Net, *, rank: int = 16, lr: float = 1e-3, epochs: int = 4, accumulate: int = 8,
          seed: int = 0) -> Callable[[str, Change], Change]:
     """Products of small rank beside the codes of all sites, trained together for what the network says at its end.
 
