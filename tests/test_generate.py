@@ -287,3 +287,12 @@ def test_goals_of_one_model_are_not_those_of_another() -> None:
     assert "decode 1.20 x onnxruntime genai int4, got 1.111: **missed** (openvino genai int4 not measured)" in small
     assert "onnxruntime genai int4, got" not in large and "decode 1.30 x llama.cpp q4_0, got 2.000: met" in large
     assert "prefill 1.10 x (transformers int8, openvino genai int8 not measured)" in large
+
+
+def test_the_table_beside_llmcompressor_says_what_was_missed() -> None:
+    of = {"model": "llama-1b", "setting": "llmcompressor gptq w4a16, 16 x 256", "wanted": 0.5}
+    rows = [row("gptq", 5e8, metric="peak_over_import", theirs=4e9, ratio=0.125, met=True) | of,
+            row("gptq", 60.0, metric="whole_seconds", theirs=80.0, ratio=0.75, met=False) | of, row("wanda", 1.0)]
+    memory, seconds = generate.llmcompressor_table(rows, {}, REG).splitlines()[2:]
+    assert memory == "| gptq w4a16 | `gptq` | 16 x 256 | MB over a bare import | 500 | 4,000 | 0.125 | 0.500 x: met |"
+    assert seconds == "| gptq w4a16 | `gptq` | 16 x 256 | seconds | 60.0 | 80.0 | 0.750 | 0.500 x: **missed** |"

@@ -504,6 +504,20 @@ def law_stat_size_of_batches(m: Method) -> None:
         close(accumulate(m, seen), accumulate(m, split))
 
 
+def law_stat_held_once(m: Method) -> None:
+    """A mean takes the place of its sum, and asking again gives the same."""
+    site = next(s for s in SITES.values() if s.block == 0)
+    if m.facts["of"] != "input" or not m.facts["mean"]:
+        return
+    collect = Collector({site.name: {m.name}}, SITES)
+    for x in batches(site.name, "input"):
+        collect.see("input", site.input, *x)
+    first = collect.of(site)[m.name]
+    assert collect.sums[m.name, site.input] is first
+    close(first, accumulate(m, batches(site.name, "input")))
+    assert torch.equal(collect.of(site)[m.name], first)
+
+
 def law_stat_same_in_the_engine(m: Method) -> None:
     """Taken together with all others, from one pass over a block."""
     every = {k.name for k in REG.values() if k.axis == "stat"}

@@ -342,10 +342,25 @@ def cache_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Met
     return table(["network", "behind", "threads", "keys and values", "ms a step", "held"], body) if body else NOT_YET
 
 
+def llmcompressor_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/llmcompressor.py: ours, theirs, and whether their ratio is what was wanted."""
+    units = {"perplexity": ("perplexity, weights rounded", 1.0, ".3f"),
+             "perplexity_int8_inputs": ("perplexity, inputs in int8 too", 1.0, ".3f"), "whole_seconds": ("seconds", 1.0, ",.1f"),
+             "peak_over_import": ("MB over a bare import", 1e-6, ",.0f")}
+    body = []
+    for r in (r for r in every if "theirs" in r):
+        what, by, form = units[r["metric"]]
+        mine, its = (f"{r[k] * by:{form}}" for k in ("value", "theirs"))
+        wanted = f"{r['wanted']:.3f} x: {'met' if r['met'] else '**missed**'}"
+        scheme, _, data = r["setting"].removeprefix("llmcompressor ").partition(", ")
+        body.append((scheme, code(r["recipe"]), data, what, mine, its, f"{r['ratio']:.3f}", wanted))
+    return table(["scheme", "our recipe", "samples", "what", "ours", "llmcompressor", "ratio", "wanted at most"], body) if body else NOT_YET
+
+
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
-    "profiles": profiles_table, "cache": cache_table,
+    "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table,
 }
 
 

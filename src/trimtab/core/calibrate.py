@@ -115,8 +115,12 @@ class Collector:
             width = site.shape[0] if _of(stat) == "mid" and site.consumer in self.sites else site.shape[1]
             zero = m.fn(torch.zeros(site.shape if _of(stat) == "grad" else (1, width)))
             return zero[None] if m.facts["merge"] == "stack" else zero
-        value = LISTS[m.facts["merge"]](self.sums[at]) if m.facts["merge"] in LISTS else self.sums[at]
-        value = value / self.counts[at] if m.facts["mean"] else value
+        if m.facts["merge"] in LISTS:
+            value = LISTS[m.facts["merge"]](self.sums[at])
+        else:
+            if m.facts["mean"] and self.counts[at] != 1:  # in the sum's place: both would be the largest things held
+                self.sums[at], self.counts[at] = self.sums[at] / self.counts[at], 1
+            value = self.sums[at]
         return m.facts["done"](value) if m.facts["done"] else value
 
     def starved(self) -> list[str]:

@@ -409,6 +409,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
         notes = assemble(net, recipe, plan_sweeps, journal, header, shares, opts, tick)
         journal.publish(journal.dir / "finished")
         journal.close(remove=True)
+    notes["load_seconds"] = round(loaded - began, 3)  # what is checked before
     notes["edit_seconds"] = round(time.time() - loaded, 3)  # calibrate, plan, edit, repair, pack, write
     notes["edit_peak_rss_bytes"] = memory.peak_rss()
     net.release()
