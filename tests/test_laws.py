@@ -538,6 +538,20 @@ def law_stat_same_in_the_engine(m: Method) -> None:
                   accumulate(m, batches(seen.get(what, name), "input" if what == "mid" else what)))
 
 
+def law_stat_adds_in_place_what_it_is(m: Method) -> None:
+    for name in SITES if m.facts["into"] else ():
+        (first, *_), (second, *_) = batches(name, m.facts["of"])[:2]
+        total = m.fn(first)
+        m.facts["into"](total, second)
+        assert torch.equal(total, m.fn(first) + m.fn(second))
+    if m.facts["into"]:  # many inputs, in strips
+        x = torch.randn(7, 2100, generator=generator(1))
+        total = m.fn(x[:3])
+        m.facts["into"](total, x[3:])
+        close(total, m.fn(x))
+        assert torch.equal(total, total.T)
+
+
 def law_stat_half_precision_input(m: Method) -> None:
     """Sums are taken in float32 whatever the network runs in."""
     seen = [tuple(t.bfloat16() for t in x) for x in batches("0.mlp.gate", m.facts["of"])]

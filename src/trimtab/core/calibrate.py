@@ -94,6 +94,10 @@ class Collector:
 
     def _add(self, stat: str, key: str, count: int, *tensors: Tensor) -> None:
         m, at = get(f"stat/{stat}"), (stat, key)
+        if m.facts["into"] and at in self.sums:
+            self.counts[at] += count
+            m.facts["into"](self.sums[at], *tensors)
+            return
         value = m.fn(*tensors)
         self.counts[at] = self.counts.get(at, 0) + count
         if m.facts["merge"] in LISTS:

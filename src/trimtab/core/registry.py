@@ -61,7 +61,7 @@ KNOBS = {
     "accumulate": "samples whose gradients make one update",
 }
 # Declared beside a method, and nothing of what it computes.
-ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "keeps", "leaves", "either", "rounded")
+ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "into", "keeps", "leaves", "either", "rounded")
 SECTIONS = ("Formula", "Source", "Deviations")
 _REG: dict[str, Method] = {}
 
@@ -150,8 +150,8 @@ FACTS: dict[str, dict[str, Any]] = {
     # merge: sum, max, stack or cat over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
     # rescaled: of (value, s [in]) what it is where every input was divided by s; of_gram: what it is, of the inputs' second moment
     # alone, which follows into any basis; turned: of (value, basis) what it is in it; None where that cannot be told.
-    # some: of (value, bool [in]) what it is of some inputs alone.
-    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "of_gram": None, "turned": None,
+    # some: of (value, bool [in]) what it is of some inputs alone; into: of (sum, batch), adds to the sum in place what it is of a batch.
+    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "of_gram": None, "turned": None, "into": None,
              "some": lambda value, inputs: value[inputs]},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole.

@@ -30,22 +30,22 @@ def gptq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
     """
     group, inputs = grid.group(w), w.shape[1]
     before = act_order or grid.whole or group == inputs
-    fitted: Grid = grid(w * mask)
+    fitted: Grid = grid((w * mask)[:, : inputs if before else group])  # else of the first group, to know what it is made of
     parts = [fitted.group(slice(g, g + 1)) for g in range(fitted.scales.shape[1])]
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs, device=w.device)
     at = order.tolist()
-    kept, codes = mask.T[order], torch.empty_like(w.T, dtype=torch.uint8)
+    whole, codes = bool(mask.all()), torch.empty_like(w.T, dtype=torch.uint8)
+    kept = None if whole else mask.T[order]
 
     def settle(begin: int, end: int) -> Settle:
         def column(cur: Tensor, scale: Tensor, j: int) -> Tensor:
             i = at[begin + j]
             if not before and i % group == 0:
                 n = min(group, inputs - i)
-                parts[i // group] = grid((cur[j:j + n] * kept[i:i + n]).T)
-            part, now = parts[i // group], (cur[j] * kept[begin + j])[:, None]
-            q = part.codes(now[:, None])[:, 0]
-            codes[i] = q[:, 0]
-            return part.values(q[:, None])[:, 0, 0]
+                parts[i // group:] = [grid((cur[j:j + n] if kept is None else cur[j:j + n] * kept[i:i + n]).T)]
+            part, now = parts[i // group], cur[j] if kept is None else cur[j] * kept[begin + j]
+            codes[i] = q = part.codes(now[:, None, None])[:, 0, 0]
+            return part.values(q[:, None, None])[:, 0, 0]
 
         return column
 
@@ -53,5 +53,5 @@ def gptq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
     sweep(w[:, order], gram[order][:, order] if act_order else gram, settle, damp=damp, block=block)
     scales = torch.cat([p.scales for p in parts], 1)
     zeros = torch.cat([p.zeros for p in parts if p.zeros is not None], 1) if fitted.zeros is not None else None
-    new = Codes(codes.T.contiguous(), replace(fitted, scales=scales, zeros=zeros), group).change(None if bool(mask.all()) else mask)
+    new = Codes(codes.T.contiguous(), replace(fitted, scales=scales, zeros=zeros), group).change(None if whole else mask)
     return replace(new, w=new.w.to(w.dtype))

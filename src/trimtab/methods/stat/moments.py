@@ -6,6 +6,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 
 TOKENS = 128  # of a batch that a sample has
+STRIP = 1024  # of a large symmetric matrix, computed at once
 
 
 @method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s.square(), of_gram=lambda moment: moment.diagonal())
@@ -19,7 +20,19 @@ def in_sq(x: Tensor) -> Tensor:
     return x.float().square().sum(0)
 
 
-@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda moment: moment,
+def add_products(total: Tensor, x: Tensor) -> None:
+    """total [in, in] += x^T x; of many inputs every product once."""
+    x, n = x.float(), len(total)
+    if n <= STRIP:
+        total += x.T @ x
+        return
+    for a in range(0, n, STRIP):
+        b = min(a + STRIP, n)
+        total[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+        total[b:, a:b] = total[a:b, b:].T
+
+
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda moment: moment, into=add_products,
         some=lambda value, inputs: value[inputs][:, inputs])
 def gram(x: Tensor) -> Tensor:
     """Second moment of the inputs, [in, in]: the Hessian of the site's squared output error, up to a factor.
