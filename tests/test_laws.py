@@ -130,7 +130,8 @@ class OnGrid:
 
     def __init__(self, m: Method, stats: dict[str, Tensor], /, **knobs: Any):
         self.m, self.stats, self.knobs = m, stats, {**small(m), **knobs}
-        self.whole: bool = m.facts["of"] == "site"
+        of = m.facts["of"]
+        self.whole: bool = (of(self.knobs) if callable(of) else of) == "site"
         self.blind = not m.needs
 
     def group(self, w: Tensor) -> int:
@@ -1150,6 +1151,17 @@ def law_edit_codes_lie_on_any_grid(m: Method) -> None:
                         along = weight(name).T if terms.transposed else weight(name)
                         assert (terms.codes.type, terms.codes.group) == (grid.m.facts["type"](grid.knobs), grid.group(along)), grid
                         assert torch.equal(terms.weight(), new.w) and not bool(new.w[~mask].any()), grid
+
+
+def law_edit_rounding_is_no_worse_on_any_grid(m: Method) -> None:
+    """Groups that a grid fits otherwise, each by itself, are rounded to what is stored of it."""
+    if m.facts["codes"] is True and "gram" in m.needs:
+        for name in THREE:
+            w = weight(name).clone()
+            w[:, :8] = (w[:, :8] * 10) ** 5
+            for grid in grids(stats(name)):
+                at = env(m, name, w=w, mask=torch.ones_like(w, dtype=torch.bool), grid=grid)
+                assert error(w, call(m, at).w, at["gram"]) < 3 * error(w, get("edit/rtn")(at).w, at["gram"]), (name, grid)
 
 
 def law_edit_rounding_beats_the_nearest(m: Method) -> None:

@@ -51,7 +51,8 @@ class Gridded:
     @property
     def whole(self) -> bool:
         """Whether it has to see all of a site at once."""
-        return self.step.method.facts["of"] == "site"
+        of = self.step.method.facts["of"]
+        return (of(self.step.bound) if callable(of) else of) == "site"
 
     @property
     def blind(self) -> bool:

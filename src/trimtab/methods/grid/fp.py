@@ -27,7 +27,7 @@ def minifloats(bits: int, exponent: int) -> Tensor:
     return torch.cat([-sizes.flip(0), sizes]).float()
 
 
-@method("grid", type=lambda knobs: f"l{knobs['bits']}")
+@method("grid", of=lambda knobs: "site" if knobs["exponent"] < 0 else "group", type=lambda knobs: f"l{knobs['bits']}")
 def fp(w: Tensor, *, bits: int = 4, group: int = 128, exponent: int = -1, clip: str = "mse", percentile: float = 0.999) -> Grid:
     """Small floating point numbers: a sign, some bits of exponent, the rest of mantissa.
 

@@ -49,6 +49,5 @@ def kmeans(w: Tensor, in_sq: Tensor, *, bits: int = 4, group: int = 128, iters: 
         if torch.equal(moved, table):
             break
         table = moved
-    table = table.sort().values
     table[table.abs().argmin()] = 0.0
-    return Grid(stored(most[..., 0], group), 1 << bits, table=table.float())
+    return Grid(stored(most[..., 0], group), 1 << bits, table=table.sort().values.float())
