@@ -164,8 +164,8 @@ FACTS: dict[str, dict[str, Any]] = {
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one.
     # rounded: whether it is for inputs that are rounded.
     "rewrite": {"basis": False, "outside": None, "rounded": False},
-    # of: what it has to see at once: "group" or "site", or a function of the knobs that says it; zero: whether a weight of zero stays zero, as it has to behind a pass that drops;
-    # type: of its codes, a function of the knobs.
+    # of: what it has to see at once: "group" or "site", or a function of the knobs that says it; zero: whether a weight of zero stays zero,
+    # as it has to behind a pass that drops; type: of its codes, a function of the knobs.
     "grid": {"of": "group", "zero": True, "type": None},
     # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep, or the type of codes
     # where the grid is its own; factors: whether
