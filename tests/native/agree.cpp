@@ -67,7 +67,15 @@ void sides(Case& c, int64_t count) {
         put(c.scales, std::abs(normal()) / 100);
         if (c.layout.type[0] == 'i') put(c.zeros, uint8_t(below(4)));
     }
-    if (c.layout.type[0] == 'l') c.table = numbers("f32", 1 << (c.layout.type[1] - '0'));
+    if (c.layout.type == "l8") {  // e4m3
+        for (int i = 0; i < 256; ++i) {
+            const int size = std::min(i < 128 ? 127 - i : i - 128, 126);
+            const float step = std::ldexp(float(size % 8 + (size > 7 ? 8 : 0)), std::max(size / 8, 1) - 10);
+            put(c.table, i < 128 ? -step : step);
+        }
+    } else if (c.layout.type[0] == 'l') {
+        c.table = numbers("f32", 1 << (c.layout.type[1] - '0'));
+    }
     c.layout.scale_type = "f32";
 }
 
@@ -75,7 +83,7 @@ std::vector<Case> cases() {
     std::vector<Case> all;
     for (const auto& [out, in] : {std::pair<int64_t, int64_t>{64, 128}, {100, 192}, {33, 320}}) {
         const int64_t panels = up(out, PANEL);
-        for (const std::string type : {"f32", "bf16", "i8", "i4", "i3", "i2", "t", "l4", "l3", "l2", "l1"}) {
+        for (const std::string type : {"f32", "bf16", "i8", "i4", "i3", "i2", "t", "l8", "l4", "l3", "l2", "l1"}) {
             Case c{{"dense", type, out, in, PANEL, int(in), 1, 1, in, ""}, {}, {}, {}, {}, {}, {}, {}, {}};
             for (int64_t p = 0; p < panels; ++p) {
                 const Memory panel = filled(type, in, PANEL);

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
 from trimtab.methods.books import Books, typed
-from trimtab.methods.codes import LEVELS, TABLES, WIDTHS, Codes, Grid, nearest, steps
+from trimtab.methods.codes import LEVELS, TABLES, WIDTHS, Codes, Grid, e4m3, nearest, steps
 from trimtab.methods.codes import rounded as rounded_to
 from trimtab.methods.format import bitmask as bitmask_file
 from trimtab.methods.format import book as book_file
@@ -138,6 +138,8 @@ def packs_of_masked_codes(w: Tensor, gen: torch.Generator) -> Iterator[Packed]:
 def tabled(w: Tensor, bits: int, group: int = 0, even: bool = False) -> Codes:
     """w on a table of 2^bits steps, in groups (0: rows); `even`: steps that eight bits hold exactly."""
     table = torch.linspace(-1, 1, 1 << bits)
+    if bits == 8:  # the one that kernels know
+        return rounded_to(w, steps(w, e4m3() * (0.3 if even else 1), group), min(group, w.shape[1]) or w.shape[1])
     table = (table * 60).round() / 60 if even else (table.pow(3) + 0.1 * table.abs()).sort().values
     return rounded_to(w, steps(w, table, group), min(group, w.shape[1]) or w.shape[1])
 

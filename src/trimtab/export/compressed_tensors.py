@@ -28,11 +28,10 @@ from trimtab.core.journal import sync, write_json
 from trimtab.core.line import file_digest
 from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Site
-from trimtab.methods.codes import Codes
+from trimtab.methods.codes import Codes, e4m3_step
 from trimtab.methods.rounding import ACT, Rounding
 from trimtab.methods.terms import ALONE
 from trimtab.network.checkpoint import NOT_JSON, PARTS, Checkpoint, SafeFile, copy_others, write_sharded
-from trimtab.network.foreign import e4m3
 from trimtab.network.stream import Layer, Network
 
 TYPES = ("auto", "w8a8", "fp8")
@@ -217,12 +216,6 @@ def check(site: Site, parts: Mapping[str, Tensor]) -> None:
     if levels not in (16, 256):
         what = "ternary" if levels == 3 else f"of {(levels - 1).bit_length()} bits"
         raise BadInput(f"{site.name}: its codes are {what}, and those of compressed-tensors that servers run have 4 or 8 bits; {RIGHT}")
-
-
-def e4m3_step(table: Tensor) -> float | None:
-    """What the numbers of e4m3 are multiplied by in a table of codes; None where it has others."""
-    step = float(table.max()) / 448
-    return step if len(table) == 256 and torch.equal(table, e4m3() * step) else None
 
 
 def _sides(layer: Layer, codes: Codes) -> tuple[int, int, int, bool, bool]:

@@ -72,6 +72,8 @@ struct Ints {
     Ints of_bytes(Ints sixteen) const { return {_mm512_shuffle_epi8(sixteen.v, v)}; }
     // Of sixteen floats the one that the lowest four bits of each lane say.
     Vec of_sixteen(const float* p) const { return {_mm512_permutexvar_ps(v, _mm512_loadu_ps(p))}; }
+    // Of thirty-two that of the lowest five bits.
+    Vec of_more(const float* p) const { return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), v, _mm512_loadu_ps(p + 16))}; }
     // COUNT words, from no more cache lines than they lie in; what is in the other lanes does not matter.
     template <int COUNT>
     static Ints some(const void* p) {
@@ -145,6 +147,9 @@ struct Ints {
         const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), v), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p + 8), v);
         return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(v, 28)))};
     }
+    Vec of_more(const float* p) const {
+        return {_mm256_blendv_ps(of_sixteen(p).v, of_sixteen(p + 16).v, _mm256_castsi256_ps(_mm256_slli_epi32(v, 27)))};
+    }
     template <int COUNT>
     static Ints some(const void* p) {
         if constexpr (COUNT <= 4) return {_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p))};
@@ -208,6 +213,10 @@ struct Ints {
         const uint8x16_t at = vreinterpretq_u8_u32(vmlaq_n_u32(vdupq_n_u32(0x03020100), vandq_u32(v, vdupq_n_u32(15)), 0x04040404));
         const uint8x16x4_t all = {{bytes_of(Vec::bits(p)), bytes_of(Vec::bits(p + 4)), bytes_of(Vec::bits(p + 8)), bytes_of(Vec::bits(p + 12))}};
         return Vec::of(vreinterpretq_u32_u8(vqtbl4q_u8(all, at)));
+    }
+    Vec of_more(const float* p) const {
+        const uint32x4_t upper = vceqq_u32(vandq_u32(v, vdupq_n_u32(16)), vdupq_n_u32(16));
+        return Vec::of(vbslq_u32(upper, vreinterpretq_u32_f32(of_sixteen(p + 16).v), vreinterpretq_u32_f32(of_sixteen(p).v)));
     }
     template <int COUNT>
     static Ints some(const void* p) { return load(p); }
@@ -283,6 +292,7 @@ struct Ints {
         });
     }
     Vec of_sixteen(const float* p) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = p[v[i] & 15]; return r; }
+    Vec of_more(const float* p) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = p[v[i] & 31]; return r; }
     template <int COUNT>
     static Ints some(const void* p) { return load(p); }
     template <int BITS, int TO>
@@ -348,6 +358,21 @@ struct Table {
     }
 };
 
+// e4m3: what a code's lowest three bits are multiplied by, and what is added, by its upper five: below 128 numbers fall with their size.
+constexpr int FLOAT8 = LOOKUP + 8;
+template <>
+struct Table<FLOAT8> {
+    alignas(64) float times[32], plus[32];
+    Table(const Weights& w) {
+        for (int e = 0; e < 16; ++e) {
+            const float step = w.table[0] * float(1 << std::max(e, 1)) / 1024, base = e ? step * 8 : 0;
+            times[16 + e] = times[15 - e] = step;
+            plus[16 + e] = base;
+            plus[15 - e] = -(base + 7 * step);
+        }
+    }
+};
+
 // A unit of as many outputs as a Vec has lanes; its fields are taken in turn.
 template <int BITS>
 struct Unit {
@@ -372,7 +397,10 @@ struct Unit {
     }
     // The code of one input as a float; of a table the step it stands for.
     [[gnu::always_inline]] Vec code(int input, const Table<BITS>& table) const {
-        if constexpr (WIDTH == 3) {
+        if constexpr (BITS == FLOAT8) {
+            const Ints upper = word[0] >> (8 * input + 3);
+            return upper.of_more(table.plus).fma((word[0] >> 8 * input & 7).floats(), upper.of_more(table.times));
+        } else if constexpr (WIDTH == 3) {
             const Ints low = (word[input / 16] >> shift_of<2>(input % 16)) & 3, high = (word[2] >> shift_of<1>(input)) & 1;
             return (low | high << 2).of_sixteen(table.floats);
         } else if constexpr (BITS > LOOKUP) {

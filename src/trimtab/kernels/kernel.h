@@ -16,15 +16,16 @@ constexpr int SLACK = 64;
 enum class Isa { portable, avx2, avx512, avx512bf16, neon };
 // i8, i4, i2: codes, one group of inputs and one output sharing a scale and a zero point: weight = scale * (code - zero).
 // i3: the same of three bits, which lie as two words of their lower two for 32 inputs and one of their third.
-// t: ternary codes 0, 1 and 2 with the zero point 1, five a byte. v: indices into a book of vectors of outputs. l4, l3, l2, l1: codes of a table, weight = scale * table[code].
-enum class Type { f32, bf16, f16, i8, i4, i3, i2, t, v, l4, l3, l2, l1 };
+// t: ternary codes 0, 1 and 2 with the zero point 1, five a byte. v: indices into a book of vectors of outputs.
+// l8: e4m3, in order of size: code 128 is its zero, 254 its largest. l4, l3, l2, l1: codes of a table, weight = scale * table[code].
+enum class Type { f32, bf16, f16, i8, i4, i3, i2, t, v, l8, l4, l3, l2, l1 };
 constexpr Type TYPES[] = {Type::f32, Type::bf16, Type::f16, Type::i8, Type::i4, Type::i3, Type::i2, Type::t, Type::v,
-                          Type::l4, Type::l3, Type::l2, Type::l1};
+                          Type::l8, Type::l4, Type::l3, Type::l2, Type::l1};
 
-constexpr bool by_table(Type t) { return t >= Type::l4; }
+constexpr bool by_table(Type t) { return t >= Type::l8; }
 constexpr int code_bits(Type t) {
     switch (t) {
-        case Type::i8: return 8;
+        case Type::i8: case Type::l8: return 8;
         case Type::i4: case Type::l4: return 4;
         case Type::i3: case Type::l3: return 3;
         case Type::i2: case Type::l2: return 2;
@@ -63,7 +64,7 @@ struct Weights {
     const int64_t* pointers;   // where a panel's blocks (or values, or steps) begin, [panels + 1]
     const std::byte* scales;   // [panels or blocks, groups, rows]
     const uint8_t* zeros;      // as scales; null: the middle code everywhere
-    float table[16];           // of a code
+    float table[16];           // of a code; of l8 its first is what the numbers of e4m3 are multiplied by
     uint8_t bytes[16];         // table[code] / step + 128, rounded: what meets x in eight bits
     float step;
     int act_bits = 0;          // codes: what x is rounded to, by the row or by `act_scale` where there is one; 0: to eight bits by groups, where it may

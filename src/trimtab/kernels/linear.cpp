@@ -27,7 +27,7 @@ const std::vector<Table>& tables() {
 Type type_of(const std::string& name) {
     for (Type t : TYPES)
         if (name == type_name(t)) return t;
-    bad("unknown type " + name + "; there are f32, bf16, i8, i4, i3, i2, t, v, l4, l3, l2 and l1");
+    bad("unknown type " + name + "; there are f32, bf16, i8, i4, i3, i2, t, v, l8, l4, l3, l2 and l1");
 }
 
 int64_t size_of(Type t) { return t == Type::f32 ? 4 : t == Type::i8 ? 1 : 2; }
@@ -56,6 +56,7 @@ const char* type_name(Type type) {
         case Type::i3: return "i3";
         case Type::i2: return "i2";
         case Type::v: return "v";
+        case Type::l8: return "l8";
         case Type::l4: return "l4";
         case Type::l3: return "l3";
         case Type::l2: return "l2";
@@ -80,6 +81,21 @@ const Table& table(const std::string& isa) {
 }
 
 namespace {
+
+// The numbers of e4m3 from its zero on; its NaN, the last, is never used.
+float e4m3(int size) {
+    size = std::min(size, 126);
+    return std::ldexp(float(size % 8 + (size > 7 ? 8 : 0)), std::max(size / 8, 1) - 10);
+}
+
+// A table of 256 is that of e4m3 times something.
+void float8(Weights& w, std::span<const std::byte> table) {
+    float steps[256];
+    std::memcpy(steps, table.data(), sizeof steps);
+    w.table[0] = steps[255] / e4m3(126);
+    for (int i = 0; i < 256; ++i)
+        if (!(steps[i] == (i < 128 ? -e4m3(127 - i) : e4m3(i - 128)) * w.table[0])) bad("dense: a table of 256 steps has a kernel where it is that of e4m3 alone");
+}
 
 // The table of a map: as it is, and in eight bits by the step that leaves the least error.
 void tabulate(Weights& w, std::span<const std::byte> table) {
@@ -132,9 +148,9 @@ Linear::Linear(const Layout& l, const Buffers& b) {
         if (by_table(type)) {
             if (!b.zeros.empty()) bad(f + ": codes of a table have no zero points");
             want(b.table, int64_t(sizeof(float)) << code_bits(type), "a table");
-            tabulate(w_, b.table);
+            type == Type::l8 ? float8(w_, b.table) : tabulate(w_, b.table);
         } else if (!b.table.empty()) {
-            bad(f + ": only codes of " + "l4, l3, l2 and l1" + " have a table");
+            bad(f + ": only codes of " + "l8, l4, l3, l2 and l1" + " have a table");
         }
         w_.scale_type = type_of(l.scale_type);
         if (w_.scale_type != Type::f32 && w_.scale_type != Type::f16) bad(f + ": scales are f32 or f16");

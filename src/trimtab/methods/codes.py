@@ -149,6 +149,19 @@ class Codes:
         return Codes(parts["codes"], Grid(parts["scales"], levels, parts.get("zeros"), parts.get("table")), group)
 
 
+def e4m3(device: torch.device | None = None) -> Tensor:
+    """The numbers of float8 (e4m3) in order, [256] float32: below 128 the negative ones. At either end two codes are one number."""
+    sizes = torch.arange(127, dtype=torch.uint8, device=device or "cpu").view(torch.float8_e4m3fn).float()
+    sizes = torch.cat([sizes, sizes[-1:]])
+    return torch.cat([-sizes.flip(0), sizes])
+
+
+def e4m3_step(table: Tensor) -> float | None:
+    """What the numbers of e4m3 are multiplied by in a table of codes; None where it has others."""
+    step = float(table.max()) / 448
+    return step if len(table) == 256 and torch.equal(table, e4m3(table.device) * step) else None
+
+
 # ---- fitting ----------------------------------------------------------------------------------
 def grouped(t: Tensor, group: int) -> Tensor:
     """[out, in] -> [out, groups, group], the last group filled up with zeros."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput
-from trimtab.methods.codes import WIDTHS, Codes, Grid
+from trimtab.methods.codes import WIDTHS, Codes, Grid, e4m3
 
 Read = Callable[[str], Tensor]
 PARTS = {
@@ -241,13 +241,6 @@ def _of_compressed(q: Quantized, t: dict[str, Tensor]) -> Unpacked:
     if bool((size == 127).any()):
         raise BadInput("a weight is NaN; only finite weights can be run")
     return torch.where(raw < 128, 128 + size, 127 - size), scales, None
-
-
-def e4m3() -> Tensor:
-    """The values of e4m3 in order, by code: below 128 the negative ones. Its NaN, at both ends, is never used."""
-    sizes = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
-    sizes = torch.cat([sizes, sizes[-1:]])
-    return torch.cat([-sizes.flip(0), sizes])
 
 
 CHECK = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}

@@ -11,6 +11,7 @@ from torch import Tensor
 import trimtab
 from trimtab.core.types import BadInput
 from trimtab.methods import composite
+from trimtab.methods.codes import e4m3_step
 from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.panels import BITS, DENSE, Packed
 from trimtab.methods.rounding import rounding_of
@@ -76,7 +77,7 @@ def kind(p: Packed) -> str:
 
 def _strange(p: Packed) -> bool:
     """A layout that saves bytes, not time: the kernels do not know it."""
-    if p.type == "l8":
+    if p.type == "l8" and e4m3_step(p.buffers["table"]) is None:
         return True
     if p.format == "nm" and (p.m not in (4, 8) or p.dim == "out" or (p.type in BITS and p.n * 2 != p.m)):
         return True

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Change
-from trimtab.methods.codes import LEVELS, TABLES, Codes
+from trimtab.methods.codes import LEVELS, TABLES, Codes, e4m3_step
 from trimtab.methods.format.panels import (
     PANEL,
     TYPES,
@@ -80,5 +80,8 @@ def dense(new: Change) -> Packed:
         if w.type == "t" and w.group < inputs and w.group % WORD[w.type]:
             raise BadInput(f"dense: ternary codes lie {WORD[w.type]} inputs a word, in groups of whole words, not of {w.group} inputs; "
                            "quantise with group=0 (the row), 40, 80, 160 or the like")
-        return Packed("dense", (out, inputs), w.type, {"values": worded(w.type, panels(w.codes)), **sides(w)}, cols=inputs, group=w.group)
+        codes, table = w.codes, w.grid.table
+        if w.type == "l8" and table is not None and e4m3_step(table) is not None:
+            codes = codes.clamp(1, 254)  # at either end two codes are one number, and the outer one is none of float8
+        return Packed("dense", (out, inputs), w.type, {"values": worded(w.type, panels(codes)), **sides(w)}, cols=inputs, group=w.group)
     return Packed("dense", (w.shape[0], w.shape[1]), TYPES[w.dtype], {"values": interleaved(panels(w))}, cols=w.shape[1])
