@@ -315,7 +315,8 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | No
         by_table = [READS_TABLE] if one else []
         both("nf4 g64", dense(on_grid(w, nf(w), 64).change()), "i4", *by_table)
         both("fp4 g128", dense(on_grid(w, fp(w, exponent=2, clip="max"), 128).change()), "i4", *by_table)
-        add("fp8 by row, x f32", dense(on_grid(w, fp(w, bits=8, group=0, exponent=4, clip="max"), 0).change()), "f32", "i8", *by_table)
+        eight = fp(w, bits=8, group=0, exponent=4, clip="max")
+        add("fp8 by row, x f32", dense(on_grid(w, eight, w.shape[1]).change()), "f32", "i8", *by_table)
         both("sign g128", dense(on_grid(w, sign(w), 128).change()), "i4", *by_table)
         for vector, bits, second in ((4, 8, 0), (6, 12, 0), (8, 8, 8), (8, 16, 0), (4, 8, 4)):
             its = by_chance(*w.shape, vector, bits, second)

@@ -44,7 +44,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
 
     out = Path(spec["out"])
     tt.trim(spec["model"], spec["recipe"], out, calib=(spec["inputs"],), text=(spec["inputs"],), samples=spec["samples"], seq_len=LENGTH,
-            proof_tokens=LENGTH, speed=False, fresh=False, max_memory=spec["max_memory"])
+            proof_tokens=LENGTH, speed=False, fresh=False, max_memory=spec["max_memory"], dtype=spec["dtype"])
     notes = json.loads((out / "trimtab.json").read_text(encoding="utf-8"))
     return {"load_seconds": notes["load_seconds"], "edit_seconds": notes["edit_seconds"], "save_seconds": 0.0,
             "over_import": notes["edit_peak_rss_bytes"] - bare, "plan_hash": notes["plan_hash"], "methods": notes["header"]["methods"]}
@@ -82,7 +82,7 @@ Qualities = dict[str, tuple[float, float, float]]  # ours, theirs and dense, by 
 
 
 def compared(model: Path, scheme: str, peer: Path, folder: Path, *, samples: int, seed: int, threads: int, rounds: int, batch: int = 8,
-             max_memory: int | None = None, quality: bool = True) -> tuple[Runs, Qualities]:
+             max_memory: int | None = None, dtype: str = "float32", quality: bool = True) -> tuple[Runs, Qualities]:
     """Both on one scheme, in a folder with room for their outputs."""
     import trimtab as tt
 
@@ -92,7 +92,7 @@ def compared(model: Path, scheme: str, peer: Path, folder: Path, *, samples: int
     both = {"ours": ([sys.executable, __file__, "--ours"], OURS[scheme], folder / "ours"),
             "theirs": ([*theirs, "trim"], scheme, folder / "theirs")}
     spec = {"model": str(model), "inputs": str(calibration), "samples": samples, "batch": batch, "threads": threads,
-            "max_memory": max_memory}
+            "max_memory": max_memory, "dtype": dtype}
     runs: Runs = {who: [] for who in both}
     for _ in range(rounds):
         for who, (command, recipe, out) in both.items():
@@ -126,6 +126,7 @@ def main() -> int:
     ap.add_argument("--rounds", type=int, default=1)
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--max-memory", type=int, help="of ours, in bytes")
+    ap.add_argument("--dtype", default="float32", help="that ours computes in; theirs computes in that of the files")
     ap.add_argument("--no-quality", action="store_true", help="for random weights")
     ap.add_argument("--no-speed", action="store_true", help="no rows of seconds, while the machine is busy")
     ap.add_argument("--where", type=Path, help="a directory with room for both outputs")
@@ -135,7 +136,7 @@ def main() -> int:
     for scheme in a.only:
         with tempfile.TemporaryDirectory(dir=a.where) as folder:
             runs, quality = compared(model, scheme, a.peer, Path(folder), samples=a.samples, seed=a.seed, threads=a.threads,
-                                     rounds=a.rounds, batch=a.batch, max_memory=a.max_memory, quality=not a.no_quality)
+                                     rounds=a.rounds, batch=a.batch, max_memory=a.max_memory, dtype=a.dtype, quality=not a.no_quality)
         found: dict[str, tuple[float, float, dict[str, Any]]] = {
             metric: (round(mine, 4), round(its, 4), {"dense": round(dense, 4)}) for metric, (mine, its, dense) in quality.items()}
         measures = {"peak_over_import": lambda r: r["over_import"]} | ({} if a.no_speed else {"whole_seconds": whole})
@@ -148,7 +149,8 @@ def main() -> int:
         one = runs["ours"][0]
         for metric, (mine, its, more) in found.items():
             row = {"recipe": OURS[scheme], "model": a.model if a.model.startswith("builtin") else model.name,
-                   "setting": f"llmcompressor {scheme}, {a.samples} x {LENGTH}" + (f", {a.max_memory / 1e9:g} GB" if a.max_memory else ""),
+                   "setting": f"llmcompressor {scheme}, {a.samples} x {LENGTH}" + (f", {a.max_memory / 1e9:g} GB" if a.max_memory else "")
+                   + (f", {a.dtype}" if a.dtype != "float32" else ""),
                    "metric": metric, "value": mine, "theirs": its, "ratio": round(mine / its, 4), "wanted": WANTED[metric],
                    "met": mine <= WANTED[metric] * its, "seed": a.seed, "methods": one["methods"], "plan_hash": one["plan_hash"],
                    "rounds": a.rounds, "threads": a.threads, "their_batch": a.batch, "their_versions": runs["theirs"][0]["versions"],
