@@ -157,7 +157,7 @@ std::vector<float> result(const Linear& l, const Kernel* k, const std::vector<fl
 int main() {
     int ran = 0, wrong = 0;
     for (const Case& c : cases()) {
-        const Linear l(c.layout, {c.values, c.bits, c.columns, c.pointers, c.windows, c.scales, c.zeros, c.table});
+        const Linear l(c.layout, {c.values, c.bits, c.columns, c.pointers, c.windows, c.scales, c.zeros, c.table, {}, {}, {}});
         for (int64_t batch : {1, 3, 20, 29}) {
             std::vector<float> x(size_t(batch * l.weights().in));
             std::generate(x.begin(), x.end(), normal);
