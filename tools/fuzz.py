@@ -25,10 +25,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from trimtab import api
 from trimtab.core import line, spec
 from trimtab.core.types import BadInput, Failed
+from trimtab.methods import composite
+from trimtab.methods.basis import Basis
+from trimtab.methods.composite import BASED, STACK, SUM
+from trimtab.methods.format.panels import Packed
+from trimtab.methods.rounding import rounding_of
 from trimtab.network.checkpoint import INDEX, SINGLE, SafeFile, write_sharded
 from trimtab.runtime import layouts, native, packed
 from trimtab.runtime.decoder import open_decoder
@@ -46,7 +52,12 @@ RECIPE = (f"0.*.q: nm(n=2,m=4) | magnitude ; {SLOW} ; 0.*.k: block(b=16) | magni
           "1.*.down: block(rows=1,cols=32) | magnitude ; 1.*.down: rtn(bits=8,group=32) ; "
           "2.*.q: row(keep=0.2) | magnitude ; "  # few enough for sell
           "2.*.k: vptq(vector=2,bits=5,residual=2,iters=2) ; 2.*.v: vptq(iters=2) ; "
-          "2.*.o: svd(rank=8) ; 2.*.gate,2.*.down: svd(keep=0.5)")
+          "2.*.o: svd(rank=8) ; 2.*.gate,2.*.down: svd(keep=0.5) ; 2.*.up: fp8 ; "
+          "3.*.q: incoherent | int(bits=4,group=32) | gptq | token(act_bits=4) ; "  # maps of maps, and inputs that are rounded
+          "3.*.k: int(bits=8,group=0) | rtn | static ; 3.*.v: int(bits=3,group=32) | rtn | lorc(rank=2) ; "
+          "3.*.o: nf(bits=4,group=32) | adadim ; 3.*.gate: inputs | peak | spare(keep=0.2,bits=8) ; "
+          "3.*.gate: hadamard | int(group=0) | gptq ; 3.*.up: hadamard | vptq(vector=2,bits=4,iters=2) ; "
+          "3.*.down: site | spike | spare(keep=1%) ; 3.*.down: int(bits=2,group=32) | gptq")
 ODD = (0, 1, -1, 2, 3, 16, 31, 33, 64, 1024, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, math.nan, True, None, "", "bsr", "nm", "bitmask",
        "dense", "i4", "i8", "t", "f32", "bf16", "out", [], [32, 32], {}, [1, 2, 3], "F32", "U8", "I64", [0, 0], [0, 2**40])
 LARGE = 1 << 24  # entries beyond which a description is believed and not run
@@ -58,7 +69,7 @@ def sample(where: Path, recipe: str = RECIPE) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+    LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
                                  max_position_embeddings=64)).save_pretrained(where / "model")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(48)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -231,6 +242,37 @@ def seal(at: Path, name: str) -> None:
 
 
 # ---- what must hold ---------------------------------------------------------------------------
+def said(p: Packed, x: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer says it gives of x [1, in] float64, and how far from that it may be, where x may be off by `room`."""
+    if p.format == SUM:
+        each = [said(f, x, room) for f in p.factors]
+        return sum((y for y, _ in each), torch.zeros_like(each[0][0])), sum((r for _, r in each), torch.zeros_like(each[0][1]))
+    if p.format == STACK:
+        each = [said(f, x, room) for f in p.factors]
+        return torch.cat([y for y, _ in each], 1), torch.cat([r for _, r in each], 1)
+    if p.format == BASED:
+        taken, inside, outside = composite.around(p)
+        x, room = (x, room) if taken is None else (x[:, taken.long()], room[:, taken.long()])
+        if inside is not None:
+            x, room = inside.of(x.float()).double(), sizes(inside).of((room + 1e-5 * x.abs()).float()).double()
+        x, room = said(p.factors[0], x, room)
+        if outside is not None:
+            x, room = outside.straight(x.float()).double(), sizes(outside).straight((room + 1e-5 * x.abs()).float()).double()
+        return x, room
+    for f in p.factors or (p,):
+        w, rounding = layouts.restored(f).double(), rounding_of(f)
+        if rounding is not None:  # who lies between two steps may go to either
+            step = x.abs().amax() / rounding.last if rounding.scale is None else rounding.scale.double()
+            x, room = rounding.of(x.float()).double(), room + step
+        x, room = x @ w.T, room @ w.abs().T + 1e-30
+    return x, room
+
+
+def sizes(basis: Basis) -> Basis:
+    """What it does at most to how far something is off."""
+    return Basis(*(None if t is None else t.abs() for t in (basis.scale, basis.left, basis.right)))
+
+
 def runs(where: Path, verify: bool, decodes: bool, talks: bool) -> bool:
     """Open it and run every layer once, then a step of the decoder where it `decodes`, and the library's way to text where it
     `talks`. False if it is refused. AssertionError if a layer computes what it does not say."""
@@ -240,9 +282,7 @@ def runs(where: Path, verify: bool, decodes: bool, talks: bool) -> bool:
             if p.shape[0] * p.shape[1] > LARGE:
                 continue
             x = torch.linspace(-1, 1, p.shape[1])[None]
-            y, want, room = native.Linear(p)(x).double(), x.double(), 1e-4 * x.double().abs()
-            for w in (layouts.restored(f).double() for f in p.factors or (p,)):
-                want, room = want @ w.T, room @ w.abs().T + 1e-30
+            y, (want, room) = native.Linear(p)(x).double(), said(p, x.double(), 1e-4 * x.double().abs())
             sound = y.isfinite() & want.isfinite() & (room < 1e30)
             assert bool(((y - want).abs() <= room)[sound].all()), f"{name} ({p.format} {p.type}) does not compute what it says"
         handle = api.load(where)

@@ -438,7 +438,7 @@ def test_bench_names_the_machine_the_spread_and_what_decoding_reads(capsys, tiny
     ("wanda ; sign", (), "zero is no value of grid/sign, and a pass before it drops weights"),
     ("rtn(clip=most)", (), "max, mse, percentile, entropy"),
     ("rtn(grid=oct)", (), "unknown grid 'oct'; known"), ("int | mask", (), "no score is named"),
-    ("gptq | obs", (), "repair/obs would leave the codes of gptq; clip"),
+    ("gptq | obs", (), "repair/obs would leave the codes of gptq; bias, clip"),
     ("int | sparsegpt", (), "sparsegpt rounds to no grid, and grid/int is named"),
     ("int | rtn(grid=nf)", (), "in a pipeline the grid is a step"),
     ("row | wanda | awq", (), "awq wants a grid to try"),
