@@ -157,9 +157,11 @@ def e4m3(device: torch.device | None = None) -> Tensor:
 
 
 def e4m3_step(table: Tensor) -> float | None:
-    """What the numbers of e4m3 are multiplied by in a table of codes; None where it has others."""
-    step = float(table.max()) / 448
-    return step if len(table) == 256 and torch.equal(table, e4m3(table.device) * step) else None
+    """What the numbers of e4m3 are multiplied by in a table of codes, whatever its ends are; None where it has others."""
+    if len(table) != 256:
+        return None
+    step = float(table[-2]) / 448
+    return step if torch.equal(table[1:-1], e4m3(table.device)[1:-1] * step) else None
 
 
 # ---- fitting ----------------------------------------------------------------------------------

@@ -59,6 +59,14 @@ def restore(p: Packed) -> Tensor:
     return whole
 
 
+def float8(w: Codes, step: float) -> Codes:
+    """The same without the outer of the two codes that are one number at either end, and with what its bits would be in their place."""
+    assert w.grid.table is not None
+    table = w.grid.table.clone()
+    table[0], table[-1] = -480 * step, 480 * step
+    return replace(w, codes=w.codes.clamp(1, 254), grid=replace(w.grid, table=table))
+
+
 @method("format", inverse=restore, holds="any", codes=tuple(LEVELS), bytes=size, stored=stored)
 def dense(new: Change) -> Packed:
     """Every entry, zeros included, 32 outputs side by side.
@@ -80,8 +88,7 @@ def dense(new: Change) -> Packed:
         if w.type == "t" and w.group < inputs and w.group % WORD[w.type]:
             raise BadInput(f"dense: ternary codes lie {WORD[w.type]} inputs a word, in groups of whole words, not of {w.group} inputs; "
                            "quantise with group=0 (the row), 40, 80, 160 or the like")
-        codes, table = w.codes, w.grid.table
-        if w.type == "l8" and table is not None and e4m3_step(table) is not None:
-            codes = codes.clamp(1, 254)  # at either end two codes are one number, and the outer one is none of float8
-        return Packed("dense", (out, inputs), w.type, {"values": worded(w.type, panels(codes)), **sides(w)}, cols=inputs, group=w.group)
+        if w.type == "l8" and w.grid.table is not None and (step := e4m3_step(w.grid.table)) is not None:
+            w = float8(w, step)
+        return Packed("dense", (out, inputs), w.type, {"values": worded(w.type, panels(w.codes)), **sides(w)}, cols=inputs, group=w.group)
     return Packed("dense", (w.shape[0], w.shape[1]), TYPES[w.dtype], {"values": interleaved(panels(w))}, cols=w.shape[1])
