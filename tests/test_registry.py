@@ -170,7 +170,7 @@ def test_every_format_states_its_bytes() -> None:
 
 FILES = sorted(p for p in Path(trimtab.methods.__path__[0]).rglob("*.py") if p.name != "__init__.py")
 ON_AN_AXIS = [p for p in FILES if p.parent.name in AXES]  # the others hold what several methods share
-MAY_IMPORT = ("__future__", "math", "functools", "itertools", "collections", "typing", "dataclasses", "torch",
+MAY_IMPORT = ("__future__", "math", "functools", "weakref", "itertools", "collections", "typing", "dataclasses", "torch",
               "trimtab.core.registry", "trimtab.core.types", "trimtab.methods")
 
 

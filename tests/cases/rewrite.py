@@ -24,6 +24,8 @@ CASES = {
     "rewrite/incoherent": Case({"w": torch.tensor([[2.0]]), "gram": torch.tensor([[64.0]])}, [[4.0]], differs="rewrite/hadamard"),
     # A weight of one input is spread over both.
     "rewrite/hadamard": Case({"w": torch.tensor([[1.0, 0.0]]), "gram": torch.eye(2)}, [[0.5**0.5, 0.5**0.5]], differs="rewrite/incoherent"),
+    # As that, of the inputs that no neighbour turns; what neighbours share: tests/line/test_rotation.py.
+    "rewrite/quarot": Case({"w": torch.tensor([[1.0, 0.0]]), "gram": torch.eye(2)}, [[0.5**0.5, 0.5**0.5]], differs="rewrite/incoherent"),
     # The first input's power is all there is: behind its direction comes the mixing, and the weight of it is spread evenly.
     "rewrite/klt": Case({"w": torch.tensor([[1.0, 0.0]]), "gram": torch.diag(torch.tensor([4.0, 0.0]))}, [[0.5**0.5, 0.5**0.5]],
                         differs="rewrite/incoherent"),

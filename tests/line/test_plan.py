@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny
 from trimtab.core import edits, line, spec
+from trimtab.core.measured import Measured
 from trimtab.core.registry import get
 from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.network.checkpoint import SafeFile
@@ -20,7 +22,7 @@ def test_shares_are_the_budgets(tiny_lm: Path, tmp_path: Path, budget: str) -> N
     net = Network.open(tiny_lm)
     walk_on = line.walker(net, [], tmp_path, None, None)
     sweep = line.sweeps(recipe, net.sites)[0]
-    shares = line.decide(net, sweep, 0, walk_on, line.Options(keep=0.3), lambda *_: None)
+    shares = line.decide(net, sweep, 0, walk_on, [], tmp_path, None, line.Options(keep=0.3), lambda *_: None)
     step = recipe.passes[0].steps["budget"]
     of = step.method.facts["of"] or (lambda s: s)
     scores = {s.name: Summary.of(s, of(net.weight(net.block(s.block), s).float().abs())) for s in net.sites}
@@ -45,11 +47,14 @@ def test_a_site_keeps_what_an_earlier_pass_left(text: str) -> None:
     assert bool((whole.w != 0).logical_and(~prior).any())  # without a prior the same entries are used
 
 
-def test_every_site_takes_one_of_the_grids_within_the_bits(tiny_lm: Path, tmp_path: Path, calib: Path) -> None:
+@pytest.mark.parametrize(("recipe", "least"), [
+    ("knapsack(mean=4) | int(bits=2/3/4,group=32) | gptq", 3.7),
+    ("knapsack(mean=4,loss=measured) | int(bits=2/3/4,group=32) | rtn", 2.5),  # where fewer bits happen to do better, they are taken
+])
+def test_every_site_takes_one_of_the_grids_within_the_bits(tiny_lm: Path, tmp_path: Path, calib: Path, recipe: str, least: float) -> None:
     """The plan names a grid a site, the sites of one input the same; the codes are on it, and take no more than was allowed."""
-    recipe = spec.load("knapsack(mean=4) | int(bits=2/3/4,group=32) | gptq")
     opts = line.Options(samples=4, seq_len=32, calib=(str(calib),), text=(str(calib),), proof_tokens=64, speed=False, fresh=False)
-    line.trim(tiny_lm, recipe, tmp_path / "o", opts, lambda *_: None)
+    line.trim(tiny_lm, spec.load(recipe), tmp_path / "o", opts, lambda *_: None)
     chosen = json.loads((tmp_path / "o" / "trimtab.json").read_text())["shares"]
     parts, net = SafeFile(tmp_path / "o" / "trimtab.safetensors"), Network.open(tiny_lm)
     used: dict[tuple[int, str], set[int]] = {}
@@ -62,7 +67,56 @@ def test_every_site_takes_one_of_the_grids_within_the_bits(tiny_lm: Path, tmp_pa
         size += s.size * bits // 8 + parts.read(f"{s.name}:scales").nbytes
     assert all(len(bits) == 1 for bits in used.values())
     assert len({b for bits in used.values() for b in bits}) > 1
-    assert 3.7 < size * 8 / sum(s.size for s in net.sites) <= 4
+    assert least < size * 8 / sum(s.size for s in net.sites) <= 4
+
+
+@pytest.mark.parametrize("spill", [None, 0])
+def test_measured_losses_are_those_of_the_network(tmp_path: Path, spill: int | None) -> None:
+    """What transformers says of the network with some sites changed, padding left out; hidden states in memory or in files."""
+    net = Network.open(tiny.save("llama", tmp_path / "m"))
+    batches = [tiny.inputs("llama", rows=2), tiny.inputs("llama", rows=1, length=7, seed=2)]
+    samples = [{k: v[r:r + 1] for k, v in b.items()} for b in batches for r in range(len(b["input_ids"]))]
+    sites = {s.name: s for s in net.sites}
+    names = {"both": ("0.attn.q", "0.attn.k"), "down": ("1.mlp.down",), "last": ("1.attn.o",)}
+
+    def loss(changed: tuple[str, ...]) -> float:
+        model, total, count = tiny.build("llama"), 0.0, 0
+        for n in changed:
+            block = model.model.layers[sites[n].block]
+            block.get_parameter(sites[n].param).data.zero_()
+        for b in samples:
+            with torch.no_grad():
+                logits = model(**b).logits[:, :-1]
+            on = b["attention_mask"][:, 1:].bool()
+            total += float(torch.nn.functional.cross_entropy(logits[on], b["input_ids"][:, 1:][on], reduction="sum"))
+            count += int(on.sum())
+        return total / count
+
+    through = Measured(net, samples, tmp_path, spill, len(names))
+    for i in range(net.n_blocks):
+        mine = [(k, {sites[n]: torch.zeros(sites[n].shape) for n in its}) for k, its in names.items() if its[0].startswith(f"{i}.")]
+        module = net.block(i)
+        before = {n: p.clone() for n, p in module.named_parameters()}
+        through.through(i, module, mine)
+        assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+    rises = through.rises()
+    through.close()
+    assert not list(tmp_path.glob("hidden*"))
+    own = loss(())
+    for k, its in names.items():
+        assert rises[k] == pytest.approx(loss(its) - own, abs=1e-5)
+        assert abs(rises[k]) > 1e-4
+
+
+def test_a_loss_nobody_knows_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
+    opts = line.Options(samples=4, seq_len=32, speed=False, fresh=False)
+    bert = tiny.save("bert", tmp_path / "bert")
+    cases = (tiny_lm, "guessed", "loss is fisher or measured, not guessed"), (bert, "measured", "a language model's loss")
+    for model, loss, said in cases:
+        recipe = spec.load(f"knapsack(mean=4,loss={loss}) | int(bits=2/3,group=16) | rtn")
+        with pytest.raises(BadInput, match=said):
+            line.trim(model, recipe, tmp_path / "o", opts, lambda *_: None)
+    assert not (tmp_path / "o").exists()
 
 
 def test_too_few_bits_are_refused_before_anything_is_written(tiny_lm: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core import rotation
 from trimtab.core.calibrate import Collector
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Step
@@ -19,6 +20,7 @@ from trimtab.methods.format.panels import unpack_mask
 from trimtab.methods.rounding import Rounding
 from trimtab.methods.terms import NOTHING, Spared, Terms, of_site, put_together
 from trimtab.network import graph
+from trimtab.network.checkpoint import finite
 from trimtab.network.stream import Network
 
 
@@ -130,9 +132,15 @@ def bases_of(net: Network, module: Any, i: int, owner: dict[str, Pass], stats: C
         p, kept = owner[sites[0].name], spared(sites[0])
         step, its = p.steps["rewrite"], restricted(stats(sites[0]), kept.others(sites[0].shape[1]))
         w = torch.cat([spared(s).rest(net.weight(module, s).float()) for s in sites])
-        inside = step.method({**its, "w": w}, **step.bound)
-        outside = step.method.facts["outside"]
-        found |= {s.name: (inside, outside(s.shape[0], step.bound, w.device) if outside and s.rows is None else None) for s in sites}
+        inside = rotation.inside(net, module, sites[0], step, w.device) if p.shares else None
+        inside = step.method({**its, "w": w}, **step.bound) if inside is None else inside
+        for s in sites:
+            if p.shares:
+                outside = rotation.outside(net, s, step, w.device)
+            else:
+                of = step.method.facts["outside"]
+                outside = of(s.shape[0], step.bound, w.device) if of and s.rows is None else None
+            found[s.name] = (inside, outside)
     return found
 
 
@@ -233,7 +241,7 @@ def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Te
 def checked(p: Pass, site: Site, w: Tensor, prior: Tensor | None, change: Change) -> Change:
     """The change, if it keeps what every change has to keep."""
     mask, edit = change.mask, p.steps["edit"].key
-    if change.w.shape != w.shape or not bool(torch.isfinite(change.w).all()):
+    if change.w.shape != w.shape or not finite(change.w):
         raise Failed(f"{site.name}: {edit} returned a weight of wrong shape or with NaN; please report this")
     if mask is not None and bool((change.w[~mask] != 0).any()):
         raise Failed(f"{site.name}: {edit} left weights outside its own mask; please report this")

@@ -24,15 +24,16 @@ from torch import Tensor
 
 import trimtab
 from trimtab.core import data as data_
-from trimtab.core import memory, pack
+from trimtab.core import memory, pack, rotation
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.edits import Gridded, Unit, checked, edit_block, score_site
 from trimtab.core.journal import Journal, sync, write_json
+from trimtab.core.measured import SEQUENCES, Measured
 from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.train import ROOM, Net
 from trimtab.core.types import BadInput, Change, Choices, Failed, Site, Summary
-from trimtab.methods.codes import rounded
+from trimtab.methods.codes import Codes, rounded
 from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits
 from trimtab.methods.rounding import ACT
@@ -141,11 +142,15 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             if "grads" in p.needs and opts.max_memory and largest * 4 * samples > opts.max_memory:
                 raise BadInput(f"{p} holds every sample's gradient, {largest * 4 * samples / 1e9:.1f} GB a block; "
                                f"lower --samples or raise --max-memory")
+            if p.shares:
+                rotation.check(net, p.steps["rewrite"])
             follows = ("of_gram", "turned") if p.turns else ("rescaled",)
             fixed = [n for n in p.working if not any(get(f"stat/{n}").facts[how] for how in follows)]
             if "rewrite" in p.steps and fixed:
                 raise BadInput(f"{p.steps['rewrite']} changes inputs, and what {fixed[0]} says of them would not follow; use methods that "
                                f"need {', '.join(n for how in follows for n in following(how))} or nothing")
+            if p.measures and net.kind != "lm":
+                raise BadInput(f"{p.budget} measures a language model's loss, and this model has none; name one grid for all")
             if differentiates(p):
                 if k:
                     raise BadInput("gradient statistics are taken of the dense model: put that pass first")
@@ -192,6 +197,9 @@ def check_terms(s: Site, passes: list[Pass]) -> None:
         raise BadInput(f"{s.name}: zero is no value of {grid}, and a pass before it drops weights; "
                        f"use another grid, such as int or ternary")
     fills = [last.steps["rewrite"]] if last.turns else [r for r in last.repairs if "mask" not in r.method.facts["keeps"]]
+    if spares and last.shares:
+        raise BadInput(f"{s.name}: {last.steps['rewrite']} turns what neighbours write, of which {spares[0].steps['edit']} keeps a part "
+                       "as it is; use hadamard")
     if drops and fills:
         raise BadInput(f"{s.name}: {fills[0]} would bring back weights that {drops[0]} drops; give it sites of its own")
     if spares and (len(spares) > 1 or spares[0] is not passes[max(0, len(passes) - 2)] or (last not in spares and not pack.rounds(last))):
@@ -221,8 +229,8 @@ def plan_hash(header: dict[str, Any], shares: dict[str, float | str]) -> str:
     return hashlib.sha256(json.dumps([header, shares], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn,
-           opts: Options, tick: Report) -> dict[str, float | str]:
+def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn, samples: list[data_.Batch], scratch: Path,
+           spill: int | None, opts: Options, tick: Report) -> dict[str, float | str]:
     """The share of every site of a sweep, or its grid. Budgets see summaries; scores live for one block at a time."""
     shares: dict[str, float | str] = {}
     asking = []
@@ -238,7 +246,9 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
     summaries: dict[str, Summary] = {}
     choices: dict[str, Choices] = {}
     extra: dict[str, dict[str, Tensor]] = {}
-    owner = {s.name: p for p, sites, _ in asking for s in sites}
+    if measured := {s.name: p for p, sites, _ in asking if p.measures for s in sites}:
+        choices |= measured_options(net, measured, samples, scratch, spill, k, walk_on, tick)
+    owner = {s.name: p for p, sites, _ in asking if not p.measures for s in sites}
     needs = {name: plan_needs(p) for name, p in owner.items()}
 
     def look(i: int, module: Any, stats: Collector | None) -> None:
@@ -254,7 +264,8 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
                 summaries[s.name] = Summary.of(s, of(scores) if of else scores)
                 extra[s.name] = {n: got[n] for n in p.budget.method.needs}
 
-    walk_on(needs, look, "dense", lambda d, n: tick("plan", d, n), k)
+    if owner:
+        walk_on(needs, look, "dense", lambda d, n: tick("plan", d, n), k)
     for p, sites, target in asking:
         if p.chooses:
             shares |= p.budget.method({"options": {s.name: choices[s.name] for s in sites}}, **p.budget.bound)
@@ -276,12 +287,49 @@ def sizes_of(p: Pass, site: Site) -> Choices:
     return Choices(site, tuple(map(str, p.steps["grid"].options)), tuple(sizes), (0.0,) * len(sizes))
 
 
+def tried_on(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> list[Codes]:
+    """The weight [out, in] rounded to the nearest value of each of the pass's grids."""
+    return [rounded(w, grid(w), grid.group(w)) for grid in (Gridded(step, stats) for step in p.steps["grid"].options)]
+
+
 def options_of(p: Pass, site: Site, w: Tensor, stats: dict[str, Tensor]) -> Choices:
     """What rounding w [out, in] to the nearest value of each of its grids takes, and what the network's loss rises by, to second order."""
-    steps = p.steps["grid"].options
-    codes = [rounded(w, grid(w), grid.group(w)) for grid in (Gridded(step, stats) for step in steps)]
+    codes = tried_on(p, w, stats)
     losses = [float((stats["grad_sq"] * (c.weight() - w).square()).sum()) / 2 for c in codes]
-    return Choices(site, tuple(map(str, steps)), tuple(c.nbytes for c in codes), tuple(losses))
+    return Choices(site, tuple(map(str, p.steps["grid"].options)), tuple(c.nbytes for c in codes), tuple(losses))
+
+
+def measured_options(net: Network, owner: dict[str, Pass], samples: list[data_.Batch], scratch: Path, spill: int | None, k: int,
+                     walk_on: WalkOn, tick: Report) -> dict[str, Choices]:
+    """The same for sites by name, what the loss rises by as it is measured, with those rounded that read one input; each has its part."""
+    grids = {n: p.steps["grid"].options for n, p in owner.items()}
+    readers: dict[tuple[int, str, str], list[Site]] = {}
+    for s in (s for s in net.sites if s.name in owner):
+        readers.setdefault((s.block, s.input, str(owner[s.name])), []).append(s)
+    sizes: dict[str, tuple[int, ...]] = {}
+    through = Measured(net, samples, scratch, spill, sum(len(grids[sites[0].name]) for sites in readers.values()))
+
+    def look(i: int, module: Any, stats: Collector | None) -> None:
+        def variants() -> Iterator[tuple[Any, dict[Site, Tensor]]]:
+            for key, sites in readers.items():
+                if key[0] != i:
+                    continue
+                codes = {s: tried_on(owner[s.name], net.weight(module, s).float(), stats.of(s) if stats else {}) for s in sites}
+                sizes.update({s.name: tuple(c.nbytes for c in its) for s, its in codes.items()})
+                for o in range(len(grids[sites[0].name])):
+                    yield (key, o), {s: its[o].weight() for s, its in codes.items()}
+
+        through.through(i, module, variants())
+
+    try:
+        walk_on({n: p.planned | set(p.steps["grid"].method.needs) for n, p in owner.items()}, look, "dense",
+                lambda d, n: tick("plan", d, n), k)
+        rises = through.rises()
+    finally:
+        through.close()
+    return {s.name: Choices(s, tuple(map(str, grids[s.name])), sizes[s.name],
+                            tuple(rises[key, o] / len(sites) for o in range(len(grids[s.name]))))
+            for key, sites in readers.items() for s in sites}
 
 
 def plan_needs(p: Pass) -> set[str]:
@@ -489,6 +537,8 @@ def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch], pack
     stages = [one for p in recipe.passes for one in p.stages]
     everywhere = any(p.trainer for p in stages) or any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs)
     places = net.n_blocks + 2 if everywhere else 1
+    tried = sum(len(p.steps["grid"].options) for p in recipe.passes if p.measures) * len({(s.block, s.input) for s in net.sites})
+    hidden += sum(tokens_of(net, b) for b in samples[:SEQUENCES]) * int(getattr(net.config, "hidden_size", 0)) * 4 * tried
     return int(net.checkpoint.plain_bytes * (2.2 + 1.1 * packed + 1.1 * max(0, len(stages) - 1)) + hidden * places + 1e7)
 
 
@@ -548,7 +598,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             train(net, trainer, *sweep[0], k, samples, journal, opts, noted, tick)
             continue
         if str(k) not in all_shares:
-            all_shares[str(k)] = decide(net, sweep, k, walk_on, opts, tick)
+            all_shares[str(k)] = decide(net, sweep, k, walk_on, samples, journal.dir, spill, opts, tick)
             write_json(journal.dir / "plan.json", {**plan, "shares": all_shares})
         shares = {n: v for n, v in all_shares[str(k)].items() if not isinstance(v, str)}
         owner = {s.name: p.chosen(all_shares[str(k)].get(s.name)) for p, sites in sweep for s in sites}

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core import rotation
 from trimtab.core.journal import Journal, sync, write_json
+from trimtab.core.rotation import Fused
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
 from trimtab.methods.basis import Basis
@@ -263,9 +265,9 @@ def to_pack(net: Network, recipe: Recipe, head: str | None) -> list[Layer]:
     return [x for x in net.layers() if not x.is_head or not net.tied_head or head_in_int8(recipe, head)]
 
 
-def in_int8(w: Tensor) -> Codes:
-    """A large matrix in int8 per row, some rows at a time: as float32 it would be the largest thing in memory."""
-    some = [nearest(rows.float(), 8) for rows in w.split(ROWS)]
+def in_int8(w: Tensor, scale: Tensor | None = None) -> Codes:
+    """A large matrix, its inputs times `scale`, in int8 per row, some rows at a time: as float32 it would be the largest of all."""
+    some = [nearest(rows.float() if scale is None else rows.float() * scale, 8) for rows in w.split(ROWS)]
     return Codes(torch.cat([c.codes for c in some]), Grid(torch.cat([c.grid.scales for c in some]), 256), w.shape[1])
 
 
@@ -296,6 +298,14 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
     def weight(name: str) -> Tensor:
         return SafeFile(edited[name]).read(name) if name in edited else net.checkpoint.read(name)
 
+    def of_block(i: int, wanted: Iterable[str]) -> dict[str, Tensor]:
+        """Parts of a block, by `<site>:<part>`, those of these names that there are."""
+        f = SafeFile(journal.block_path(last, i)) if last >= 0 else None
+        return {n: f.read(PART + n) for n in wanted if f and PART + n in f.entries}
+
+    layers = to_pack(net, recipe, head)
+    fused = Fused() if last < 0 else rotation.fused(net, of_block, weight, not net.tied_head or any(x.is_head for x in layers))
+
     def as_quantised(layer: Layer, w: Tensor) -> Change | None:
         """The codes another program made of the weight, if it is still what they say."""
         codes = net.checkpoint.decoded(layer.file)
@@ -311,14 +321,16 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
             if (codes := as_quantised(layer, w)) is not None and not (layer.is_head and head == "int8"):
                 made[layer.name] = pack(Format(Step("format/dense")) if layer.is_head else steps[layer.sites[0].name], codes, layer.name)
             elif layer.is_head:
-                made[layer.name] = dense(Change(w, in_int8(w).parts()) if head_in_int8(recipe, head) else Change(w.to(values)))
+                plain = w if fused.last is None else w * fused.last
+                inner = dense(Change(w, in_int8(w, fused.last).parts()) if head_in_int8(recipe, head) else Change(plain.to(values)))
+                made[layer.name] = based(inner, w.shape[1], inside=fused.head)
             else:
+                w = fused.weight(layer, w, parts)
                 same = {steps[s.name] for s in layer.sites}
                 how = same.pop() if len(same) == 1 else Format(Step("format/dense"))
                 made[layer.name] = pack(how, whole(layer, w, parts, values, how), layer.name)
         return made
 
-    layers = to_pack(net, recipe, head)
     staged: list[SafeFile] = []
     for i in range(net.n_blocks + 1):
         mine = [x for x in layers if (x.is_head if i == net.n_blocks else not x.is_head and x.sites[0].block == i)]
@@ -326,8 +338,8 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
         if mine and not path.exists():
             f = SafeFile(journal.block_path(last, i)) if last >= 0 and i < net.n_blocks else None
             names = {s.name for x in mine for s in x.sites}
-            wanted = {n.removeprefix(PART): n for n in f.names if n.startswith(PART)} if f else {}
-            stage(path, packed(mine, {k: f.read(n) for k, n in wanted.items() if f and k.rpartition(":")[0] in names}))
+            wanted = [n.removeprefix(PART) for n in f.names if n.startswith(PART)] if f else []
+            stage(path, packed(mine, fused.parts({n: f.read(PART + n) for n in wanted if f and n.rpartition(":")[0] in names})))
         if mine:
             staged.append(SafeFile(path))
         tick("pack", i + 1, net.n_blocks + 1)
@@ -344,7 +356,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
     entries |= {n: (net.checkpoint.tensors[was].dtype, net.checkpoint.tensors[was].shape) for n, was in stay.items()}
 
     def tensor(name: str) -> Tensor:
-        return read(buffers[name]) if name in buffers else weight(stay[name])
+        return read(buffers[name]) if name in buffers else fused.tensor(stay[name], weight(stay[name]))
 
     def about(sums: dict[str, str]) -> dict[str, str]:
         return {"format": "pt", "trimtab": json.dumps({"version": VERSION, "sha256": sums}, sort_keys=True)}
@@ -358,7 +370,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
         write_json(out / DECODER, description)
     write_json(out / "config.json", sealed(out, files, config))
     sizes = {name: sum(buffers[b].end - buffers[b].begin for b in buffers if b.rpartition(".packed_")[0] == name) for name in linears}
-    return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, linears, dtype)}
+    return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, linears, dtype) + told_of(fused)}
 
 
 def description_of(net: Network) -> dict[str, Any] | None:
@@ -369,6 +381,10 @@ def description_of(net: Network) -> dict[str, Any] | None:
         return graph.describe(net.family, net.checkpoint.config)
     except BadInput:
         return None
+
+
+def told_of(fused: Fused) -> list[str]:
+    return [f"the rotation of the residual stream costs time in every layer: {fused.why_not}"] if fused.why_not else []
 
 
 def told(net: Network, layers: list[Layer], linears: Mapping[str, Any], dtype: str | None) -> list[str]:

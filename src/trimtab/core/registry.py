@@ -51,6 +51,7 @@ KNOBS = {
     "act_order": "whether the inputs of the largest second moment are decided first",
     "feedback": "whether what rounding a column costs is mended in those to come",
     "whiten": "whether nearness is that of the outputs, not of the weights", "limit": "score from which on a unit is chosen",
+    "loss": "how what a choice costs is told: fisher (from gradients) or measured",
     "mean": "bits a weight on average, scales and zero points included",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "vector": "outputs that share an index into a codebook",
@@ -161,9 +162,10 @@ FACTS: dict[str, dict[str, Any]] = {
     # it has no share to split but one of several grids to choose for every site.
     "budget": {"mean": "weight", "of": None, "chooses": False},
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
-    # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one.
+    # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one; shared: of (n,
+    # knobs, device) a Basis that every site has which writes or reads the residual stream, or a head: packing leaves it out, in turn.
     # rounded: whether it is for inputs that are rounded.
-    "rewrite": {"basis": False, "outside": None, "rounded": False},
+    "rewrite": {"basis": False, "outside": None, "shared": None, "rounded": False},
     # of: what it has to see at once: "group" or "site", or a function of the knobs that says it; zero: whether a weight of zero stays zero,
     # as it has to behind a pass that drops; type: of its codes, a function of the knobs.
     "grid": {"of": "group", "zero": True, "type": None},

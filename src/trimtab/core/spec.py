@@ -78,6 +78,11 @@ class Pass:
         return "rewrite" in self.steps and bool(self.steps["rewrite"].method.facts["basis"])
 
     @property
+    def shares(self) -> bool:
+        """Whether that basis is one that its neighbours have too."""
+        return self.turns and self.steps["rewrite"].method.facts["shared"] is not None
+
+    @property
     def chooses(self) -> bool:
         """Whether its budget chooses a grid for every site."""
         return "budget" in self.steps and bool(self.steps["budget"].method.facts["chooses"])
@@ -120,7 +125,12 @@ class Pass:
     @property
     def planned(self) -> set[str]:
         """What only its budget wants to know, or the plan for it."""
-        return set(self.budget.method.needs) | ({"grad_sq"} if self.chooses else set())
+        return set(self.budget.method.needs) | ({"grad_sq"} if self.chooses and not self.measures else set())
+
+    @property
+    def measures(self) -> bool:
+        """Whether what its budget chooses from is tried on the network."""
+        return self.chooses and self.budget.bound["loss"] == "measured"
 
     @property
     def budget(self) -> Step:
@@ -172,7 +182,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it sees calibration samples."""
-        return bool(self.needs) or any(p.trainer for p in self.passes)
+        return bool(self.needs) or any(p.trainer or p.measures for p in self.passes)
 
     @property
     def methods(self) -> dict[str, str]:

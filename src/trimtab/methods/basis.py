@@ -73,6 +73,10 @@ class Basis:
         """The inverse of `weight`."""
         return Basis.straight(Basis(None if self.scale is None else 1 / self.scale, self.left, self.right), w)
 
+    def scaled(self, s: Tensor) -> Basis:
+        """This one of s * x [n], s without zeros."""
+        return Basis(s if self.scale is None else self.scale * s, self.left, self.right)
+
     def gram(self, gram: Tensor) -> Tensor:
         """The second moment of `of(x)` [n, n], from that of x."""
         return self.of(self.of(gram).T)
@@ -112,6 +116,20 @@ def hadamard(n: int, device: torch.device) -> Tensor:
 def signs(n: int, generator: torch.Generator) -> Tensor:
     """Random signs, float32 [n]."""
     return torch.randint(0, 2, (n,), generator=generator, device=generator.device).float().mul_(2).sub_(1)
+
+
+def mixed(n: int, seed: int, device: torch.device) -> Basis:
+    """A randomly signed Hadamard basis of n."""
+    g = torch.Generator(device).manual_seed(seed)
+    a, b = split(n)
+    return Basis(signs(n, g), mixing(a, g), mixing(b, g))
+
+
+def by_head(turn: Basis, heads: int) -> Basis:
+    """That of `heads` vectors one after the other, each in the basis `turn`, an orthogonal one."""
+    n = turn.size
+    right = turn.of(torch.eye(n)).T.contiguous()
+    return Basis(None, torch.eye(heads), right)
 
 
 def mixing(n: int, generator: torch.Generator) -> Tensor:

@@ -74,8 +74,26 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """What these codes stand for, float32 [..., n]."""
-        steps = codes.float() - self.zero().float()[..., None] if self.table is None else self.table[codes.int()]
-        return self.scales.float()[..., None] * steps
+        steps = codes.float().sub_(self.zero().float()[..., None]) if self.table is None else self.table[codes.int()]
+        return steps.mul_(self.scales.float()[..., None])
+
+    def column(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """What tells of columns [out] of one group, one after the other, their codes and values, as `codes` and `values` do: all that is
+        the grid's alone is computed once."""
+        if self.table is not None:
+            def looked_up(w: Tensor) -> tuple[Tensor, Tensor]:
+                q = self.codes(w[:, None, None])
+                return q[:, 0, 0], self.values(q)[:, 0, 0]
+
+            return looked_up
+        scales, zeros, top = self.scales.float()[:, 0], self.zero().float()[:, 0], self.levels - 1
+        inverse = torch.where(scales != 0, 1 / scales, 0.0)
+
+        def counted(w: Tensor) -> tuple[Tensor, Tensor]:
+            q = (w * inverse).round_().add_(zeros).clamp_(0, top)
+            return q.to(torch.uint8), q.sub_(zeros).mul_(scales)
+
+        return counted
 
     def rows(self, at: slice) -> Grid:
         """The grid of some of the outputs, which the first dimension of the scales counts."""
@@ -167,7 +185,8 @@ def e4m3_step(table: Tensor) -> float | None:
 # ---- fitting ----------------------------------------------------------------------------------
 def grouped(t: Tensor, group: int) -> Tensor:
     """[out, in] -> [out, groups, group], the last group filled up with zeros."""
-    return torch.nn.functional.pad(t, (0, -t.shape[1] % group)).view(len(t), -1, group)
+    more = -t.shape[1] % group
+    return (torch.nn.functional.pad(t, (0, more)) if more else t).reshape(len(t), -1, group)
 
 
 def length(group: int, inputs: int) -> int:
@@ -190,7 +209,7 @@ def stored(scales: Tensor, group: int) -> Tensor:
 
 def finite(w: Tensor) -> Tensor:
     """BadInput where a weight is not."""
-    if not bool(torch.isfinite(w).all()):
+    if not all(bool(torch.isfinite(x)) for x in w.aminmax()):  # NaN and inf show in the extremes
         raise BadInput("a weight is not finite: there is no code for it")
     return w
 

@@ -6,6 +6,7 @@ time of a conversion, and a few float32 [out, in].
 """
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -65,6 +66,30 @@ def improved(w: Tensor, new: Change, better: Tensor, gram: Tensor) -> Change:
     return replace(new, w=torch.where(wins[:, None], cand, new.w))
 
 
+class _Last:
+    """The last factor of a sweep, for as long as what it is of lives unchanged: q, k and v read one input."""
+
+    def __init__(self) -> None:
+        self.key: tuple[int, float] | None = None
+        self.gram: weakref.ref[Tensor] = weakref.ref(torch.empty(0))
+        self.low: Tensor | None = None
+
+    def of(self, gram: Tensor, damp: float) -> Tensor:
+        """Of the damped second moment, from the last input to the first."""
+        key = gram._version, damp
+        if self.low is None or self.gram() is not gram or self.key != key:
+            self.low = None  # before the next one is made
+            dtype = torch.float64 if len(gram) <= LARGE else torch.float32
+            self.low = factor(lambda extra: damped(gram, damp + extra, flip=True).to(dtype))
+            self.key, self.gram = key, weakref.ref(gram, self._gone)
+        return self.low
+
+    def _gone(self, which: weakref.ref[Tensor]) -> None:
+        if which is self.gram:
+            self.low = None
+
+
+_last = _Last()
 Settle = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -80,8 +105,7 @@ def sweep(w: Tensor, gram: Tensor, settle: Callable[[int, int], Settle], *, damp
     weights of a block are w - (D R)_block R_block^-1, with D of the earlier blocks only.
     """
     n = w.shape[1]
-    dtype = torch.float64 if n <= LARGE else torch.float32
-    low = factor(lambda extra: damped(gram, damp + extra, flip=True).to(dtype))  # R[a, b] = low[n - 1 - a, n - 1 - b]
+    low = _last.of(gram, damp)  # R[a, b] = low[n - 1 - a, n - 1 - b]
     dense = w.float().T.contiguous()  # [in, out]: a column of w is a contiguous row
     new = torch.empty_like(dense)
     delta = torch.zeros_like(dense)

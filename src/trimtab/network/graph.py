@@ -329,6 +329,21 @@ def folds(family: Family, config: Any, block: list[Site]) -> list[Fold]:
     return found
 
 
+# ---- rotations --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Stream:
+    """Who meets the residual stream of a network, where all of it may be turned: every reader behind a norm that commutes with a turn but
+    for its weight. `norms`: that of a block by the input that it makes; `last`: the one behind the blocks."""
+
+    norms: Mapping[str, str]
+    last: str = "norm"
+
+
+def stream(family: Family) -> Stream | None:
+    """None for a family in which something else meets the stream: norms that take the mean off, or lie behind a sublayer, routers."""
+    return Stream({"attn.in": family.norms[0], "mlp.in": family.norms[1]}) if family.decoded else None
+
+
 # ---- the native decoder -----------------------------------------------------------------------
 DESCRIPTION = 1  # version of what `describe` returns
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}

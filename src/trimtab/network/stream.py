@@ -76,9 +76,9 @@ class Network:
         listed = base.get_submodule(self.family.blocks)
         self._blocks: list[nn.Module] = list(listed)
         self.n_blocks = len(self._blocks)
-        prefix = "" if base is self.model else self.model.base_model_prefix + "."
-        self._stem = f"{prefix}{self.family.blocks}."
-        self._front = tuple(f"{prefix}{p}." for p in self.family.front)
+        self.base = "" if base is self.model else self.model.base_model_prefix + "."
+        self._stem = f"{self.base}{self.family.blocks}."
+        self._front = tuple(f"{self.base}{p}." for p in self.family.front)
         self._validate()
         self._by_block = [graph.sites(self.family, self.config, b, i) for i, b in enumerate(self._blocks)]
         self.sites = [s for block in self._by_block for s in block]
@@ -134,6 +134,18 @@ class Network:
         self._used = list(dict.fromkeys(p.file for ps in self._pieces.values() for p in ps))
         self.n_params = sum(torch.Size(self.checkpoint.tensors[n].shape).numel() for n in self._used)
 
+    def file(self, name: str) -> str:
+        """The stored name of a parameter that is stored as one tensor."""
+        return self._pieces[name][0].file
+
+    def block_file(self, i: int, name: str) -> str:
+        """That of a parameter of block `i`."""
+        return self.file(f"{self._stem}{i}.{name}")
+
+    def bias_file(self, site: Site) -> str | None:
+        """That of the bias of a site that has one."""
+        return self.block_file(site.block, graph.bias_of(site) or "") if self.has_bias(site) else None
+
     def sites_of(self, i: int) -> list[Site]:
         return self._by_block[i]
 
@@ -151,7 +163,7 @@ class Network:
         head = self.model.get_output_embeddings() if self.kind == "lm" else None
         if type(head) is nn.Linear:
             name = next(n for n, m in self.model.named_modules() if m is head)
-            found.append(Layer(name, self._pieces[self.table if self.tied_head else f"{name}.weight"][0].file))
+            found.append(Layer(name, self.file(self.table if self.tied_head else f"{name}.weight")))
         return found
 
     def linears(self) -> list[str]:
@@ -370,7 +382,7 @@ class Network:
 
         def divide(name: str, by: Tensor, offset: float = 0.0) -> Tensor:
             p = module.get_parameter(name)
-            dtype = self.checkpoint.tensors[self._pieces[f"{self._stem}{fold.readers[0].block}.{name}"][0].file].dtype
+            dtype = self.checkpoint.tensors[self.block_file(fold.readers[0].block, name)].dtype
             before = p.detach().float() + offset
             p.data.copy_((before / by - offset).to(dtype))
             changed.add(name)
@@ -421,9 +433,8 @@ class Network:
 
     def add_to_bias(self, module: nn.Module, site: Site, delta: Tensor) -> str:
         """Add `delta` [out] to the bias of a site that has one, rounded to its type in the files; its parameter's name in the block."""
-        b = self.bias(module, site)
-        assert b is not None
-        file = self._pieces[f"{self._stem}{site.block}.{graph.bias_of(site)}"][0].file
+        b, file = self.bias(module, site), self.bias_file(site)
+        assert b is not None and file is not None
         return self._set_bias(module, site, (b.float() + delta).to(self.checkpoint.tensors[file].dtype).to(b.dtype))
 
     def stored(self, module: nn.Module, i: int, others: Iterable[str] = ()) -> dict[str, Tensor]:

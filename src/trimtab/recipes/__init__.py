@@ -114,6 +114,11 @@ recipe("smoothquant", "smoothquant | int(bits=8,group=0) | rtn | static(clip=max
 recipe("qqq", "smooth | int(bits=4,group=128) | gptq | token", source="arXiv:2406.09904 (Zhang et al. 2024)", claims=[
     Claim("better than the same without its scales", "qqq", "int(bits=4,group=128) | gptq | token", "w4a8", "figures not read"),
 ], note="`qqq(group=0)` by row, as its fastest kernel has it; `kurtail | int(bits=4,group=128) | gptq | token` turns in place of scaling.")
+recipe("quarot", "quarot | int(bits=4,group=0) | gptq | token(act_bits=4)", source="arXiv:2404.00456 (Ashkboos et al. 2024)", claims=[
+    Claim("better than the same without its rotations", "quarot", "int(bits=4,group=0) | gptq | token(act_bits=4)", "w4a4",
+          "figures recalled, not asserted"),
+], note="Packed, neighbours take the rotations: but for the inputs of the MLP's last map and the head's they cost nothing. "
+        "`quarot | int(bits=2,group=64) | gptq` rounds weights alone behind them.")
 recipe("outliertune", "*.q,*.k,*.v,*.gate,*.up: channelwise | int(bits=8,group=0) | rtn | static(act_bits=6,clip=max) ; "
        "*.o,*.down: int(bits=8,group=0) | rtn | token(act_bits=6)", source="arXiv:2406.18832 (Wang et al. 2024)", claims=[
     Claim("better than one step for all channels with inputs of 6 bits", "outliertune",

@@ -32,6 +32,7 @@ def gptq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
     before = act_order or grid.whole or group == inputs
     fitted: Grid = grid((w * mask)[:, : inputs if before else group])  # else of the first group, to know what it is made of
     parts = [fitted.group(slice(g, g + 1)) for g in range(fitted.scales.shape[1])]
+    near = {i: p.column() for i, p in enumerate(parts)} if before else {}
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs, device=w.device)
     at = order.tolist()
     whole, codes = bool(mask.all()), torch.empty_like(w.T, dtype=torch.uint8)
@@ -43,9 +44,9 @@ def gptq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
             if not before and i % group == 0:
                 n = min(group, inputs - i)
                 parts[i // group:] = [grid((cur[j:j + n] if kept is None else cur[j:j + n] * kept[i:i + n]).T)]
-            part, now = parts[i // group], cur[j] if kept is None else cur[j] * kept[begin + j]
-            codes[i] = q = part.codes(now[:, None, None])[:, 0, 0]
-            return part.values(q[:, None, None])[:, 0, 0]
+                near[i // group] = parts[-1].column()
+            codes[i], value = near[i // group](cur[j] if kept is None else cur[j] * kept[begin + j])
+            return value
 
         return column
 

@@ -28,16 +28,14 @@ def ldlq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
     """
     w0, group = w * mask, grid.group(w)
     fitted = grid(w0)
-    parts = [fitted.group(slice(g, g + 1)) for g in range(fitted.scales.shape[1])]
+    near = [fitted.group(slice(g, g + 1)).column() for g in range(fitted.scales.shape[1])]
     kept, codes = mask.T.contiguous(), torch.empty_like(w.T, dtype=torch.uint8)
 
     def settle(begin: int, end: int) -> Settle:
         def column(cur: Tensor, scale: Tensor, j: int) -> Tensor:
             i = begin + j
-            part = parts[i // group]
-            q = part.codes((cur[j] * kept[i])[:, None, None])
-            codes[i] = q[:, 0, 0]
-            return part.values(q)[:, 0, 0]
+            codes[i], value = near[i // group](cur[j] * kept[i])
+            return value
 
         return column
 

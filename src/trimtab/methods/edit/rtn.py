@@ -22,5 +22,7 @@ def rtn(w: Tensor, mask: Tensor, grid: Any) -> Change:
     Source: common practice; the baseline of Frantar et al. 2022, arXiv:2210.17323
     Deviations: none
     """
-    new = rounded(w * mask, grid(w * mask), grid.group(w)).change(None if bool(mask.all()) else mask)
+    whole = bool(mask.all())
+    kept = w if whole else w * mask
+    new = rounded(kept, grid(kept), grid.group(w)).change(None if whole else mask)
     return replace(new, w=new.w.to(w.dtype))

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trimtab.core.registry import method
-from trimtab.methods.basis import Basis, mixing, signs, split
+from trimtab.methods.basis import Basis, mixed
 
 
 @method("rewrite", basis=True)
@@ -16,9 +15,6 @@ def hadamard(w: Tensor, *, seed: int = 0) -> Basis:
     Formula: x' = H D x, W' = W D H^T, D random signs, H the Hadamard matrix of Sylvester, entries +-1 / sqrt(n)
     Source: Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 3; Tseng et al. 2024 (QuIP#), arXiv:2402.04396, section 3
     Deviations: where n is no power of two, random orthogonal matrices of its odd factors take the place of Hadamard matrices of those
-        sizes; for the inputs of every site, none fused into its neighbours: it is applied as the product of two small matrices
+        sizes; for the inputs of every site, applied as the product of two small matrices (`quarot` leaves most of it to the neighbours)
     """
-    n = w.shape[1]
-    g = torch.Generator(w.device).manual_seed(seed)
-    a, b = split(n)
-    return Basis(signs(n, g), mixing(a, g), mixing(b, g))
+    return mixed(w.shape[1], seed, w.device)
