@@ -30,6 +30,8 @@ PACKED = {
     "int8": ["rtn(bits=8,group=0)"],
     "int4 g128": ["rtn(bits=4,group=128)"],
     "int2 g64": ["rtn(bits=2,group=64)"],
+    "int4 g128, each layer turned": ["hadamard | int(bits=4,group=128) | rtn"],
+    "int4 g128, turned by neighbours": ["quarot | int(bits=4,group=128) | rtn"],
     "2:4 int4 g128": ["nm(n=2,m=4) | magnitude ; rtn(bits=4,group=128)"],
     "mlp blocks 20% kept, bf16": ["mlp: blocks", "--keep", "0.2"],
     "mlp blocks 5% kept, bf16": ["mlp: blocks", "--keep", "0.05"],

@@ -9,8 +9,9 @@
 
 namespace trimtab::ISA {
 
-// Bytes from what is multiplied now to what is asked of memory: the hardware stops at the end of a page.
-constexpr int64_t AHEAD = 2048;
+// Bytes from what is multiplied now to what is asked of memory: the hardware stops at the end of a page, and a page and a half is what
+// codes of few bits gain by.
+constexpr int64_t AHEAD = 6144;
 
 // Rows of x a tile takes: as many sums as there are registers, two vectors left for weights.
 template <int HEIGHT>

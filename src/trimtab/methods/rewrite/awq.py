@@ -9,7 +9,7 @@ from trimtab.core.registry import method
 from trimtab.methods.codes import rounded
 from trimtab.methods.solvers import errors
 
-ROWS = 1024  # outputs that the error is measured on
+ROWS, WEIGHTS = 1024, 1 << 20  # outputs, and weights of them, that the error is measured on
 
 
 @method("rewrite")
@@ -22,9 +22,10 @@ def awq(w: Tensor, grid: Any, in_abs: Tensor, gram: Tensor, *, steps: int = 20) 
     Formula: s = c^a / sqrt(max c^a min c^a), c = E|x_j|, a of 0, 1 / steps ... 1 - 1 / steps with the least tr(D G D^T), D = Q(w s) / s - w
     Source: Lin et al. 2023, arXiv:2306.00978, section 3.2, equation 4; search and normalisation as in the authors' code
     Deviations: the error is that of the sites' own outputs, where the authors' code takes those of the attention or the MLP they are in; it
-        is summed over 1,024 outputs, evenly spread, where there are more
+        is summed over 1,024 outputs and a million weights at most, evenly spread, where there are more
     """
-    some = w if len(w) <= ROWS else w[torch.linspace(0, len(w) - 1, ROWS, device=w.device).long()]
+    rows = min(ROWS, WEIGHTS // w.shape[1])
+    some = w if len(w) <= rows else w[torch.linspace(0, len(w) - 1, rows, device=w.device).long()]
     found: tuple[float, Tensor] | None = None
     for k in range(steps):
         s = in_abs.clamp_min(1e-8).pow(k / steps).clamp_min(1e-4)
