@@ -239,6 +239,7 @@ def parser() -> Parser:
     p.add_argument("recipe", nargs="*")
     p.add_argument("--seeds", type=count, default=1)
     p.add_argument("--first-seed", type=seed, default=0)
+    p.add_argument("--setting", nargs="+", default=[], metavar="NAME", help="measure only these, such as 4-bits w8a8; default: all")
     p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
     p.add_argument("--model", default=BUILTIN)
     p.add_argument("--name", help="what the rows call the model; default: as given")
@@ -369,7 +370,7 @@ def run_verify(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
     return verify(a.recipe, seeds=a.seeds, progress=Progress(a.quiet), words=not a.json, out=a.out,
                   model=find_model(a.model), model_name=a.name or a.model, calib=tuple(a.calib), text=tuple(a.text),
-                  first_seed=a.first_seed), 0
+                  first_seed=a.first_seed, settings=a.setting), 0
 
 
 def version() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ SETTINGS = {
             "w8a8(act_bits=6)", "outliertune", "repquant", OUTLIERTUNE_PLAIN, "int(bits=8,group=0) | adaquant | static(act_bits=6)",
             "hadamard | int(bits=8,group=0) | rtn | token(act_bits=6)")),
         ("w4a4", "weights and inputs in 4 bits", tuple(
-            f"{r}int(bits=4,group=128) | gptq | token(act_bits=4)" for r in ("", "hadamard | ", "kurtail | ", "smooth | "))),
+            f"{r}int(bits=4,group=128) | gptq | token(act_bits=4)" for r in ("", "hadamard | ", "kurtail | ", "smooth | ", "quarot | "))),
     )},
     "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
@@ -66,7 +66,7 @@ SETTINGS = {
         ("gptq(clip=mse,", ")"), ("gptq(grid=nf,", ")"), ("awq(", ")"), ("awq | int(asymmetric=true,", ") | gptq"),
         ("ldlq(", ")"), ("adaround(", ")"), ("adaquant(", ")"), ("lorc(", ")"), ("lorc(whiten=true,", ")"), ("adadim(", ")"),
         ("gain(", ")"), ("int(group=128,", ") | gptq | gain"),
-        (FINE, ") | gptq"), (FINE, ") | gptq | greedy"), (FINE, ") | adaquant"), *((f"{r} | {FINE}", ") | gptq") for r in BASES),
+        (FINE, ") | gptq"), (FINE, ") | gptq | greedy"), (FINE, ") | adaquant"), *((f"{r} | {FINE}", ") | gptq") for r in (*BASES, "quarot")),
         *([("super_weight(", ")")] if bits == 4 else []), *([("adpq(", f",single={bits})")] if bits > 2 else []),
         *([("vptq(", ")"), ("quip(", ")"), ("rilq(", ")")] if bits == 2 else []))),
         f"all linear weights in {bits} bits, a scale for 128 inputs (nf: 64)") for bits in (4, 3, 2)},
@@ -112,8 +112,11 @@ def _quiet(stage: str, done: int, of: int) -> None:
 
 def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], None], words: bool,
            out: Path | None = None, model: Path | None = None, model_name: str = "builtin:lm",
-           calib: tuple[str, ...] = (), text: tuple[str, ...] = (), first_seed: int = 0) -> dict[str, Any]:
-    """Measure the recipes named (or every setting) and say of each claim whether its direction holds here.
+           calib: tuple[str, ...] = (), text: tuple[str, ...] = (), first_seed: int = 0,
+           settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure the claims of the recipes named (or every recipe of every setting) and say of each claim whether its direction holds here.
+
+    `settings`: those alone, all if none is named.
 
     Rows that `out` already has, of methods that have not changed since, are not measured again.
     """
@@ -128,6 +131,11 @@ def verify(names: list[str], *, seeds: int, progress: Callable[[str, int, int], 
         wanted[c.setting] = tuple(dict.fromkeys((*wanted.get(c.setting, ()), c.better, c.than)))
     if not names:
         wanted = {k: s.recipes for k, s in SETTINGS.items()}
+    if unknown := [k for k in settings if k not in SETTINGS]:
+        raise BadInput(f"no setting {unknown[0]!r}{near(unknown[0], list(SETTINGS))}")
+    if settings:
+        wanted = {k: v for k, v in wanted.items() if k in settings}
+        claims = [(n, c) for n, c in claims if c.setting in settings]
     versions = {k: m.version for k, m in load_all().items()}
     measured = fresh_rows(out, model_name, versions) if out else []
     done = frozenset((r["setting"], r["recipe"], r["seed"]) for r in measured)
