@@ -497,6 +497,8 @@ def test_verify_says_what_is_wrong_with_its_file(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"model": "x"\n')
     code, _, err = run(capsys, "verify", "wanda", "-o", tmp_path / "rows.jsonl", "-q")
     assert code == 2 and "line 1" in err
+    code, _, err = run(capsys, "verify", "wanda", "--setting", "4-bit", "-q")
+    assert code == 2 and "no setting '4-bit'; close: 4-bits" in err
 
 
 def test_inspect_names_every_kind_of_layer(capsys, tiny_lm, calib):

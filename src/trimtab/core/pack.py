@@ -304,7 +304,8 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
         return {n: f.read(PART + n) for n in wanted if f and PART + n in f.entries}
 
     layers = to_pack(net, recipe, head)
-    fused = Fused() if last < 0 else rotation.fused(net, of_block, weight, not net.tied_head or any(x.is_head for x in layers))
+    shared = last >= 0 and any(p.shares for p in recipe.passes)
+    fused = rotation.fused(net, of_block, weight, not net.tied_head or any(x.is_head for x in layers)) if shared else Fused()
 
     def as_quantised(layer: Layer, w: Tensor) -> Change | None:
         """The codes another program made of the weight, if it is still what they say."""
@@ -318,7 +319,8 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
             if not finite(w):
                 raise BadInput(f"{layer.name}: a weight is NaN or inf; only finite weights can be packed")
             values = value_dtype(w.dtype, dtype)
-            if (codes := as_quantised(layer, w)) is not None and not (layer.is_head and head == "int8"):
+            again = layer.is_head and (head == "int8" or fused.last is not None)
+            if (codes := None if again else as_quantised(layer, w)) is not None:
                 made[layer.name] = pack(Format(Step("format/dense")) if layer.is_head else steps[layer.sites[0].name], codes, layer.name)
             elif layer.is_head:
                 plain = w if fused.last is None else w * fused.last
