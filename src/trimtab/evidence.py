@@ -66,10 +66,19 @@ SETTINGS = {
         ("gptq(clip=mse,", ")"), ("gptq(grid=nf,", ")"), ("awq(", ")"), ("awq | int(asymmetric=true,", ") | gptq"),
         ("ldlq(", ")"), ("adaround(", ")"), ("adaquant(", ")"), ("lorc(", ")"), ("lorc(whiten=true,", ")"), ("adadim(", ")"),
         ("gain(", ")"), ("int(group=128,", ") | gptq | gain"),
-        (FINE, ") | gptq"), (FINE, ") | gptq | greedy"), (FINE, ") | adaquant"), *((f"{r} | {FINE}", ") | gptq") for r in (*BASES, "quarot")),
+        (FINE, ") | gptq"), (FINE, ") | gptq | greedy"), (FINE, ") | adaquant"),
+        *((f"{r} | {FINE}", ") | gptq") for r in (*BASES, "quarot")),
         *([("super_weight(", ")")] if bits == 4 else []), *([("adpq(", f",single={bits})")] if bits > 2 else []),
         *([("vptq(", ")"), ("quip(", ")"), ("rilq(", ")")] if bits == 2 else []))),
         f"all linear weights in {bits} bits, a scale for 128 inputs (nf: 64)") for bits in (4, 3, 2)},
+    "8-bits": Setting(None, None, ("rtn(bits=8)", "gptq(bits=8)", "awq(bits=8)", "lorc(bits=8)", "adadim(bits=8)", "fp8",
+                                   *(f"{r} | int(bits=8,group=128) | gptq" for r in ("incoherent", "kurtail", "quarot"))),
+                      "all linear weights in 8 bits, a scale for 128 inputs"),
+    "mixed": Setting(None, None, ("knapsack", "knapsack(loss=measured)", "knapsack(mean=3.25) | int(bits=2/3/4,group=64,clip=mse) | gptq",
+                                  "knapsack(mean=3.25,loss=measured) | int(bits=2/3/4,group=64,clip=mse) | gptq",
+                                  "rtn(bits=3,clip=mse,group=64)", "gptq(bits=3,clip=mse,group=64)", "vptq(residual=1)", "ptq161", "onebit",
+                                  "nm(n=2,m=4) | sparsegpt ; gptq(bits=4)", "row(keep=0.7) | wanda ; gptq(bits=4)"),
+                     "several bits, books and patterns: 3.25 bits of choice beside 3.25 for all, and what goes with what"),
 }
 
 
