@@ -197,6 +197,9 @@ def check_terms(s: Site, passes: list[Pass]) -> None:
         raise BadInput(f"{s.name}: zero is no value of {grid}, and a pass before it drops weights; "
                        f"use another grid, such as int or ternary")
     fills = [last.steps["rewrite"]] if last.turns else [r for r in last.repairs if "mask" not in r.method.facts["keeps"]]
+    if last.turns and last.steps["edit"].method.facts["based"]:
+        raise BadInput(f"{s.name}: what {last.steps['edit']} leaves has a basis of its own, and {last.steps['rewrite']} gives it "
+                       "another; leave that out")
     if spares and last.shares:
         raise BadInput(f"{s.name}: {last.steps['rewrite']} turns what neighbours write, of which {spares[0].steps['edit']} keeps a part "
                        "as it is; use hadamard")

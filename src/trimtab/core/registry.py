@@ -62,7 +62,7 @@ KNOBS = {
     "accumulate": "samples whose gradients make one update",
 }
 # Declared beside a method, and nothing of what it computes.
-ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "into", "keeps", "leaves", "either", "rounded")
+ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "into", "keeps", "leaves", "either", "rounded", "based")
 SECTIONS = ("Formula", "Source", "Deviations")
 _REG: dict[str, Method] = {}
 
@@ -174,8 +174,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`; books: whether it leaves indices into
     # codebooks, which no later pass could keep; spares: whether what the share says is
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
-    # grid; either: whether its groups may lie along the outputs.
-    "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False},
+    # grid; either: whether its groups may lie along the outputs; based: whether what it leaves is in a basis of its own.
+    "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False,
+             "based": False},
     # keeps: what of an edit, and of repairs before it, it leaves as it is: "mask", "codes", "factors", "books"; leaves: what it adds:
     # "factors", or a "bias", for sites that have one; level: what it sees at once, "site" or "net": there it is given the network behind
     # the sweep, trains, and returns what mends a site: f(name, change) -> change.

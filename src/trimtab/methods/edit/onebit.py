@@ -18,7 +18,7 @@ def signed(positive: Tensor, rows: Tensor) -> Codes:
     return Codes(positive.to(torch.uint8), Grid(rows.float()[:, None].contiguous(), 2, table=table), positive.shape[1])
 
 
-@method("edit", joint=("unit", "score", "budget", "grid"), drops=False, codes="l1", zero=False)
+@method("edit", joint=("unit", "score", "budget", "grid"), drops=False, codes="l1", zero=False, based=True)
 def onebit(w: Tensor, *, iters: int = 100) -> Change:
     """Signs between a scale of every output and one of every input.
 
