@@ -74,11 +74,12 @@ SETTINGS = {
     "8-bits": Setting(None, None, ("rtn(bits=8)", "gptq(bits=8)", "awq(bits=8)", "lorc(bits=8)", "adadim(bits=8)", "fp8",
                                    *(f"{r} | int(bits=8,group=128) | gptq" for r in ("incoherent", "kurtail", "quarot"))),
                       "all linear weights in 8 bits, a scale for 128 inputs"),
-    "mixed": Setting(None, None, ("knapsack", "knapsack(loss=measured)", "knapsack(mean=3.25) | int(bits=2/3/4,group=64,clip=mse) | gptq",
-                                  "knapsack(mean=3.25,loss=measured) | int(bits=2/3/4,group=64,clip=mse) | gptq",
-                                  "rtn(bits=3,clip=mse,group=64)", "gptq(bits=3,clip=mse,group=64)", "vptq(residual=1)", "ptq161", "onebit",
-                                  "nm(n=2,m=4) | sparsegpt ; gptq(bits=4)", "row(keep=0.7) | wanda ; gptq(bits=4)"),
-                     "several bits, books and patterns: 3.25 bits of choice beside 3.25 for all, and what goes with what"),
+    "mixed": Setting(None, None, (
+        "knapsack", "measured(mean=3.25) | int(bits=2/3/4,group=64,clip=mse) | rtn",
+        *(f"{budget}(mean=3.25) | int(bits=2/3/4,group=64,clip=mse) | gptq" for budget in ("knapsack", "measured")),
+        "rtn(bits=3,clip=mse,group=64)", "gptq(bits=3,clip=mse,group=64)", "vptq(residual=1)", "ptq161", "onebit",
+        "nm(n=2,m=4) | sparsegpt ; gptq(bits=4)", "row(keep=0.7) | wanda ; gptq(bits=4)"),
+        "several bits, books and patterns: 3.25 bits of choice beside 3.25 for all, and what goes with what"),
 }
 
 

@@ -51,7 +51,6 @@ KNOBS = {
     "act_order": "whether the inputs of the largest second moment are decided first",
     "feedback": "whether what rounding a column costs is mended in those to come",
     "whiten": "whether nearness is that of the outputs, not of the weights", "limit": "score from which on a unit is chosen",
-    "loss": "how what a choice costs is told: fisher (from gradients) or measured",
     "mean": "bits a weight on average, scales and zero points included",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "vector": "outputs that share an index into a codebook",
@@ -158,9 +157,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole.
     "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False},
     "score": {},
-    # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: whether
-    # it has no share to split but one of several grids to choose for every site.
-    "budget": {"mean": "weight", "of": None, "chooses": False},
+    # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: how what a
+    # grid costs is told, "gradients" or "trials", where it has no share to split but one of several grids to choose for every site.
+    "budget": {"mean": "weight", "of": None, "chooses": ""},
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one; shared: of (n,
     # knobs, device) a Basis that every site has which writes or reads the residual stream, or a head: packing leaves it out, in turn.

@@ -130,7 +130,7 @@ class Pass:
     @property
     def measures(self) -> bool:
         """Whether what its budget chooses from is tried on the network."""
-        return self.chooses and self.budget.bound["loss"] == "measured"
+        return self.chooses and self.budget.method.facts["chooses"] == "trials"
 
     @property
     def budget(self) -> Step:

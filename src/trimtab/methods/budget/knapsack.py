@@ -8,27 +8,13 @@ from trimtab.core.registry import method
 from trimtab.core.types import BadInput, Choices
 
 CELLS = 100_000  # sizes that are told apart
-LOSSES = ("fisher", "measured")
 
 
-@method("budget", chooses=True)
-def knapsack(options: dict[str, Choices], *, mean: float = 3.0, loss: str = "fisher") -> dict[str, str]:
-    """One of several grids for every site: the least loss of all together that so many bits a weight allow.
+def least(options: dict[str, Choices], mean: float) -> dict[str, str]:
+    """One of its choices for every site, of least loss together within `mean` bits a weight; the same for sites that read one input.
 
-    Sites that read one input (q, k and v; gate and up) take the same. `mean` counts codes, scales, zero points and tables; returns
-    {site: the grid's name}. `loss`: how what a grid costs was told, by gradients (fisher) or with the sites that read one input rounded and
-    all others not (measured: a forward of what is behind them for every input and grid, on 16 sequences). BadInput where even the smallest
-    grids take more.
-
-    Formula: min sum_l d_l(o_l) subject to sum_l bytes_l(o_l) <= mean / 8 * sum_l size_l, one option o_l for every l; d_l = 1/2 sum_ij
-        E[g_ij^2] (Q(W) - W)_ij^2, Q to the nearest value, g the gradient of a sequence's loss (fisher); or what that rises by (measured)
-    Source: Hubara et al. 2020, arXiv:2006.10518, section 4, equation 8 (the integer program)
-    Deviations: solved by dynamic programming over sizes, exact where their common unit fits 100,000 times into what is left, else to
-        within one part in 100,000 of it, never above; unless it is measured, as in the paper, the network's loss is told by the diagonal
-        of its empirical Fisher matrix; both take losses to add up
+    By dynamic programming over sizes.
     """
-    if loss not in LOSSES:
-        raise BadInput(f"knapsack: loss is {' or '.join(LOSSES)}, not {loss}")
     together: dict[tuple[int, str], list[Choices]] = {}
     for o in options.values():
         together.setdefault((o.site.block, o.site.input), []).append(o)
@@ -39,7 +25,7 @@ def knapsack(options: dict[str, Choices], *, mean: float = 3.0, loss: str = "fis
     least = sum(map(min, sizes))
     room = math.floor(mean * weights / 8) - least
     if room < 0:
-        raise BadInput(f"knapsack: {mean:g} bits a weight are less than the smallest grids take, {8 * least / weights:.3f}; "
+        raise BadInput(f"{mean:g} bits a weight are less than the smallest grids take, {8 * least / weights:.3f}; "
                        "raise mean, or name a smaller grid")
     above = [[b - min(its) for b in its] for its in sizes]
     unit = max(math.gcd(*(b for its in above for b in its)), -(-room // CELLS), 1)
@@ -58,3 +44,20 @@ def knapsack(options: dict[str, Choices], *, mean: float = 3.0, loss: str = "fis
         room -= -(-its[i] // unit)
         chosen |= {o.site.name: o.names[i] for o in together[k]}
     return chosen
+
+
+@method("budget", chooses="gradients")
+def knapsack(options: dict[str, Choices], *, mean: float = 3.0) -> dict[str, str]:
+    """One of several grids for every site: the least loss of all together that so many bits a weight allow.
+
+    Sites that read one input (q, k and v; gate and up) take the same. `mean` counts codes, scales, zero points and tables; returns
+    {site: the grid's name}. BadInput where even the smallest grids take more.
+
+    Formula: min sum_l d_l(o_l) subject to sum_l bytes_l(o_l) <= mean / 8 * sum_l size_l, one option o_l for every l; d_l = 1/2 sum_ij
+        E[g_ij^2] (Q(W) - W)_ij^2, Q to the nearest value, g the gradient of a sequence's loss
+    Source: Hubara et al. 2020, arXiv:2006.10518, section 4, equation 8 (the integer program)
+    Deviations: solved by dynamic programming over sizes, exact where their common unit fits 100,000 times into what is left, else to
+        within one part in 100,000 of it, never above; the network's loss is told by the diagonal of its empirical Fisher matrix, where
+        the paper measures it (`measured`); both take losses to add up
+    """
+    return least(options, mean)
