@@ -17,7 +17,7 @@ def quarot(w: Tensor, *, seed: int = 0) -> Basis:
     """One randomly signed Hadamard basis for the residual stream, one for every head, and one for inputs that no neighbour can turn.
 
     `w` [out, in]: all sites that read the input; returns the basis of the inputs where they are no residual stream and no heads (those of
-    the MLP's last map). Packed, the table of embeddings, biases and the head take the others, and running them costs nothing.
+    the MLP's last map). Packed, neighbours take the others: table of embeddings, norms and biases; the head turns its inputs back.
 
     Formula: x' = H D x for the stream, W' = W diag(g) D H^T where it is read behind a norm of weight g, H D W where it is written;
         for every head of v, R v, and o with R^T; H D as `hadamard` has it
