@@ -75,6 +75,10 @@ def test_what_does_not_agree_keeps_its_own(tmp_path, ids):
         "attn: quarot | int(bits=8,group=0) | rtn ; mlp: quarot | int(bits=4,group=0) | rtn": ({"down_proj", "lm_head"}, None),
         "attn: quarot(seed=1) | int(bits=8,group=0) | rtn ; mlp: quarot(seed=2) | int(bits=4,group=0) | rtn":
             ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, "in another basis"),
+        # Those that read it alone, of equal matrices with other signs.
+        "attn: quarot(seed=1) | int(bits=8,group=0) | rtn ; *.down: quarot(seed=1) | int(bits=8,group=0) | rtn ; "
+        "*.gate,*.up: quarot(seed=2) | int(bits=4,group=0) | rtn":
+            ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, "in another basis"),
     }
     for recipe, (left, line) in cases.items():
         trimmed(model, tmp_path / "plain", ids, recipe, force=True)
