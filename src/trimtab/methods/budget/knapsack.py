@@ -22,10 +22,10 @@ def least(options: dict[str, Choices], mean: float) -> dict[str, str]:
     sizes = [[sum(each) for each in zip(*(o.bytes for o in together[k]), strict=True)] for k in keys]
     losses = [[sum(each) for each in zip(*(o.losses for o in together[k]), strict=True)] for k in keys]
     weights = sum(o.site.size for o in options.values())
-    least = sum(map(min, sizes))
-    room = math.floor(mean * weights / 8) - least
+    floor = sum(map(min, sizes))
+    room = math.floor(mean * weights / 8) - floor
     if room < 0:
-        raise BadInput(f"{mean:g} bits a weight are less than the smallest grids take, {8 * least / weights:.3f}; "
+        raise BadInput(f"{mean:g} bits a weight are less than the smallest grids take, {8 * floor / weights:.3f}; "
                        "raise mean, or name a smaller grid")
     above = [[b - min(its) for b in its] for its in sizes]
     unit = max(math.gcd(*(b for its in above for b in its)), -(-room // CELLS), 1)
