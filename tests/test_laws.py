@@ -458,6 +458,8 @@ def law_uses_knobs(m: Method) -> None:
 
 def differs(m: Method, at: dict[str, Any], knobs: dict[str, Any], beside: dict[str, Any]) -> bool:
     try:
+        if (centre := m.facts.get("centre")) and (centre(at["sample"], {**small(m), **knobs}) is None) != (not m.knobs["centred"]):
+            return True
         return not same(call(m, at, **beside), call(m, at, **beside, **knobs))
     except BadInput:  # a value that does not fit the other knobs or the shape
         return False
@@ -551,6 +553,19 @@ def law_stat_adds_in_place_what_it_is(m: Method) -> None:
         m.facts["into"](total, x[3:])
         close(total, m.fn(x))
         assert torch.equal(total, total.T)
+
+
+def law_stat_follows_its_inputs(m: Method) -> None:
+    """Told of inputs that were divided, or that something was taken off, it is what it is of them."""
+    for name in SITES if m.facts["of"] == "input" else ():
+        seen = batches(name, "input")
+        width = seen[0][0].shape[1]
+        by = torch.randn(width, generator=generator(5))
+        mean = torch.cat([x for (x,) in seen]).mean(0)
+        if f := m.facts["rescaled"]:
+            close(f(accumulate(m, seen), by.exp()), accumulate(m, [(x / by.exp(),) for (x,) in seen]))
+        if f := m.facts["moved"]:
+            close(f(accumulate(m, seen), by, mean), accumulate(m, [(x - by,) for (x,) in seen]), 1e-4)
 
 
 def law_stat_half_precision_input(m: Method) -> None:
@@ -973,6 +988,21 @@ def law_rewrite_helps_rounded_inputs(m: Method) -> None:
             new = rounded(w * scale, at["grid"](w * scale), w.shape[1]).weight()
             off.append(float((met @ new.T - x @ w.T).square().sum()))
         assert off[0] < 0.7 * off[1], name
+
+
+def law_rewrite_centres(m: Method) -> None:
+    """What is taken off an input first lets rounding by one step cost less where inputs lie far from zero; asked not to, nothing is."""
+    for name in THREE if m.facts["centre"] else ():
+        x, w = stats(name)["sample"] + 20 * torch.randn(weight(name).shape[1], generator=generator(7)), weight(name)
+        z, off = m.facts["centre"](x, small(m)), []
+        assert z.shape == w.shape[1:]
+        assert m.facts["centre"](x, {**small(m), "centred": False}) is None
+        for shift in (z, torch.zeros_like(z)):
+            there = x - shift
+            s = call(m, env(m, name, sample=there))
+            met = Rounding(8, (there / s).abs().max()[None] / 127).of(there / s)
+            off.append(float(((met * s + shift - x) @ w.T).square().sum()))
+        assert off[0] < 0.5 * off[1], name
 
 
 # --- input ----------------------------------------------------------------------------------------------------------

@@ -319,6 +319,27 @@ def test_a_scale_that_is_folded_leaves_the_output(saved, name):
 
 
 @pytest.mark.parametrize(("name", "roles"), [
+    ("opt", "qu"), ("gpt2", "qu"), ("gpt_neox", "qu"), ("vit", "qu"), ("opt_post", ""), ("bert", ""), ("llama", ""), ("qwen2", "")])
+def test_an_input_that_is_moved_leaves_the_output(saved, name, roles):
+    """Behind norms with a bias, where all that read have one: readers see it moved, and the model says what it said."""
+    net, batch = Network.open(saved(name)), tiny.inputs(name)
+    gen, before = torch.Generator().manual_seed(3), stream(net, batch)
+
+    def move(module: nn.Module, i: int) -> None:
+        found = [f for f in graph.folds(net.family, net.config, net.sites_of(i)) if net.moves(f)]
+        assert "".join(f.readers[0].role[0] for f in found) == roles
+        for fold in found:
+            z, norm = torch.randn(fold.readers[0].shape[1], generator=gen), module.get_parameter(f"{fold.norm}.bias")
+            old = norm.detach().clone()
+            real, changed = net.move(module, fold, z)
+            torch.testing.assert_close(old - real, norm.detach(), atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(real, z, atol=1e-6, rtol=1e-6)
+            assert changed == {f"{fold.norm}.bias", *(graph.bias_of(r) for r in fold.readers)}
+
+    torch.testing.assert_close(stream(net, batch, move), before, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "roles"), [
     ("llama", "qgod"), ("llama_tied", "qgod"), ("mixtral", "qod"), ("phi3", "qgod"), ("gpt2", "quo"), ("opt", "quod"), ("opt_post", "od"),
     ("bert", "o"), ("gpt_neox", "quo"), ("vit", "quo")])
 def test_where_a_scale_can_go(saved, name, roles):

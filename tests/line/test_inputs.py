@@ -114,6 +114,32 @@ def test_families_that_store_weights_otherwise(capsys, family, tmp_path):
     assert found[1] < found[0] - 1e-4
 
 
+@pytest.mark.parametrize("rounding", ["rtn", "gptq | bias"])
+def test_inputs_behind_norms_with_a_bias_are_centred(capsys, tmp_path, rounding):
+    """Biases take what was taken off: in eight bits next to nothing is lost, and in four less than where inputs stay where they are."""
+    model, seen, lost = tmp_path / "model", tmp_path / "seen.safetensors", {}
+    save_file(tiny.inputs("opt", rows=16, length=32), seen)
+    lm, gen = tiny.build("opt"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in lm.named_parameters():
+            if name.endswith("layer_norm.bias") and "layers." in name:
+                p.add_(4 * torch.randn(p.shape, generator=gen))
+    lm.save_pretrained(model)
+    for bits in (8, 4):
+        for centred in (True, False):
+            out = tmp_path / f"{bits}{centred}"
+            code, said, err = trim(
+                capsys, model, f"*.q,*.k,*.v,*.up: channelwise(centred={str(centred).lower()}) | int(bits=8,group=0) | {rounding} | "
+                f"static(act_bits={bits},clip=max)", out, seen)
+            assert code == 0, err
+            lost[bits, centred] = abs(1 - json.loads(said)["recovery"]), json.loads(said)["kl"]
+    assert lost[8, True][0] < 0.002
+    assert lost[4, True][1] < 0.2 * lost[4, False][1]
+    norms = [SafeFile(tmp_path / f"8{c}" / "model.safetensors") for c in (True, False)]
+    (name,) = (n for n in norms[0].names if n.endswith("layers.0.fc1.bias"))
+    assert not torch.equal(*(f.read(name) for f in norms))
+
+
 def test_later_blocks_see_what_rounded_inputs_made(capsys, tiny_lm, tmp_path, calib):
     """Calibration goes through them, and through blocks of the journal after a stop alike."""
     weights = []

@@ -76,13 +76,13 @@ def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
 
 
 def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
-                  stats: Callable[[Site], dict[str, Tensor]], settled: set[str]) -> tuple[dict[str, Tensor], set[str]]:
-    """Scale the inputs of the block's sites as their passes' rewrites ask: outputs unchanged.
+                  stats: Callable[[Site], dict[str, Tensor]], settled: set[str]) -> tuple[dict[str, Refit], set[str]]:
+    """Scale the inputs of the block's sites as their passes' rewrites ask, and move them: outputs unchanged.
 
-    Sites that an earlier sweep `settled`, with parts that a scale would leave behind, take none. Returns the scale [in] of every site
-    that has one, and the names of other parameters that took its inverse.
+    Sites that an earlier sweep `settled`, with parts that a scale would leave behind, are left alone. Returns what became of the input
+    of every site that was not, and the names of other parameters that took the inverse.
     """
-    scales: dict[str, Tensor] = {}
+    found: dict[str, Refit] = {}
     changed: set[str] = set()
     for fold in graph.folds(net.family, net.config, net.sites_of(i)):
         passes = {str(owner[s.name]): owner[s.name] for s in fold.readers if s.name in owner}
@@ -91,10 +91,14 @@ def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
             continue  # somebody reads the input who would not follow
         if settled & {s.name for s in (*fold.readers, *([fold.writer] if fold.writer else []))}:
             continue
-        s, others = net.fold(module, fold, rewritten(net, module, p, fold.readers, stats(fold.readers[0])))
-        scales |= {r.name: s for r in fold.readers}
+        its, z = stats(fold.readers[0]), None
+        if p.centres and net.moves(fold) and (z := p.centres(its["sample"])) is not None:
+            z, others = net.move(module, fold, z)
+            its, changed = moved(its, z), changed | others
+        s, others = net.fold(module, fold, rewritten(net, module, p, fold.readers, its))
+        found |= {r.name: Refit(s, z) for r in fold.readers}
         changed |= others
-    return scales, changed
+    return found, changed
 
 
 def rewritten(net: Network, module: Any, p: Pass, readers: Iterable[Site], stats: dict[str, Tensor]) -> Any:
@@ -144,9 +148,22 @@ def bases_of(net: Network, module: Any, i: int, owner: dict[str, Pass], stats: C
     return found
 
 
-def rescaled(stats: dict[str, Tensor], s: Tensor | None) -> dict[str, Tensor]:
-    """Statistics of an input [in] that was divided by `s`."""
-    return stats if s is None else {n: get(f"stat/{n}").facts["rescaled"](t, s) for n, t in stats.items()}
+@dataclass(frozen=True)
+class Refit:
+    """What became of an input x: (x - shift) / scale, each [in]."""
+
+    scale: Tensor
+    shift: Tensor | None
+
+    def of(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics of what it became."""
+        stats = stats if self.shift is None else moved(stats, self.shift)
+        return {n: get(f"stat/{n}").facts["rescaled"](t, self.scale) for n, t in stats.items()}
+
+
+def moved(stats: dict[str, Tensor], z: Tensor) -> dict[str, Tensor]:
+    """Statistics of an input that `z` [in] was taken off."""
+    return {n: get(f"stat/{n}").facts["moved"](t, z, stats["in_mean"]) for n, t in stats.items()}
 
 
 def turned(stats: dict[str, Tensor], basis: Basis | None) -> dict[str, Tensor]:
@@ -178,7 +195,7 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
 
     spared = {s.name: Spared.among(of_site(priors, s.name)) for s in net.sites_of(i)}
     settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", ":book", ":entries", ":columns"))}
-    scales, others = rewrite_block(net, module, i, owner, its, settled)
+    refit, others = rewrite_block(net, module, i, owner, its, settled)
     bases = bases_of(net, module, i, owner, its, lambda s: spared[s.name])
 
     def changes() -> Iterator[tuple[Site, Change]]:
@@ -187,8 +204,9 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
                 continue
             bits = priors.get(f"{s.name}:mask")
             prior = unpack_mask(bits, s.shape) if bits is not None else None
-            change = edit_site(owner[s.name], s, net.weight(module, s).float(), shares.get(s.name, math.nan),
-                               rescaled(its(s), scales.get(s.name)), prior, spared[s.name], bases.get(s.name, PLAIN))
+            known = refit[s.name].of(its(s)) if s.name in refit else its(s)
+            change = edit_site(owner[s.name], s, net.weight(module, s).float(), shares.get(s.name, math.nan), known, prior,
+                               spared[s.name], bases.get(s.name, PLAIN))
             change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
             net.set_weight(module, s, change.w)
             if change.bias is not None:

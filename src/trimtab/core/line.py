@@ -38,6 +38,7 @@ from trimtab.methods.factors import Factors
 from trimtab.methods.format.panels import pack_bits
 from trimtab.methods.rounding import ACT
 from trimtab.methods.terms import of_site
+from trimtab.network import graph
 from trimtab.network.checkpoint import PARTS, Entry, SafeFile, read, read_json, write_like, write_safetensors
 from trimtab.network.stream import Network
 
@@ -144,8 +145,10 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                                f"lower --samples or raise --max-memory")
             if p.shares:
                 rotation.check(net, p.steps["rewrite"])
-            follows = ("of_gram", "turned") if p.turns else ("rescaled",)
-            fixed = [n for n in p.working if not any(get(f"stat/{n}").facts[how] for how in follows)]
+            moves = p.centres and any(net.moves(f) for i in range(net.n_blocks)
+                                      for f in graph.folds(net.family, net.config, net.sites_of(i)))
+            follows = ("of_gram", "turned") if p.turns else ("moved",) if moves else ("rescaled",)
+            fixed = sorted(n for n in p.working if not any(get(f"stat/{n}").facts[how] for how in follows))
             if "rewrite" in p.steps and fixed:
                 raise BadInput(f"{p.steps['rewrite']} changes inputs, and what {fixed[0]} says of them would not follow; use methods that "
                                f"need {', '.join(n for how in follows for n in following(how))} or nothing")

@@ -45,6 +45,7 @@ KNOBS = {
     "bits": "bits of a code", "act_bits": "bits that inputs are rounded to where they meet codes",
     "group": "inputs that share a scale, 0 for the whole row",
     "asymmetric": "whether a grid has a zero point of its own",
+    "centred": "whether inputs are moved to lie around zero, where biases can take it",
     "clip": "how the range of a grid is chosen: max, mse, percentile, entropy or rms",
     "percentile": "share of the weights of a group whose range is kept",
     "exponent": "bits of a small floating point number's exponent, -1: searched",
@@ -61,7 +62,8 @@ KNOBS = {
     "accumulate": "samples whose gradients make one update",
 }
 # Declared beside a method, and nothing of what it computes.
-ASIDE = ("xfail", "codes", "format", "rescaled", "of_gram", "turned", "some", "into", "keeps", "leaves", "either", "rounded", "based")
+ASIDE = ("xfail", "codes", "format", "rescaled", "moved", "of_gram", "turned", "some", "into", "keeps", "leaves", "either", "rounded",
+         "based")
 SECTIONS = ("Formula", "Source", "Deviations")
 _REG: dict[str, Method] = {}
 
@@ -151,8 +153,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # rescaled: of (value, s [in]) what it is where every input was divided by s; of_gram: what it is, of the inputs' second moment
     # alone, which follows into any basis; turned: of (value, basis) what it is in it; None where that cannot be told.
     # some: of (value, bool [in]) what it is of some inputs alone; into: of (sum, batch), adds to the sum in place what it is of a batch.
-    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "of_gram": None, "turned": None, "into": None,
-             "some": lambda value, inputs: value[inputs]},
+    # moved: of (value, z [in], the inputs' mean) what it is where z was taken off every input; None where that cannot be told.
+    "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
+             "into": None, "some": lambda value, inputs: value[inputs]},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole.
     "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False},
@@ -163,8 +166,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one; shared: of (n,
     # knobs, device) a Basis that every site has which writes or reads the residual stream, or a head: packing leaves it out, in turn.
-    # rounded: whether it is for inputs that are rounded.
-    "rewrite": {"basis": False, "outside": None, "shared": None, "rounded": False},
+    # rounded: whether it is for inputs that are rounded; centre: of (a sample of an input, knobs) what is taken off it first, [in] or
+    # None, where a norm's bias and those of all that read the input can take that.
+    "rewrite": {"basis": False, "outside": None, "shared": None, "rounded": False, "centre": None},
     # of: what it has to see at once: "group" or "site", or a function of the knobs that says it; zero: whether a weight of zero stays zero,
     # as it has to behind a pass that drops; type: of its codes, a function of the knobs.
     "grid": {"of": "group", "zero": True, "type": None},

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -73,6 +73,13 @@ class Pass:
         return "rewrite" in self.steps and not self.steps["rewrite"].method.facts["basis"]
 
     @property
+    def centres(self) -> Callable[[Any], Any] | None:
+        """Of a sample of an input [tokens, in], what is taken off it before it is scaled."""
+        if not self.folds or (of := self.steps["rewrite"].method.facts["centre"]) is None:
+            return None
+        return lambda x: of(x, self.steps["rewrite"].bound)
+
+    @property
     def turns(self) -> bool:
         """Whether sites are edited in a basis that stays with them."""
         return "rewrite" in self.steps and bool(self.steps["rewrite"].method.facts["basis"])
@@ -116,7 +123,11 @@ class Pass:
     def working(self) -> set[str]:
         """Statistics that sites are edited by, once the plan is made."""
         named = {n for axis, s in self.steps.items() if axis != "budget" for n in s.method.needs}
-        return named | {"gram"} if named and self.turns else named  # which tells the others in another basis
+        if named and self.turns:
+            named |= {"gram"}  # which tells the others in another basis
+        if self.centres:
+            named |= {"sample", "in_mean"}  # which tell the others of inputs that moved
+        return named
 
     @property
     def needs(self) -> set[str]:

@@ -411,6 +411,24 @@ class Network:
             self.set_weight(module, r, self.weight(module, r).float() * s)
         return s, changed
 
+    def moves(self, fold: graph.Fold) -> bool:
+        """Whether the fold's input can be moved: the norm that makes it has a bias, and so has every site that reads it."""
+        params = dict(self._blocks[fold.readers[0].block].named_parameters())
+        return f"{fold.norm}.bias" in params and all(self.has_bias(r) for r in fold.readers)
+
+    def move(self, module: nn.Module, fold: graph.Fold, z: Tensor) -> tuple[Tensor, set[str]]:
+        """Take `z` [in] off the input of a fold's readers, whose biases add what they made of it: their outputs stay.
+
+        Returns the shift in effect, which differs from `z` by the rounding of the norm's bias to its type in the files, and the
+        parameters of the block that changed, none of which holds a site.
+        """
+        name = f"{fold.norm}.bias"
+        p, dtype = module.get_parameter(name), self.checkpoint.tensors[self.block_file(fold.readers[0].block, name)].dtype
+        before = p.detach().float().clone()
+        p.data.copy_((before - z).to(dtype))
+        z = before - p.detach().float()
+        return z, {name} | {self.add_to_bias(module, r, self.weight(module, r).float() @ z) for r in fold.readers}
+
     def weight_grad(self, module: nn.Module, site: Site) -> Tensor:
         """The gradient [out, in] of the site; zeros where none arrived."""
         grad = self.param(module, site).grad

@@ -124,8 +124,8 @@ recipe("outliertune", "*.q,*.k,*.v,*.gate,*.up: channelwise | int(bits=8,group=0
     Claim("better than one step for all channels with inputs of 6 bits", "outliertune",
           "*.q,*.k,*.v,*.gate,*.up: int(bits=8,group=0) | rtn | static(act_bits=6,clip=max) ; "
           "*.o,*.down: int(bits=8,group=0) | rtn | token(act_bits=6)", "w8a6", "figures recalled, not asserted"),
-], note="Behind norms a step by the channel, folded into them; elsewhere by the token. Without its symmetrisation, which needs norms with "
-        "a bias.")
+], note="Behind norms a step by the channel, folded into them; elsewhere by the token. Inputs are centred where norms have a bias (OPT, "
+        "GPT-2, GPT-NeoX, ViT), not in Llama's kind.")
 recipe("repquant", "*.q,*.k,*.v,*.gate,*.up: channelwise(act_bits=6,clip=mse) | int(bits=8,group=0) | adaquant | static(act_bits=6) ; "
        "*.o,*.down: int(bits=8,group=0) | adaquant | static(act_bits=6)", source="arXiv:2402.05628 (Li et al. 2024)", claims=[
     Claim("better than one step for all channels with inputs of 6 bits", "repquant",

@@ -9,7 +9,8 @@ TOKENS = 128  # of a batch that a sample has
 STRIP = 1024  # of a large symmetric matrix, computed at once
 
 
-@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s.square(), of_gram=lambda moment: moment.diagonal())
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s.square(),
+        moved=lambda value, z, mean: value - 2 * mean * z + z.square(), of_gram=lambda moment: moment.diagonal())
 def in_sq(x: Tensor) -> Tensor:
     """Mean square of each input, [in].
 
@@ -33,6 +34,7 @@ def add_products(total: Tensor, x: Tensor) -> None:
 
 
 @method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda moment: moment, into=add_products,
+        moved=lambda value, z, mean: value - z * mean[:, None] - mean * z[:, None] + z * z[:, None],
         some=lambda value, inputs: value[inputs][:, inputs])
 def gram(x: Tensor) -> Tensor:
     """Second moment of the inputs, [in, in]: the Hessian of the site's squared output error, up to a factor.
@@ -67,8 +69,8 @@ def absmax(x: Tensor) -> Tensor:
     return x.float().abs().amax(0)
 
 
-@method("stat", merge="cat", rescaled=lambda value, s: value / s, turned=lambda value, basis: basis.of(value),
-        some=lambda value, inputs: value[:, inputs])
+@method("stat", merge="cat", rescaled=lambda value, s: value / s, moved=lambda value, z, mean: value - z,
+        turned=lambda value, basis: basis.of(value), some=lambda value, inputs: value[:, inputs])
 def sample(x: Tensor) -> Tensor:
     """Some of the tokens as they are, [tokens, in]: at most 128 of a batch, evenly spread.
 
@@ -79,7 +81,7 @@ def sample(x: Tensor) -> Tensor:
     return x[:: -(-len(x) // TOKENS)].float().clone()
 
 
-@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s)
+@method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s, moved=lambda value, z, mean: value - z)
 def in_mean(x: Tensor) -> Tensor:
     """Mean of each input, [in].
 
