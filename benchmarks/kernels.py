@@ -1,7 +1,7 @@
 """One layer, weights cold: our kernels beside the fastest dense layer of the same precision that other runtimes have.
 
     python benchmarks/kernels.py results/kernels.jsonl [--table dense codes blocks zeros pairs mlp] [--batch 1 4 16 128 512]
-                                 [--shape 8192x2048] [--rounds 5] [--deepsparse PYTHON]
+                                 [--shape 8192x2048] [--rounds 5] [--only NAME ...] [--deepsparse PYTHON]
 
 Table mlp is a SwiGLU MLP of three such layers (the last one turned around) as one operation.
 
@@ -375,6 +375,7 @@ def main() -> int:
     ask.add_argument("--deepsparse", type=Path, help="an interpreter that has it")
     ask.add_argument("--shape", default="8192x2048", help="out x in")
     ask.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 128, 512])
+    ask.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="those of ours whose names hold this, and all peers")
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--threads", type=int, default=2)
     a = ask.parse_args()
@@ -385,7 +386,8 @@ def main() -> int:
     print(machine(), native.level())
     for table in a.table:
         for batch in a.batch:
-            these = candidates(table, *layer(a.shape, batch), a.threads, a.deepsparse)
+            these = [c for c in candidates(table, *layer(a.shape, batch), a.threads, a.deepsparse)
+                     if c.of or any(name in c.name for name in a.only)]
             roof = turns(these, a.rounds, a.threads, batch == 1)
             print(f"{table} batch {batch}: {roof}")
             report(these, table, batch, roof, began, a)

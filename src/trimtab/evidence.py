@@ -89,14 +89,14 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
     """One row a setting, recipe and seed that is not `done`; the statistics of one seed are shared."""
     from trimtab.demo import machine
 
-    lm = Network.open(model).kind == "lm"  # gradient recipes need a language model's loss
+    lm = Network.open(model).kind == "lm"  # some recipes need a language model's loss
     for seed in range(first_seed, first_seed + seeds):
         cache = StatCache()
         for setting, recipes in settings.items():
             s = SETTINGS[setting]
             for text_of_recipe in recipes:
                 recipe = limited(s, text_of_recipe)
-                if not lm and any(map(line.differentiates, recipe.passes)):
+                if not lm and any(line.differentiates(p) or p.measures or p.trainer for p in recipe.passes):
                     continue
                 if (setting, text_of_recipe, seed) in done:
                     continue

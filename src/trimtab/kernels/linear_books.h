@@ -254,6 +254,7 @@ struct Bytes {
     int64_t step;
 };
 inline Bytes bytes_of(const Book& book, int64_t unit, int64_t units, int passes, std::byte* room) {
+    if (!book.bits) return {};
     const std::byte* at = book.index + unit * 8 * book.bits;
     const Bytes found{book.bits == 8 ? at : room, at + units * 8 * book.bits, (8 * book.bits + passes - 1) / passes};
     if (book.bits != 8)
@@ -415,11 +416,11 @@ inline void linear_codes_books(const Weights& w, const void* ready, int64_t batc
             else large ? run.template operator()<4, 1>() : run.template operator()<1, 1>();
         }
         for (int64_t r = 0; r < batch; ++r)
-            for (int64_t i = 0, o = p * w.rows; i < w.rows && o < w.out; ++i, ++o) {
-                const int64_t vector = i / w.vector, k = i % w.vector;
-                const int64_t at = lookup ? k * Vec::N + vector : vector / 2 * Vec::N + vector % 2 * 8 + k;
-                y[r * w.out + o] = total[r * columns * Vec::N + at] * w.step * Vec::whole(peek<uint16_t>(w.scales + o * 2));
-            }
+            for (int64_t vector = 0, o = p * w.rows; vector < BESIDE; ++vector)
+                for (int64_t k = 0; k < w.vector && o < w.out; ++k, ++o) {
+                    const int64_t at = lookup ? k * Vec::N + vector : vector / 2 * Vec::N + vector % 2 * 8 + k;
+                    y[r * w.out + o] = total[r * columns * Vec::N + at] * w.step * Vec::whole(peek<uint16_t>(w.scales + o * 2));
+                }
     }
 }
 #endif

@@ -39,34 +39,40 @@ template <int HEIGHT>
 inline Input by_block(const Weights& w) { return {Type::i8, w.cols, tile_rows<HEIGHT>()}; }
 
 // What `count` units of codes, HEIGHT outputs side by side, add to the sums `total` [ROWS, HEIGHT] of ROWS rows of x from
-// `input` on, in group g of x. `first` is where their scales are. The sums are in memory: integers take all the registers.
+// `input` on, in group g of x. `first` is where their scales are. What they are added to is in memory: integers take all the registers.
 template <int BITS, int HEIGHT, int ROWS>
 inline void add_codes(float* total, const Weights& w, const std::byte* units, int64_t count, const Codes& x, int64_t row,
                       int64_t input, int64_t g, int64_t first) {
     constexpr int V = HEIGHT / Vec::N, FIELDS = inputs_in<BITS>() / 4;
     const Table<BITS> table(w);
     Ints sum[ROWS][V];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = Ints::zero();
+    unrolled<ROWS>(EACH(r) { unrolled<V>(EACH(v) { sum[r][v] = Ints::zero(); }); });
     const int8_t* at = x.x + row * x.stride + input * ROWS;
     for (int64_t i = 0; i < count; ++i, units += HEIGHT * 4 * words_in<BITS>(), at += 4 * FIELDS * ROWS)
         [&]<int... K>(std::integer_sequence<int, K...>) __attribute__((always_inline)) {
             Unit<BITS> unit[V]{Unit<BITS>(units + K * Vec::N * 4, HEIGHT * 4)...};
             unrolled<FIELDS>(EACH(f) {
                 Ints codes[V]{unit[K].template next<f>(table)...};
-                for (int r = 0; r < ROWS; ++r) {
+                unrolled<ROWS>(EACH(r) {
                     const Ints its = Ints::all(peek<int>(at + 4 * (f * ROWS + r)));
-                    for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v].template dot<as_wide<BITS>()>(codes[v], its);
-                }
+                    unrolled<V>(EACH(v) { sum[r][v] = sum[r][v].template dot<as_wide<BITS>()>(codes[v], its); });
+                });
             });
         }(std::make_integer_sequence<int, V>());
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) {
-            const int64_t its = (row + r) * x.groups + g, side = first + v * Vec::N;
-            const Vec whole = sum[r][v].floats() - zero_at<BITS>(w, side) * Vec::all(x.sums[its]);
+    Vec scale[V], zero[V];
+    unrolled<V>(EACH(v) {
+        scale[v] = scale_at(w, first + v * Vec::N);
+        if constexpr (BITS > LOOKUP) scale[v] = scale[v] * Vec::all(w.step);
+        zero[v] = zero_at<BITS>(w, first + v * Vec::N);
+    });
+    unrolled<ROWS>(EACH(r) {
+        const int64_t its = (row + r) * x.groups + g;
+        const Vec met = Vec::all(x.sums[its]), step = Vec::all(x.scales[its]);
+        unrolled<V>(EACH(v) {
             float* to = total + r * HEIGHT + v * Vec::N;
-            Vec::load(to).fma(whole, scale_at(w, side) * Vec::all(x.scales[its] * w.step)).store(to);
-        }
+            Vec::load(to).fma(sum[r][v].floats() - zero[v] * met, scale[v] * step).store(to);
+        });
+    });
 }
 
 // Sums of a tile, in memory.
@@ -74,7 +80,17 @@ template <int HEIGHT>
 inline int64_t total_scratch(const Weights&, int64_t) { return HEIGHT * tile_rows<HEIGHT>(); }
 
 template <int HEIGHT, int ROWS>
+inline void open_total(float* total) {
+    unrolled<ROWS * HEIGHT / Vec::N>(EACH(i) { Vec::zero().store(total + i * Vec::N); });
+}
+
+template <int HEIGHT, int ROWS>
 inline void close_total(const float* total, const Weights& w, float* y, int64_t first) {
+    if (first + HEIGHT <= w.out) {
+        for (int r = 0; r < ROWS; ++r, y += w.out, total += HEIGHT)
+            unrolled<HEIGHT / Vec::N>(EACH(v) { Vec::load(total + v * Vec::N).store(y + first + v * Vec::N); });
+        return;
+    }
     for (int r = 0; r < ROWS; ++r) std::copy_n(total + r * HEIGHT, std::min<int64_t>(HEIGHT, w.out - first), y + r * w.out + first);
 }
 
@@ -137,18 +153,20 @@ void linear_codes(const Weights& w, const void* ready, int64_t batch, float* y, 
         return;
     }
     const int64_t units = (w.in + P - 1) / P, groups = w.groups();
-    for (int64_t p = begin; p < end; ++p) {
-        const std::byte* at = w.values + p * units * SIZE;
+    const int64_t run = std::max<int64_t>(1, KEEP / (units * SIZE));  // a tile of x stays in the first-level cache, they in the second
+    for (int64_t from = begin; from < end; from += run)
         tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-            std::fill_n(total, ROWS * PANEL, 0.0f);
-            for (int64_t g = 0; g < x.groups; ++g) {
-                const int64_t first = g * input.group, last = std::min(w.in, first + input.group), from = first / P;
-                add_codes<BITS, PANEL, ROWS>(total, w, at + from * SIZE, (last + P - 1) / P - from, x, row, first, g,
-                                             (p * groups + (groups > 1 ? g : 0)) * PANEL);
+            for (int64_t p = from; p < std::min(end, from + run); ++p) {
+                const std::byte* at = w.values + p * units * SIZE;
+                open_total<PANEL, ROWS>(total);
+                for (int64_t g = 0; g < x.groups; ++g) {
+                    const int64_t first = g * input.group, last = std::min(w.in, first + input.group), unit = first / P;
+                    add_codes<BITS, PANEL, ROWS>(total, w, at + unit * SIZE, (last + P - 1) / P - unit, x, row, first, g,
+                                                 (p * groups + (groups > 1 ? g : 0)) * PANEL);
+                }
+                close_total<PANEL, ROWS>(total, w, y + row * w.out, p * PANEL);
             }
-            close_total<PANEL, ROWS>(total, w, y + row * w.out, p * PANEL);
         });
-    }
 }
 
 // Blocks: every block has a scale an output; x has one for every width of a block.
@@ -160,7 +178,7 @@ void linear_codes_bsr(const Weights& w, const void* ready, int64_t batch, float*
     in_runs(w, KEEP / (words * HEIGHT * 4), begin, end, [&](int64_t from, int64_t to) {
         tiles<HEIGHT>(batch, [&]<int ROWS>(int64_t row) {
             for (int64_t p = from; p < to; ++p) {
-                std::fill_n(total, ROWS * HEIGHT, 0.0f);
+                open_total<HEIGHT, ROWS>(total);
                 for (int64_t b = w.pointers[p]; b < w.pointers[p + 1]; ++b)
                     add_codes<BITS, HEIGHT, ROWS>(total, w, w.values + b * words * HEIGHT * 4, words, x, row, int64_t(w.columns[b]) * w.cols,
                                                   w.columns[b], b * HEIGHT);

@@ -81,7 +81,7 @@ void linear_codes_column(const Weights& w, const void* ready, int64_t batch, flo
         tiles<HEIGHT>(batch, [&]<int ROWS>(int64_t row) {
             met.scales = x.scales + row;
             for (int64_t p = first; p < last; ++p) {
-                std::fill_n(total, ROWS * HEIGHT, 0.0f);
+                open_total<HEIGHT, ROWS>(total);
                 for (int64_t i = w.pointers[p]; i < w.pointers[p + 1]; i += GATHER) {
                     const int64_t words = std::min(GATHER, w.pointers[p + 1] - i) / 4;
                     Ints sum = Ints::zero();  // of the x met, of which the zero point is taken off
