@@ -30,6 +30,7 @@ CASES = {
     "rewrite/klt": Case({"w": torch.tensor([[1.0, 0.0]]), "gram": torch.diag(torch.tensor([4.0, 0.0]))}, [[0.5**0.5, 0.5**0.5]],
                         differs="rewrite/incoherent"),
     # Without a step: the Hadamard matrix it begins with.
-    "rewrite/kurtail": Case({"w": torch.tensor([[1.0, 0.0, 0.0, 0.0]]), "gram": torch.eye(4)}, [[0.5, 0.5, 0.5, 0.5]], {"iters": 0},
+    "rewrite/kurtail": Case({"w": torch.tensor([[1.0, 0.0, 0.0, 0.0]]), "sample": torch.eye(4), "gram": torch.eye(4)},
+                            [[0.5, 0.5, 0.5, 0.5]], {"iters": 0},
                             differs="rewrite/incoherent"),
 }

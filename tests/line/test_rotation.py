@@ -11,6 +11,7 @@ import trimtab as tt
 from tests import tiny
 from trimtab.core.types import BadInput
 from trimtab.methods.basis import Basis, by_head, mixed
+from trimtab.methods.rewrite.kurtail import kurtail, kurtosis
 from trimtab.runtime.decoder import open_decoder
 
 RECIPE = "quarot | int(bits=4,group=0) | rtn"
@@ -118,3 +119,20 @@ def test_by_head_turns_every_head_alike():
     torch.testing.assert_close(by_head(turn, 3).of(x), turn.of(x.unflatten(-1, (3, 8))).flatten(-2))
     torch.testing.assert_close(turn.scaled(torch.full((8,), 2.0)).of(x[:, :8]), turn.of(2 * x[:, :8]))
     assert isinstance(turn, Basis)
+
+
+def test_kurtail_flattens_what_it_is_asked_to():
+    """Of inputs some of which lie far out, and of weights likewise: the tails are shorter than in the Hadamard basis it begins with."""
+    gen = torch.Generator().manual_seed(5)
+    far = torch.randn(64, generator=gen).exp() * 3
+    x, w = torch.randn(400, 64, generator=gen) * far, torch.randn(96, 64, generator=gen) * far.flip(0)
+
+    def tails(t: torch.Tensor) -> float:
+        return float((kurtosis(t) - 1.8).abs().mean())
+
+    start = kurtail(w, x, iters=0)
+    inputs, both = kurtail(w, x), kurtail(w, x, scale=1.0)
+    assert tails(inputs.of(x)) < 0.9 * tails(start.of(x)) < tails(x)
+    assert tails(both.of(w)) < 0.9 * tails(start.of(w))
+    assert tails(both.of(w)) < tails(inputs.of(w))
+    assert tails(inputs.of(x)) < tails(both.of(x))
