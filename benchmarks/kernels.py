@@ -306,7 +306,7 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | No
             add(f"{name}, x int8", p, "i8", baseline, *goals)
             add(f"{name}, x f32", p, "f32", baseline, *(g for g in goals if g is READS and baseline == "i8"))
 
-        best8 = [Goal(1.3, "i8")] if one else [Goal(0.9, "i8")] if batch >= 512 else []
+        best8 = [Goal(1.3, "i8")] if one else [Goal(1.0, "openvino w8a8")] if batch >= 512 else []
         both("int8 by row", dense(nearest(w, 8).change()), "i8", *reads, *best8)
         both("int4 g128", dense(nearest(w, 4, 128).change()), "i4", *reads, *([Goal(1.3, "i4")] if one else []))
         both("int4 g32", dense(nearest(w, 4, 32).change()), "i4", *reads)

@@ -16,6 +16,7 @@ from trimtab.core import line, spec
 from trimtab.core.calibrate import StatCache
 from trimtab.core.registry import load_all, near
 from trimtab.core.types import BadInput, Claim
+from trimtab.network import graph
 from trimtab.network.stream import Network
 
 
@@ -89,7 +90,8 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
     """One row a setting, recipe and seed that is not `done`; the statistics of one seed are shared."""
     from trimtab.demo import machine
 
-    lm = Network.open(model).kind == "lm"  # some recipes need a language model's loss
+    net = Network.open(model)
+    lm, turns = net.kind == "lm", graph.stream(net.family)  # some recipes need a language model's loss, or a stream that turns
     for seed in range(first_seed, first_seed + seeds):
         cache = StatCache()
         for setting, recipes in settings.items():
@@ -97,6 +99,8 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
             for text_of_recipe in recipes:
                 recipe = limited(s, text_of_recipe)
                 if not lm and any(line.differentiates(p) or p.measures or p.trainer for p in recipe.passes):
+                    continue
+                if not turns and any(p.shares for p in recipe.passes):
                     continue
                 if (setting, text_of_recipe, seed) in done:
                     continue
