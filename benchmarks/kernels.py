@@ -80,6 +80,8 @@ SHORT_CALLS = 60  # in one turn, of layers that are so small that they have as m
 LIMIT = 0.97     # times a peer that is itself at the read bandwidth counts as level with it
 WITHIN = {"f32": 1e-3, "bf16": 2e-2, "i8": 6e-2, "i4": 0.25}  # of the float product, for peers of these classes
 TABLES = ["dense", "codes", "blocks", "zeros", "pairs", "mlp"]
+ALL = [""]                 # what every name holds
+PARTLY = ", some of them"  # a run of a few stands beside the whole table of a page, and does not replace it
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -375,7 +377,8 @@ def main() -> int:
     ask.add_argument("--deepsparse", type=Path, help="an interpreter that has it")
     ask.add_argument("--shape", default="8192x2048", help="out x in")
     ask.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 128, 512])
-    ask.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="those of ours whose names hold this, and all peers")
+    ask.add_argument("--only", nargs="+", default=ALL, metavar="NAME",
+                     help="those of ours whose names hold this, and all peers: no page shows these rows")
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--threads", type=int, default=2)
     a = ask.parse_args()
@@ -437,8 +440,8 @@ def report(these: list[Candidate], table: str, batch: int, roof: Roof, began: st
         peers = [p for p in these if p.of == (c.of or c.baseline)]
         best = min(peers, key=took) if peers else None
         from_memory, from_peak = share_of(c, read), c.flops / roof.gives(c.x) / t
-        row = {"recipe": c.name, "model": f"one layer {a.shape}, cold", "shape": a.shape, "setting": f"{table}-batch-{batch}", "seed": 0,
-               "metric": "milliseconds",
+        row = {"recipe": c.name, "model": f"one layer {a.shape}, cold", "shape": a.shape,
+               "setting": f"{table}-batch-{batch}{PARTLY * (a.only != ALL)}", "seed": 0, "metric": "milliseconds",
                "methods": {}, "value": round(t * 1e3, 4), "quartiles": [round(low * 1e3, 4), round(high * 1e3, 4)],
                "bytes": c.bytes, "share_of_read_bandwidth": round(from_memory, 3), "read_gb_s": round(c.bytes / t / from_memory / 1e9, 2),
                "x": c.x, "flops": c.flops, "share_of_peak": round(from_peak, 3), "peak_gflop_s": round(roof.gives(c.x) / 1e9, 1),

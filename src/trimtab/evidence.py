@@ -98,9 +98,7 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
             s = SETTINGS[setting]
             for text_of_recipe in recipes:
                 recipe = limited(s, text_of_recipe)
-                if not lm and any(line.differentiates(p) or p.measures or p.trainer for p in recipe.passes):
-                    continue
-                if not turns and any(p.shares for p in recipe.passes):
+                if any((not lm and (line.differentiates(p) or p.measures or p.trainer)) or (not turns and p.shares) for p in recipe.passes):
                     continue
                 if (setting, text_of_recipe, seed) in done:
                     continue

@@ -121,7 +121,7 @@ recipe("quarot", "quarot | int(bits=4,group=0) | gptq | token(act_bits=4)", sour
         "`quarot | int(bits=2,group=64) | gptq` rounds weights alone behind them.")
 recipe("kurtail", "kurtail | int(bits=4,group=0) | gptq | token(act_bits=4)", source="arXiv:2503.01483 (Akhondzadeh et al. 2025)", claims=[
     Claim("better than QuaRot's rotations with weights and inputs of 4 bits", "kurtail", "quarot", "w4a4",
-          "15.5 % less perplexity on WikiText-2"),
+          "15.5 % less perplexity than QuaRot on Wiki text"),
 ], note="Each input turns in a basis of its own, which the runtime applies. `kurtail(scale=1) | int(bits=2,group=64) | gptq` rounds "
         "weights alone, and looks at theirs, too.")
 recipe("outliertune", "*.q,*.k,*.v,*.gate,*.up: channelwise | int(bits=8,group=0) | rtn | static(act_bits=6,clip=max) ; "
