@@ -339,6 +339,21 @@ def test_an_input_that_is_moved_leaves_the_output(saved, name, roles):
     torch.testing.assert_close(stream(net, batch, move), before, rtol=2e-4, atol=2e-5)
 
 
+def test_a_moved_norm_is_as_exact_as_its_type(saved):
+    """In bfloat16 the shift in effect is what the rounded bias of the norm leaves of it, and the readers' biases take that one."""
+    net = Network.open(saved("opt", dtype=torch.bfloat16))
+    module = net.block(0)
+    fold = next(f for f in graph.folds(net.family, net.config, net.sites_of(0)) if net.moves(f))
+    z, norm = torch.linspace(-1, 1, fold.readers[0].shape[1]), module.get_parameter(f"{fold.norm}.bias").clone()
+    before = {r.name: net.bias(module, r) for r in fold.readers}
+    real, _ = net.move(module, fold, z)
+    now = module.get_parameter(f"{fold.norm}.bias")
+    assert torch.equal(now, now.bfloat16().float()) and not torch.equal(real, z)
+    torch.testing.assert_close(now + real, norm, rtol=1e-6, atol=1e-7)
+    for r in fold.readers:
+        assert torch.equal(net.bias(module, r), (before[r.name] + net.weight(module, r).float() @ real).bfloat16().float())
+
+
 @pytest.mark.parametrize(("name", "roles"), [
     ("llama", "qgod"), ("llama_tied", "qgod"), ("mixtral", "qod"), ("phi3", "qgod"), ("gpt2", "quo"), ("opt", "quod"), ("opt_post", "od"),
     ("bert", "o"), ("gpt_neox", "quo"), ("vit", "quo")])

@@ -14,7 +14,8 @@ from torch import Tensor
 from trimtab.core.registry import get
 from trimtab.core.types import Change
 from trimtab.methods.select import top
-from trimtab.methods.solvers import errors, factor
+from trimtab.methods.solvers import errors, factor, lower
+from trimtab.methods.stat.moments import add_products
 from trimtab.methods.unit.element import column, row, site
 
 
@@ -190,6 +191,26 @@ def test_errors_is_the_error_of_the_outputs():
     w, x, gram = world()
     new = w * row(w.abs(), 0.5)
     close(errors(w, new, gram), ((x.double() @ (new - w).double().T) ** 2).mean(0))
+
+
+def test_second_moments_of_bfloat16_inputs_are_summed_in_float32():
+    """More inputs than a strip has, so that every product is there once; what else multiplies matrices is left as it was."""
+    x = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = torch.randn(64, 64) @ torch.eye(64)
+    total = torch.zeros(1100, 1100)
+    add_products(total, x[:7])
+    add_products(total, x[7:])
+    close(total, x.double().T @ x.double(), 1e-5)
+    assert torch.equal(total, total.T)
+    assert torch.equal(before @ torch.eye(64), before)  # bfloat16 would have rounded it
+
+
+def test_lower_tells_which_error_is_the_lower_one():
+    w, _, gram = world()
+    some, other = w * row(w.abs(), 0.5), (w * 8).round() / 8
+    assert torch.equal(lower(w, some, other, gram), errors(w, some, gram) < errors(w, other, gram))
+    assert torch.equal(lower(w, other, some, gram), errors(w, other, gram) < errors(w, some, gram))
+    assert not bool(lower(w, some, some, gram).any())
 
 
 def test_factor_damps_what_is_not_positive_definite():

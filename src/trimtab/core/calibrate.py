@@ -94,12 +94,13 @@ class Collector:
 
     def _add(self, stat: str, key: str, count: int, *tensors: Tensor) -> None:
         m, at = get(f"stat/{stat}"), (stat, key)
-        if m.facts["into"] and at in self.sums:
-            self.counts[at] += count
+        self.counts[at] = self.counts.get(at, 0) + count
+        if m.facts["into"]:
+            if at not in self.sums:
+                self.sums[at] = m.fn(*(t[:0] for t in tensors))
             m.facts["into"](self.sums[at], *tensors)
             return
         value = m.fn(*tensors)
-        self.counts[at] = self.counts.get(at, 0) + count
         if m.facts["merge"] in LISTS:
             self.sums.setdefault(at, []).append(value)
         elif at not in self.sums:

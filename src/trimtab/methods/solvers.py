@@ -1,8 +1,7 @@
 """Solvers that several methods share. All work on one site: w [out, in], gram [in, in] = E[x x^T].
 
 What every one of them lowers is the calibration error of a row, (w' - w) G (w' - w)^T. Factorisations are float64 (sweeps over many
-inputs float32) and done in place: the largest holding is one float64 [in, in] (254 MB for 5,632 inputs), one float32 copy of it for the
-time of a conversion, and a few float32 [out, in].
+inputs float32) and done in place: the largest holding is one [in, in] and a few float32 [out, in].
 """
 from __future__ import annotations
 
@@ -16,15 +15,15 @@ from torch import Tensor
 
 from trimtab.core.types import Change
 
-LARGE = 2048  # beyond this many inputs errors are summed, and sweeps factorised, in float32: half the time and the memory
+LARGE = 1024  # beyond this many inputs errors are those of float32, and sweeps factorised so: half the time and the memory
 
 
-def damped(gram: Tensor, damp: float, flip: bool = False) -> Tensor:
-    """G + damp * mean(diag G) * I in float64, a new [in, in], from the last input to the first if `flip`.
+def damped(gram: Tensor, damp: float, flip: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
+    """G + damp * mean(diag G) * I, a new [in, in], from the last input to the first if `flip`.
 
     An input that was always zero gets 1 on the diagonal.
     """
-    h = (gram.flip(0, 1) if flip else gram).to(torch.float64, copy=True)
+    h = gram.flip(0, 1).to(dtype) if flip else gram.to(dtype, copy=True)
     d = h.diagonal()
     dead = d == 0
     d += damp * d.mean()
@@ -49,12 +48,29 @@ def factor(build: Callable[[float], Tensor]) -> Tensor:
 
 
 def errors(w: Tensor, new: Tensor, gram: Tensor) -> Tensor:
-    """Calibration error of every row, [out]: (w' - w) G (w' - w)^T."""
-    dtype = torch.float64 if w.shape[1] <= LARGE else torch.float32
-    d = new.to(dtype) - w.to(dtype)
-    total = torch.zeros_like(d[:, 0])
-    for c in range(0, d.shape[1], LARGE):  # in strips, so that no second copy of G is held
-        total += ((d @ gram[:, c:c + LARGE].to(dtype)) * d[:, c:c + LARGE]).sum(1)
+    """Calibration error of every row, [out] float64: (w' - w) G (w' - w)^T."""
+    d = new.to(_exact(w)) - w.to(_exact(w))
+    return _between(d, gram, d)
+
+
+def lower(w: Tensor, new: Tensor, than: Tensor, gram: Tensor) -> Tensor:
+    """Which rows have a lower calibration error in `new` than in `than`, all [out, in], bool [out].
+
+    With w' and w'' for the two, that of w' less that of w'' is (w' - w'') G (w' + w'' - 2 w)^T: one product for both.
+    """
+    new, than, w = (t.to(_exact(w)) for t in (new, than, w))
+    return _between(new - than, gram, new + than - 2 * w) < 0
+
+
+def _exact(w: Tensor) -> torch.dtype:
+    return torch.float64 if w.shape[1] <= LARGE else torch.float32
+
+
+def _between(a: Tensor, gram: Tensor, b: Tensor) -> Tensor:
+    """a G b^T of every row, [out] float64."""
+    total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for c in range(0, a.shape[1], LARGE):  # in strips, so that no second copy of G is held
+        total += ((a @ gram[:, c:c + LARGE].to(a.dtype)) * b[:, c:c + LARGE]).sum(1)
     return total
 
 
@@ -62,8 +78,7 @@ def improved(w: Tensor, new: Change, better: Tensor, gram: Tensor) -> Change:
     """`new` with those rows of `better` that lower the calibration error; off the mask exactly zero."""
     assert new.mask is not None
     cand = torch.where(new.mask, better.to(new.w.dtype), torch.zeros_like(new.w))
-    wins = errors(w, cand, gram) < errors(w, new.w, gram)
-    return replace(new, w=torch.where(wins[:, None], cand, new.w))
+    return replace(new, w=torch.where(lower(w, cand, new.w, gram)[:, None], cand, new.w))
 
 
 class _Last:
@@ -79,8 +94,7 @@ class _Last:
         key = gram._version, damp
         if self.low is None or self.gram() is not gram or self.key != key:
             self.low = None  # before the next one is made
-            dtype = torch.float64 if len(gram) <= LARGE else torch.float32
-            self.low = factor(lambda extra: damped(gram, damp + extra, flip=True).to(dtype))
+            self.low = factor(lambda extra: damped(gram, damp + extra, flip=True, dtype=_exact(gram)))
             self.key, self.gram = key, weakref.ref(gram, self._gone)
         return self.low
 
@@ -98,7 +112,7 @@ def sweep(w: Tensor, gram: Tensor, settle: Callable[[int, int], Settle], *, damp
 
     `settle(begin, end)` is called once a block of `block` columns and returns what settles them: a function of the block's current
     weights [end - begin, out] (a column of w is a row of it), of 1 / U_jj [end - begin, 1], and of j, which returns the final column
-    begin + j [out]. The columns before j of the block are no longer current. Returns the weights [out, in] float32.
+    begin + j [out]. The columns before j of the block are final. Returns the weights [out, in] float32, transposed in memory.
 
     With H = R R^T, R upper triangular, the paper's U (H^-1 = U^T U) is R^-1, and after a change D of the columns so far
     the best change of those that follow is the one that makes D R vanish there. So H is never inverted: the current
@@ -106,24 +120,23 @@ def sweep(w: Tensor, gram: Tensor, settle: Callable[[int, int], Settle], *, damp
     """
     n = w.shape[1]
     low = _last.of(gram, damp)  # R[a, b] = low[n - 1 - a, n - 1 - b]
-    dense = w.float().T.contiguous()  # [in, out]: a column of w is a contiguous row
+    dense = w.T.float().clone(memory_format=torch.contiguous_format)  # [in, out]: a column of w is a row, and becomes its change
     new = torch.empty_like(dense)
-    delta = torch.zeros_like(dense)
     for a in range(0, n, block):
         b = min(a + block, n)
         r = low[n - b:n - a, n - b:n - a].flip(0, 1)
         u = torch.linalg.solve_triangular(r, torch.eye(b - a, dtype=r.dtype, device=r.device), upper=True).float()
         scale = r.diagonal().float()[:, None]  # 1 / U_jj
-        cur = dense[a:b].clone()
+        cur = new[a:b].copy_(dense[a:b])
         if a:
-            cur -= u.T @ (low[n - a:, n - b:n - a].flip(0, 1).float().T @ delta[:a])
-        one = settle(a, b)
+            cur -= u.T @ (low[n - a:, n - b:n - a].flip(0, 1).float().T @ dense[:a])
+        one, costs = settle(a, b), u * scale
         for j in range(b - a):
             final = one(cur, scale, j)
-            cur[j:].addr_(u[j, j:], (cur[j] - final) * scale[j], alpha=-1)
-            delta[a + j] = final - dense[a + j]
-            new[a + j] = final
-    return new.T.contiguous()
+            cur[j + 1:].addr_(costs[j, j + 1:], cur[j] - final, alpha=-1)
+            cur[j] = final
+        torch.sub(cur, dense[a:b], out=dense[a:b])
+    return new.T
 
 
 def lengths(gram: Tensor) -> Tensor:

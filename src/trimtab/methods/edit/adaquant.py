@@ -9,7 +9,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 from trimtab.core.types import Change
 from trimtab.methods.codes import Codes, Grid, grouped, rounded
-from trimtab.methods.solvers import Adam, errors
+from trimtab.methods.solvers import Adam, lower
 
 RATE = 0.01  # of the weights, in steps of the grid, and of the scales, as a share of them; falls to 0
 ROWS = 1024  # outputs that are learned together
@@ -35,7 +35,7 @@ def adaquant(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, iters: int = 2
     some = [slice(a, a + ROWS) for a in range(0, len(w), ROWS)]
     both = [learned(w0[r], mask[r], near.codes[r], near.grid.rows(r), group, g, iters) for r in some]
     codes, scales = (torch.cat(t) for t in zip(*both, strict=True))
-    wins = errors(w, Codes(codes, replace(near.grid, scales=scales), group).weight(), gram) < errors(w, near.weight(), gram)
+    wins = lower(w, Codes(codes, replace(near.grid, scales=scales), group).weight(), near.weight(), gram)
     codes, scales = torch.where(wins[:, None], codes, near.codes), torch.where(wins[:, None], scales, near.grid.scales)
     new = Codes(codes, replace(near.grid, scales=scales), group).change(None if bool(mask.all()) else mask)
     return replace(new, w=new.w.to(w.dtype))

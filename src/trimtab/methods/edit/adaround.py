@@ -10,7 +10,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 from trimtab.core.types import Change
 from trimtab.methods.codes import Codes, Grid, grouped, rounded
-from trimtab.methods.solvers import Adam, errors
+from trimtab.methods.solvers import Adam, lower
 
 STRETCH = 0.1            # what the sigmoid reaches beyond 0 and 1 before it is cut off there
 FIRST, LAST = 8.0, 2.0   # exponents of the regulariser: the smaller, the more of what lies between 0 and 1 it draws away
@@ -42,7 +42,7 @@ def adaround(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, iters: int = 2
     some = [slice(a, a + ROWS) for a in range(0, len(w), ROWS)]
     codes = torch.cat([learned(w0[r], mask[r], near.codes[r], near.grid.rows(r), group, g, iters) for r in some])
     found = Codes(codes, near.grid, group)
-    wins = errors(w, found.weight(), gram) < errors(w, near.weight(), gram)
+    wins = lower(w, found.weight(), near.weight(), gram)
     new = replace(found, codes=torch.where(wins[:, None], codes, near.codes)).change(None if bool(mask.all()) else mask)
     return replace(new, w=new.w.to(w.dtype))
 

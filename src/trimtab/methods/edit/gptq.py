@@ -30,12 +30,13 @@ def gptq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
     """
     group, inputs = grid.group(w), w.shape[1]
     before = act_order or grid.whole or group == inputs
-    fitted: Grid = grid((w * mask)[:, : inputs if before else group])  # else of the first group, to know what it is made of
+    whole = bool(mask.all())
+    fitted: Grid = grid((w if whole else w * mask)[:, : inputs if before else group])  # else of the first group, to know what it is made of
     parts = [fitted.group(slice(g, g + 1)) for g in range(fitted.scales.shape[1])]
     near = {i: p.column() for i, p in enumerate(parts)} if before else {}
-    order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs, device=w.device)
-    at = order.tolist()
-    whole, codes = bool(mask.all()), torch.empty_like(w.T, dtype=torch.uint8)
+    order = gram.diagonal().argsort(descending=True, stable=True) if act_order else slice(None)
+    at = range(inputs)[order] if isinstance(order, slice) else order.tolist()
+    codes = torch.empty(inputs, len(w), dtype=torch.uint8, device=w.device)
     kept = None if whole else mask.T[order]
 
     def settle(begin: int, end: int) -> Settle:

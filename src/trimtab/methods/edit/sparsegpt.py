@@ -46,7 +46,7 @@ def sparsegpt(w: Tensor, keep: float, mask: Tensor, unit: Any, gram: Tensor, *, 
         return column
 
     new = sweep(w, gram, settle, damp=damp, block=block)
-    return Change(new.to(w.dtype), mask=kept.T.contiguous())
+    return Change(new.to(w.dtype).contiguous(), mask=kept.T.contiguous())
 
 
 def _exact(w: Tensor, keep: float, mask: Tensor, unit: Any) -> Callable[[Tensor, int, int], Tensor]:

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import Change
-from trimtab.methods.codes import Codes, grouped, rounded
-from trimtab.methods.solvers import errors
+from trimtab.methods.codes import Codes, Grid, grouped, rounded
+from trimtab.methods.solvers import lower
+
+ROWS = 256  # outputs that are looked at together
 
 
 @method("repair", keeps=("mask", "codes"))
@@ -28,18 +30,25 @@ def clip(w: Tensor, new: Change, gram: Tensor, *, steps: int = 20) -> Change:
     if codes is None:
         return new
     group, kept = codes.group, w.float() if new.mask is None else w * new.mask
-    each = grouped(kept, group)
     moments = torch.stack([torch.nn.functional.pad(g, (0, group - len(g), 0, group - len(g))) for g in
                            (gram[i:i + group, i:i + group] for i in range(0, w.shape[1], group))])  # [groups, group, group]
-    scales, least = codes.grid.scales, torch.full(codes.grid.scales.shape, torch.inf, device=w.device)
-    for k in range((steps + 1) // 2):
-        grid = replace(codes.grid, scales=(codes.grid.scales.float() * (1 - k / steps)).to(scales.dtype))
-        off = (grid.values(grid.codes(each)) - each).transpose(0, 1)  # [groups, out, group]
-        cost = ((off @ moments) * off).sum(-1).T.contiguous()
-        better = cost < least
-        least, scales = torch.where(better, cost, least), torch.where(better, grid.scales, scales)
+    some = [slice(a, a + ROWS) for a in range(0, len(w), ROWS)]
+    scales = torch.cat([shrunk(codes.grid.rows(r), grouped(kept[r], group), moments, steps) for r in some])
     found = rounded(kept, replace(codes.grid, scales=scales), group)
-    wins = errors(w, found.weight(), gram) < errors(w, new.w, gram)
+    wins = lower(w, found.weight(), new.w, gram)
     merged = Codes(torch.where(wins[:, None], found.codes, codes.codes), replace(
         codes.grid, scales=torch.where(wins[:, None], scales, codes.grid.scales)), group).change(new.mask)
     return replace(merged, w=merged.w.to(new.w.dtype), parts={**new.parts, **merged.parts})
+
+
+def shrunk(grid: Grid, each: Tensor, moments: Tensor, steps: int) -> Tensor:
+    """The scales [out, groups] under which weights `each` [out, groups, group] cost least."""
+    turned = each.transpose(0, 1).contiguous()  # [groups, out, group]
+    scales, least = grid.scales, torch.full(grid.scales.shape, torch.inf, device=each.device)
+    for k in range((steps + 1) // 2):
+        tried = replace(grid, scales=(grid.scales.float() * (1 - k / steps)).to(scales.dtype))
+        off = tried.values(tried.codes(each)).transpose(0, 1) - turned
+        cost = (off @ moments).mul_(off).sum(-1).T
+        better = cost < least
+        least, scales = torch.where(better, cost, least), torch.where(better, tried.scales, scales)
+    return scales

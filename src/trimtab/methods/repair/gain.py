@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import Change
-from trimtab.methods.solvers import errors
+from trimtab.methods.solvers import lower
 from trimtab.methods.terms import Terms
 
 
@@ -31,17 +31,12 @@ def gain(w: Tensor, new: Change, gram: Tensor) -> Change:
     factor = torch.where(power > 0, (moved * w.double()).sum(1) / power, 1.0).float()[:, None]
     if terms is None or terms.codes is None:
         scaled = (new.w.float() * factor).to(new.w.dtype)
-        return replace(new, w=torch.where(better(w, new, scaled, gram) & (factor > 0), scaled, new.w))
+        return replace(new, w=torch.where(lower(w, scaled, new.w, gram)[:, None] & (factor > 0), scaled, new.w))
     had = terms.codes.grid.scales
     scales = (had.float() * factor).to(had.dtype)
-    wins = better(w, new, with_scales(terms, scales).weight(), gram) & (factor > 0)
+    wins = lower(w, with_scales(terms, scales).weight(), new.w, gram)[:, None] & (factor > 0)
     mended = with_scales(terms, torch.where(wins, scales, had))
     return replace(new, w=mended.weight().to(new.w.dtype), parts=mended.parts())
-
-
-def better(w: Tensor, new: Change, other: Tensor, gram: Tensor) -> Tensor:
-    """Which rows lose less as they are in `other` [out, in], bool [out, 1]."""
-    return (errors(w, other, gram) < errors(w, new.w, gram))[:, None]
 
 
 def with_scales(terms: Terms, scales: Tensor) -> Terms:

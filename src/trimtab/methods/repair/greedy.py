@@ -8,7 +8,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 from trimtab.core.types import Change
 from trimtab.methods.codes import Codes
-from trimtab.methods.solvers import damped, errors
+from trimtab.methods.solvers import damped, lower
 
 BLOCK = 128  # columns whose errors are kept up to date one by one
 
@@ -51,6 +51,6 @@ def greedy(w: Tensor, new: Change, gram: Tensor, *, iters: int = 9, damp: float 
         if torch.equal(before, codes):
             break
     found = Codes(codes.T.contiguous(), had.grid, had.group)
-    wins = errors(w, found.weight(), gram) < errors(w, new.w, gram)
+    wins = lower(w, found.weight(), new.w, gram)
     merged = replace(found, codes=torch.where(wins[:, None], found.codes, had.codes)).change(new.mask)
     return replace(merged, w=merged.w.to(new.w.dtype), parts={**new.parts, **merged.parts})

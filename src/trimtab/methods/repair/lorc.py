@@ -8,7 +8,7 @@ from torch import Tensor
 from trimtab.core.registry import method
 from trimtab.core.types import Change
 from trimtab.methods.factors import Factors, checked_rank
-from trimtab.methods.solvers import damped, errors
+from trimtab.methods.solvers import damped, lower
 from trimtab.methods.terms import Terms
 
 
@@ -37,6 +37,6 @@ def lorc(w: Tensor, new: Change, gram: Tensor, *, rank: int = 8, whiten: bool = 
     if root is not None:
         right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
     both = Factors(left.bfloat16().contiguous(), right.bfloat16().contiguous())
-    wins = errors(w, replace(terms, factors=both).weight(), gram) < errors(w, new.w, gram)
+    wins = lower(w, replace(terms, factors=both).weight(), new.w, gram)
     mended = replace(terms, factors=replace(both, left=both.left * wins[:, None]))
     return Change(mended.weight().to(new.w.dtype), mended.parts())
