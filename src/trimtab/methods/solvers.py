@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import Change
+from trimtab.methods.products import linear
 
 LARGE = 1024  # beyond this many inputs errors are those of float32, and sweeps factorised so: half the time and the memory
 
@@ -70,7 +71,7 @@ def _between(a: Tensor, gram: Tensor, b: Tensor) -> Tensor:
     """a G b^T of every row, [out] float64."""
     total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
     for c in range(0, a.shape[1], LARGE):  # in strips, so that no second copy of G is held
-        total += ((a @ gram[:, c:c + LARGE].to(a.dtype)) * b[:, c:c + LARGE]).sum(1)
+        total += (linear(a, gram[c:c + LARGE].to(a.dtype)) * b[:, c:c + LARGE]).sum(1)
     return total
 
 
@@ -129,7 +130,7 @@ def sweep(w: Tensor, gram: Tensor, settle: Callable[[int, int], Settle], *, damp
         scale = r.diagonal().float()[:, None]  # 1 / U_jj
         cur = new[a:b].copy_(dense[a:b])
         if a:
-            cur -= u.T @ (low[n - a:, n - b:n - a].flip(0, 1).float().T @ dense[:a])
+            cur -= u.T @ linear(low[n - a:, n - b:n - a].flip(0, 1).float().T, dense[:a].T)
         one, costs = settle(a, b), u * scale
         for j in range(b - a):
             final = one(cur, scale, j)

@@ -1,13 +1,10 @@
 """Moments of a site's input. One pass takes them all."""
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import Tensor
 
 from trimtab.core.registry import method
+from trimtab.methods.products import linear
 
 TOKENS = 128  # of a batch that a sample has
 STRIP = 1024  # of a large symmetric matrix, computed at once
@@ -25,30 +22,13 @@ def in_sq(x: Tensor) -> Tensor:
     return x.float().square().sum(0)
 
 
-@contextmanager
-def factors_in(dtype: torch.dtype) -> Iterator[None]:
-    """While open, float32 matrices of numbers that `dtype` holds may be multiplied as such, where the processor does that faster: the
-    products are the same, and are added in float32."""
-    how = torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None  # newer than the oldest torch that will do
-    if how is None or dtype != torch.bfloat16:
-        yield
-        return
-    before = how.fp32_precision
-    try:
-        how.fp32_precision = "bf16"
-        yield
-    finally:
-        how.fp32_precision = before
-
-
 def add_products(total: Tensor, x: Tensor) -> None:
     """total [in, in] += x^T x; of many inputs every product once."""
-    n, dtype, x = len(total), x.dtype, x.float()
-    with factors_in(dtype):
-        for a in range(0, n, STRIP):
-            b = min(a + STRIP, n)
-            total[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
-            total[b:, a:b] = total[a:b, b:].T
+    x, n = x.T.float().contiguous(), len(total)
+    for a in range(0, n, STRIP):
+        b = min(a + STRIP, n)
+        total[a:b, a:] += linear(x[a:b], x[a:])
+        total[b:, a:b] = total[a:b, b:].T
 
 
 @method("stat", merge="sum", mean=True, rescaled=lambda value, s: value / s / s[:, None], of_gram=lambda moment: moment, into=add_products,
