@@ -203,6 +203,17 @@ def test_second_moments_of_many_inputs_hold_every_product_once():
     assert torch.equal(total, total.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_factor_is_that_of_lapack(dtype):
+    x = torch.randn(1500, 1300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h = (x.T @ x / 1500 + 0.1 * torch.eye(1300)).to(dtype)
+    close(factor(lambda _: h.clone()), torch.linalg.cholesky(h.double()), 1e-5 if dtype == torch.float32 else 1e-12)
+    h[1200, 1200] = -1  # found out in the last strip
+    one = torch.eye(1300, dtype=dtype)
+    low = factor(lambda extra: h + 1e9 * extra * one)
+    close(low @ low.T, h.double() + 10 * one, 1e-4 if dtype == torch.float32 else 1e-12)
+
+
 @pytest.mark.parametrize("lies", [lambda w: w, lambda w: w.T.contiguous().T, lambda w: w.repeat(1, 2)[:, :300]])
 def test_products_are_those_of_torch_however_a_matrix_lies(lies):
     g = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from trimtab.core.types import Change
 from trimtab.methods.products import linear
 
+STRIP = 512   # columns that are factorised together, where there are many
 LARGE = 1024  # beyond this many inputs errors are those of float32, and sweeps factorised so: half the time and the memory
 
 
@@ -40,12 +41,28 @@ def factor(build: Callable[[float], Tensor]) -> Tensor:
     extra = 0.0
     while extra <= 1e3:
         h = build(extra)
-        info = torch.empty((), dtype=torch.int32, device=h.device)
-        low, info = torch.linalg.cholesky_ex(h.T, out=(h.T, info))  # h.T is in LAPACK's order: no copy
-        if not bool(info):
-            return low
+        if factorised(h):
+            return h
         extra = max(10 * extra, 1e-8)
     raise ValueError("the Gram matrix has no Cholesky factor; are the calibration inputs finite?")
+
+
+def factorised(h: Tensor) -> bool:
+    """The symmetric `h` becomes its lower Cholesky factor; False where it is not positive definite. A strip of columns after the other,
+    from what lies left of it: most of it is one product."""
+    n = len(h)
+    strip = STRIP if n > LARGE else n
+    for a in range(0, n, strip):
+        b = min(a + strip, n)
+        if a:
+            h[a:, a:b] -= linear(h[a:, :a], h[a:b, :a].contiguous())
+        low, info = torch.linalg.cholesky_ex(h[a:b, a:b])
+        if bool(info):
+            return False
+        h[a:b, a:b] = low
+        h[b:, a:b] = torch.linalg.solve_triangular(low.T, h[b:, a:b], upper=True, left=False)
+        h[a:b, b:] = 0
+    return True
 
 
 def errors(w: Tensor, new: Tensor, gram: Tensor) -> Tensor:
