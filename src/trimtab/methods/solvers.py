@@ -85,7 +85,7 @@ def _exact(w: Tensor) -> torch.dtype:
 
 
 def _between(a: Tensor, gram: Tensor, b: Tensor) -> Tensor:
-    """a G b^T of every row, [out] float64."""
+    """a G b^T of every row, [out] float64; G is symmetric."""
     total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
     for c in range(0, a.shape[1], LARGE):  # in strips, so that no second copy of G is held
         total += (linear(a, gram[c:c + LARGE].to(a.dtype)) * b[:, c:c + LARGE]).sum(1)
