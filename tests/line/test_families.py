@@ -339,6 +339,14 @@ def test_an_input_that_is_moved_leaves_the_output(saved, name, roles):
     torch.testing.assert_close(stream(net, batch, move), before, rtol=2e-4, atol=2e-5)
 
 
+def test_an_input_that_somebody_reads_without_a_bias_cannot_be_moved(saved, monkeypatch):
+    net = Network.open(saved("opt"))
+    fold = next(f for f in graph.folds(net.family, net.config, net.sites_of(0)) if len(f.readers) > 1)
+    assert net.moves(fold)
+    monkeypatch.setattr(net, "has_bias", lambda s: s.name != fold.readers[0].name)
+    assert not net.moves(fold)
+
+
 def test_a_moved_norm_is_as_exact_as_its_type(saved):
     """In bfloat16 the shift in effect is what the rounded bias of the norm leaves of it, and the readers' biases take that one."""
     net = Network.open(saved("opt", dtype=torch.bfloat16))

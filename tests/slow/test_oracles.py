@@ -11,7 +11,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from trimtab.core.edits import Gridded
 from trimtab.core.registry import get
+from trimtab.core.spec import Step
 from trimtab.core.types import Change
 from trimtab.methods.products import linear
 from trimtab.methods.select import top
@@ -468,3 +470,20 @@ def test_what_an_earlier_pass_dropped_stays_out(name, unit):
     if name == "nettrim" and unit == "site":
         pull = -(new.w - w).double().numpy() @ ridged(gram, 0.01) * np.sign(new.w.numpy())
         assert pull[new.mask.numpy()].std() < 0.05 * pull[new.mask.numpy()].mean()
+
+
+def test_gptq_fits_a_group_to_what_the_sweep_has_made_of_it():
+    """Algorithm 1 with the inverse of H, column by column, in double."""
+    w, _, gram = world()
+    bits, group, damp = 3, 4, 0.01
+    step = Gridded(Step("grid/int", (("bits", bits), ("group", group))), {})
+    got = get("edit/gptq")({"w": w, "mask": torch.ones_like(w, dtype=torch.bool), "grid": step, "gram": gram}, damp=damp, act_order=False)
+    u = np.linalg.cholesky(np.linalg.inv(ridged(gram, damp))).T
+    cur, last = w.double().numpy().copy(), (1 << bits - 1) - 1
+    for j in range(w.shape[1]):
+        if j % group == 0:
+            scale = (np.abs(cur[:, j:j + group]).max(1).astype(np.float32) / last).astype(np.float16).astype(np.float64)
+        near = np.clip(np.round(cur[:, j] / scale), -last - 1, last) * scale
+        cur[:, j + 1:] -= np.outer((cur[:, j] - near) / u[j, j], u[j, j + 1:])
+        cur[:, j] = near
+    close(got.w, cur)
