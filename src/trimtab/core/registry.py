@@ -152,7 +152,8 @@ FACTS: dict[str, dict[str, Any]] = {
     # merge: sum, max, stack or cat over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
     # rescaled: of (value, s [in]) what it is where every input was divided by s; of_gram: what it is, of the inputs' second moment
     # alone, which follows into any basis; turned: of (value, basis) what it is in it; None where that cannot be told.
-    # some: of (value, bool [in]) what it is of some inputs alone; into: of (sum, batch), adds to the sum in place what it is of a batch.
+    # some: of (value, bool [in]) what it is of some inputs alone; into: of (sum, batch), adds to the sum in place what it is of a batch,
+    # from what it is of no tokens on.
     # moved: of (value, z [in], the inputs' mean) what it is where z was taken off every input; None where that cannot be told.
     "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
              "into": None, "some": lambda value, inputs: value[inputs]},

@@ -22,7 +22,8 @@ def _onednn() -> bool:
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x [m, k] times w [n, k] transposed, [m, n]; no gradients.
 
-    Torch multiplies float32 matrices with MKL, which takes two to three times as long as oneDNN on processors that are not Intel's.
+    By oneDNN where it can: torch itself multiplies float32 matrices with MKL, which was the slower one on the AMD processor that was
+    measured (torch f32 and torch oneDNN among the dense maps of results/kernels.jsonl).
     """
     dense = w.is_contiguous() or w.T.is_contiguous()  # oneDNN has but a slow way for what lies otherwise
     if x.dtype == w.dtype == torch.float32 and x.is_cpu and dense and len(x) * w.numel() >= SMALL and _onednn():

@@ -34,10 +34,10 @@ def gptq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
     fitted: Grid = grid((w if whole else w * mask)[:, : inputs if before else group])  # else of the first group, to know what it is made of
     parts = [fitted.group(slice(g, g + 1)) for g in range(fitted.scales.shape[1])]
     near = {i: p.column() for i, p in enumerate(parts)} if before else {}
-    order = gram.diagonal().argsort(descending=True, stable=True) if act_order else slice(None)
-    at = range(inputs)[order] if isinstance(order, slice) else order.tolist()
+    order = gram.diagonal().argsort(descending=True, stable=True) if act_order else None
+    at = range(inputs) if order is None else order.tolist()
     codes = torch.empty(inputs, len(w), dtype=torch.uint8, device=w.device)
-    kept = None if whole else mask.T[order]
+    kept = None if whole else mask.T if order is None else mask.T[order]
 
     def settle(begin: int, end: int) -> Settle:
         def column(cur: Tensor, scale: Tensor, j: int) -> Tensor:
@@ -52,7 +52,8 @@ def gptq(w: Tensor, mask: Tensor, grid: Any, gram: Tensor, *, damp: float = 0.01
         return column
 
     block = max(BLOCK // group, 1) * group if group < inputs else BLOCK
-    sweep(w[:, order], gram[order][:, order] if act_order else gram, settle, damp=damp, block=block)
+    swept, turned = (w, gram) if order is None else (w[:, order], gram[order][:, order])
+    sweep(swept, turned, settle, damp=damp, block=block)
     scales = torch.cat([p.scales for p in parts], 1)
     zeros = torch.cat([p.zeros for p in parts if p.zeros is not None], 1) if fitted.zeros is not None else None
     new = Codes(codes.T.contiguous(), replace(fitted, scales=scales, zeros=zeros), group).change(None if whole else mask)
