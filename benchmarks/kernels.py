@@ -1,9 +1,11 @@
 """One layer, weights cold: our kernels beside the fastest dense layer of the same precision that other runtimes have.
 
-    python benchmarks/kernels.py results/kernels.jsonl [--table dense codes blocks zeros pairs mlp] [--batch 1 4 16 128 512]
+    python benchmarks/kernels.py results/kernels.jsonl [--table dense codes blocks zeros pairs mlp gates] [--batch 1 4 16 128 512]
                                  [--shape 8192x2048] [--rounds 5] [--only NAME ...] [--deepsparse PYTHON]
 
-Table mlp is a SwiGLU MLP of three such layers (the last one turned around) as one operation.
+Table mlp is a SwiGLU MLP of three such layers (the last one turned around) as one operation. Table gates is of rows of x in which a
+gate left some inputs, other ones in every row, by columns, beside our own maps that read everything: so much of the ideal, one over what
+the rows meet. Bytes are those of the columns that some row meets.
 
 The kernels' tests run first, and nothing is timed when they are red. Each candidate owns enough copies of its layer to cover
 more than four times the last-level cache, and every call takes the next one; results go to memory that all copies of a
@@ -65,6 +67,7 @@ from trimtab.methods.codes import rounded as on_grid
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.book import book
 from trimtab.methods.format.bsr import bsr
+from trimtab.methods.format.columns import columns
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import VECTORS, Packed
@@ -79,7 +82,7 @@ WARM = 0.004     # seconds in which those of this one wake up
 SHORT_CALLS = 60  # in one turn, of layers that are so small that they have as many copies
 LIMIT = 0.97     # times a peer that is itself at the read bandwidth counts as level with it
 WITHIN = {"f32": 1e-3, "bf16": 2e-2, "i8": 6e-2, "i4": 0.25}  # of the float product, for peers of these classes
-TABLES = ["dense", "codes", "blocks", "zeros", "pairs", "mlp"]
+TABLES = ["dense", "codes", "blocks", "zeros", "pairs", "mlp", "gates"]
 ALL = [""]                 # what every name holds
 PARTLY = ", some of them"  # a run of a few stands beside the whole table of a page, and does not replace it
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -188,6 +191,25 @@ def our_mlp(name: str, ps: list[Packed], x: Tensor, narrowest: str, threads: int
     return Candidate(f"trimtab {name}", make, sum(p.nbytes for p in ps), sum(flops_of(p, len(x)) for p in ps), narrowest, narrowest, goals)
 
 
+def gated(w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
+    """Our maps of three precisions as they are, and by columns with shares of every row left."""
+    found, one = [], len(x) == 1
+    row, four = nearest(w, 8).change(), nearest(w, 4, 128).change()
+    for name, change, narrowest, part in (("bf16", Change(w.bfloat16()), "bf16", 0.85), ("int8 by row, x int8", row, "i8", 0.75),
+                                          ("int4 g128, x int8", four, "i8", 0.75)):
+        whole = ours(name, dense(change), x, narrowest, threads, "", ())
+        found.append(whole)
+        by_columns = columns(change)
+        for kept in (1.0, 0.75, 0.5, 0.35, 0.2):
+            left = x * (torch.rand(x.shape, generator=torch.Generator().manual_seed(int(kept * 100))) < kept)
+            met = float((left != 0).any(0).float().mean())
+            goals = (Goal(round(part / met, 3), whole.name),) if one and kept in (0.5, 0.35) else ()
+            its = ours(f"columns {name}, {kept:.0%} of each row", by_columns, left.contiguous(), narrowest, threads, "", goals)
+            its.bytes, its.flops = round(its.bytes * met), round(its.flops * kept)
+            found.append(its)
+    return found
+
+
 def low_rank(w: Tensor, x: Tensor, threads: int) -> Candidate:
     """Two dense bfloat16 maps one after the other, between them a quarter of the inputs."""
     rank = w.shape[1] // 4
@@ -250,6 +272,8 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | No
     """Peers and ours for one table, for these rows of x."""
     if table == "mlp":
         return mlps(w, x, threads, sparse)
+    if table == "gates":
+        return gated(w, x, threads)
     found: list[Candidate] = []
     batch = len(x)
     one, exact = batch == 1, (x @ w.T).double()

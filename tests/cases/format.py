@@ -50,6 +50,9 @@ CASES = {
     # Of each output two values, at places 0 and 2, 0 and 3, of the empty outputs 0 and 1: two bits each in a word, lowest first.
     "format/nm": Case({"new": THIN}, {"bits": [[[[2 * 4, 0, 0, 0], [3 * 4, 0, 0, 0], *[[1 * 4, 0, 0, 0]] * 30]]],
                                       "values": panel([0, 6], [4, 1])}, differs="format/bitmask"),
+    # Input by input: of input 0 its code for output 0, in the low half of byte 0; the other 127 outputs are filled up with zeros.
+    "format/columns": Case({"new": FOUR}, {"values": [[c] + [0] * 63 for c in (1, 2, 8, 8, 5, 6, 8, 8)], "scales": [[0.5] + [0] * 127]},
+                           differs="format/dense"),
     # Block row 0 holds block column 1, block row 1 holds block column 0.
     "format/bsr": Case({"new": PAIRS}, {"columns": [1, 0], "pointers": [0, 1, 2], "values": [[[5], [-7]], [[2], [3]]]},
                        {"rows": 1, "cols": 2}, differs="format/bitmask"),

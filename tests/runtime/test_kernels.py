@@ -19,6 +19,7 @@ from trimtab.methods.codes import rounded as rounded_to
 from trimtab.methods.format import bitmask as bitmask_file
 from trimtab.methods.format import book as book_file
 from trimtab.methods.format import bsr as bsr_file
+from trimtab.methods.format import columns as columns_file
 from trimtab.methods.format import dense as dense_file
 from trimtab.methods.format import nm as nm_file
 from trimtab.methods.format import panels
@@ -51,6 +52,10 @@ def ternary(w: Tensor, group: int = 0) -> Codes:
 
 def bsr(w: Tensor | Codes, rows: int = 32, cols: int = 32) -> Packed:
     return bsr_file.bsr(change(w), rows=rows, cols=cols)
+
+
+def columns(w: Tensor | Codes) -> Packed:
+    return columns_file.columns(change(w))
 
 
 def nm(w: Tensor | Codes, n: int = 2, m: int = 4) -> Packed:
@@ -93,6 +98,8 @@ def packs(out: int, inputs: int, type_: str) -> Iterator[Packed]:
         return
     w = w.to(dtype(type_))
     yield dense(w)
+    yield columns(w)
+    yield columns(w[:, :max(1, inputs - 1)])
     yield dense(w[:, :max(1, inputs - 1)])  # an odd number of inputs: half a pair is left
     for share in (0.0, 0.07, 0.5, 1.0):
         few = w * (torch.rand(w.shape, generator=gen) < share)
@@ -111,6 +118,8 @@ def packs_of_codes(w: Tensor, bits: int, gen: torch.Generator) -> Iterator[Packe
         for group in (0, 32, 64, 128):
             if group < inputs:
                 yield dense(nearest(w, bits, group, asymmetric=asymmetric))
+                if bits in (8, 4):
+                    yield columns(nearest(w, bits, group, asymmetric=asymmetric))
                 for m in (4, 8):
                     if bits in (8, 4) and inputs % m == 0:
                         yield nm(nearest(picked(w, m // 2, m, gen), bits, group, asymmetric=asymmetric), m // 2, m)
@@ -271,6 +280,27 @@ def test_every_kernel_agrees_with_the_weight_it_was_packed_from(type_):
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
 @pytest.mark.parametrize("type_", ["f32", "bf16", "i8", "i4"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_columns_that_no_row_meets_are_not_missed(type_, share):
+    """Rows of x that share what they meet, others with zeros of their own among it, all off and all on: the sum is that of all inputs."""
+    for out, inputs in ((40, 72), (300, 200), (128, 1000), (4200, 64)):
+        gen = torch.Generator().manual_seed(out)
+        w = torch.randn(out, inputs, generator=gen)
+        p = columns(nearest(w, BITS[type_], 64 if inputs > 64 else 0, asymmetric=True) if type_ in BITS else w.to(dtype(type_)))
+        linear, exact = native.Linear(p), layouts.restored(p).double()
+        for batch in (1, 2, 3, 4, 5, 9):
+            x = torch.randn(batch, inputs, generator=gen) * (torch.rand(inputs, generator=gen) < share)
+            x[-1] *= torch.rand(inputs, generator=gen) < 0.5
+            for kernel in linear.kernels:
+                want = rounded(x, p, names.parse(kernel).activation) @ exact.T
+                for threads in (1, 2, 3):
+                    whole, y = guarded(batch, out)
+                    linear._native.run(x, y, threads, kernel)
+                    assert close(y, want, inputs) and edges_are_whole(whole), (kernel, batch, threads)
+
+
+@pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
+@pytest.mark.parametrize("type_", ["f32", "bf16", "i8", "i4"])
 def test_groups_of_long_rows_go_by_in_parts(type_):
     gen = torch.Generator().manual_seed(6)
     w = torch.randn(36, 8456, generator=gen)  # more than stays in the cache, and no whole number of words
@@ -280,7 +310,7 @@ def test_groups_of_long_rows_go_by_in_parts(type_):
 
 
 @pytest.mark.skipif(not BUILT, reason="the native kernels were not built")
-@pytest.mark.parametrize("format_", [dense, bitmask, nm])
+@pytest.mark.parametrize("format_", [dense, columns, bitmask, nm])
 def test_long_groups_of_large_codes_do_not_overflow(format_):
     """Products of codes of a group are summed up in 32 bits, which hold 66,000 of the largest."""
     codes = torch.full((32, 2 * 98304), 255, dtype=torch.uint8)
@@ -328,7 +358,8 @@ def test_rows_of_x_made_ready_by_several_threads_are_the_same_rows():
     """So many that threads share them out, not by whole tiles: a row gives what it gives alone."""
     w = torch.randn(64, 2112, generator=torch.Generator().manual_seed(0))
     few, x = w * (w > 1), torch.randn(67, 2112, generator=torch.Generator().manual_seed(1))
-    packs = [dense(w), dense(w.bfloat16()), sell(few), dense(nearest(w, 8)), dense(nearest(w, 4, 32)), dense(ternary(w)),
+    packs = [dense(w), dense(w.bfloat16()), columns(w), columns(w.bfloat16()), columns(nearest(w, 8, 64)),
+             columns(nearest(w, 4, 32)), sell(few), dense(nearest(w, 8)), dense(nearest(w, 4, 32)), dense(ternary(w)),
              bitmask(nearest(few, 8)), *(bsr(w.to(t), rows, 16) for rows in (16, 32, 64) for t in TYPES),
              *(bsr(w.to(t), *shape) for shape in ((32, 1), (1, 32)) for t in TYPES), sell(few.bfloat16()), bsr(nearest(w, 8), 32, 1)]
     for linear in map(native.Linear, packs):
@@ -406,6 +437,8 @@ def test_packing_loses_nothing(type_):
                         for t in (w, few):
                             codes = nearest(t, BITS[type_], group, asymmetric=asymmetric)
                             assert torch.equal(layouts.restored(dense(codes)), codes.weight())
+                            if type_ != "i2":
+                                assert torch.equal(layouts.restored(columns(codes)), codes.weight())
                         if type_ == "i8":
                             codes = nearest(few, 8, group, asymmetric=asymmetric)
                             assert torch.equal(layouts.restored(bitmask(codes)), codes.weight())
@@ -421,7 +454,7 @@ def test_packing_loses_nothing(type_):
                     assert torch.equal(layouts.restored(p), codes.weight())
             continue
         w, few = w.to(dtype(type_)), few.to(dtype(type_))
-        assert torch.equal(layouts.restored(dense(w)), w)
+        assert torch.equal(layouts.restored(dense(w)), w) and torch.equal(layouts.restored(columns(w)), w)
         assert torch.equal(layouts.restored(bitmask(few)), few) and torch.equal(layouts.restored(sell(few)), few)
         for n, m in groups:
             t = picked(w, n, m, gen)

@@ -31,12 +31,26 @@ void Bound::run(In x, Out y, int threads, const std::string& name, const std::st
 
 namespace {
 
+struct BoundGate {
+    Gate gate;
+    BoundGate(bool hidden, int64_t count, float threshold, const std::vector<float>& scale) : gate{hidden, count, threshold, scale} {
+        if (count < 0 || std::isnan(threshold)) throw std::invalid_argument("a gate has a threshold, or keeps 1 input or more");
+    }
+    void run(In x, In scored, Out y) const {
+        if (x.shape(0) != scored.shape(0) || x.shape(1) != scored.shape(1) || x.shape(0) != y.shape(0) || x.shape(1) != y.shape(1) ||
+            (!gate.scale.empty() && gate.scale.size() != x.shape(1)))
+            throw std::invalid_argument("x, what is scored and y are of one shape, [batch, inputs of the gate]");
+        pass(gate, x.data(), scored.data(), int64_t(x.shape(0)), int64_t(x.shape(1)), y.data(), {Type::f32, 1, table().ops});
+    }
+};
+
 // An MLP of maps that live as long as it does.
 struct BoundMlp {
     nb::object gate, up, down;
     Mlp mlp;
 
-    BoundMlp(nb::object g, nb::object u, nb::object d, const std::string& activation) : gate(g), up(u), down(d) {
+    BoundMlp(nb::object g, nb::object u, nb::object d, const std::string& activation, const std::vector<std::optional<BoundGate>>& gates)
+        : gate(g), up(u), down(d) {
         auto map = [](nb::object o) { return Map::of(nb::cast<const Bound&>(o).linear); };
         if (!g.is_none()) mlp.gate = map(g);
         mlp.up = map(u);
@@ -44,6 +58,17 @@ struct BoundMlp {
         mlp.activation = activation_of(activation);
         if (mlp.gate && (mlp.gate->in != mlp.up.in || mlp.gate->out != mlp.up.out))
             throw std::invalid_argument("gate and up must be of one shape");
+        const auto gated = [](Map& m, const std::optional<BoundGate>& of, bool last) {
+            if (!of) return;
+            if (of->gate.hidden && !last) throw std::invalid_argument("a gate of hidden neurons is for what an MLP ends in");
+            if (!of->gate.scale.empty() && int64_t(of->gate.scale.size()) != m.in)
+                throw std::invalid_argument("a gate of " + std::to_string(of->gate.scale.size()) + " inputs, the map has " + std::to_string(m.in));
+            m.terms[0].gate = of->gate;
+        };
+        if (mlp.gate) gated(*mlp.gate, gates.at(0), false);
+        gated(mlp.up, gates.at(1), false);
+        gated(mlp.down, gates.at(2), true);
+        if (mlp.down.hidden() && !mlp.gate) throw std::invalid_argument("the gate of the MLP is scored, and it has none");
         if (mlp.down.in != mlp.up.out)
             throw std::invalid_argument("down takes " + std::to_string(mlp.down.in) + " features, up gives " + std::to_string(mlp.up.out));
         for (const Map* m : {&mlp.up, &mlp.down, mlp.gate ? &*mlp.gate : &mlp.up})
@@ -110,8 +135,12 @@ NB_MODULE(_trimtab_kernels, m) {
         }, "narrowest"_a, "batch"_a, "The one for so many rows of x; empty if there is none.")
         .def("run", &Bound::run, "x"_a, "y"_a, "threads"_a, "kernel"_a = "", "narrowest"_a = "f32",
              "y = x W^T; `kernel` by name, or the best one here that rounds x to no less than `narrowest`.");
+    nb::class_<BoundGate>(m, "Gate")
+        .def(nb::init<bool, int64_t, float, const std::vector<float>&>(), "hidden"_a, "count"_a, "threshold"_a, "scale"_a)
+        .def("run", &BoundGate::run, "x"_a, "scored"_a, "y"_a, "y = x where what is scored passes, and 0 elsewhere.");
     nb::class_<BoundMlp>(m, "Mlp")
-        .def(nb::init<nb::object, nb::object, nb::object, const std::string&>(), "gate"_a.none(), "up"_a, "down"_a, "activation"_a)
+        .def(nb::init<nb::object, nb::object, nb::object, const std::string&, const std::vector<std::optional<BoundGate>>&>(), "gate"_a.none(), "up"_a,
+             "down"_a, "activation"_a, "gates"_a)
         .def("run", &BoundMlp::run, "x"_a, "y"_a, "threads"_a, "narrowest"_a = "f32", "y = down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate.");
     bind_decoder(m);
 }

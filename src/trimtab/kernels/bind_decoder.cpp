@@ -219,6 +219,20 @@ private:
         return c;
     }
 
+    Gate gate(nb::handle o, const std::string& at, int64_t in) {
+        Reader r(o, at);
+        Gate g;
+        const std::string of = r.text_of("of");
+        if (of != "input" && of != "hidden") bad(r.at("of"), "unknown source " + of + "; there are input and hidden");
+        g.hidden = of == "hidden";
+        if (r.has("count")) g.count = r.whole("count");
+        if (r.has("threshold")) g.threshold = r.number_of("threshold");
+        if ((g.count > 0) == r.has("threshold")) bad(at, "a gate has a threshold or a count, one of the two");
+        if (r.has("scale")) g.scale = vector(r.text_of("scale"), r.at("scale"), in);
+        r.done();
+        return g;
+    }
+
     // `outputs`: of the sum, where its terms give some of them each.
     Term term(nb::handle o, const std::string& at, int64_t in, int64_t& outputs) {
         Reader r(o, at);
@@ -235,6 +249,7 @@ private:
         if (r.has("inside")) t.inside = turn(r, "inside", width, false);
         t.chain = chain(r.get("maps"), r.at("maps"), width);
         if (r.has("outside")) t.outside = turn(r, "outside", t.out(), true);
+        if (r.has("gate")) t.gate = gate(r.get("gate"), r.at("gate"), in);
         if (r.has("begin")) t.begin = r.whole("begin", 0);
         const int64_t all = r.has("outputs") ? r.whole("outputs") : t.out();
         if (outputs && all != outputs) bad(at, "adds " + std::to_string(all) + " features to " + std::to_string(outputs));
@@ -259,6 +274,10 @@ private:
         } else {
             m.terms.push_back({{}, nullptr, nullptr, chain(o, at, in), 0});
             m.out = m.terms[0].out();
+        }
+        for (const Term& t : m.terms) {
+            if (t.gate && t.gate->hidden && std::string(key) != "down") bad(at, "a gate of hidden neurons is for what an MLP ends in");
+            if ((t.gate && t.gate->hidden) != (m.hidden() != nullptr) || (m.hidden() && *t.gate != *m.hidden())) bad(at, "one gate of hidden neurons is for all that is added");
         }
         if (out && m.out != out) bad(at, "gives " + std::to_string(m.out) + " features, " + std::to_string(out) + " are wanted");
         return m;
@@ -315,6 +334,7 @@ private:
         f.mlp.up = map(r, "up", p.hidden);
         if (r.has("gate")) f.mlp.gate = map(r, "gate", p.hidden, f.mlp.up.out);
         f.mlp.down = map(r, "down", f.mlp.up.out, p.hidden);
+        if (f.mlp.down.hidden() && !f.mlp.gate) bad(r.at("down"), "its gate scores that of the MLP, which has none");
         try {
             f.mlp.activation = activation_of(r.text_of("activation"));
         } catch (const std::invalid_argument& e) {

@@ -26,6 +26,13 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
+inline void pass(const float* x, const float* scored, const float* scale, float threshold, int64_t n, float* y) {
+    if (scale)
+        for (int64_t i = 0; i < n; ++i) y[i] = std::abs(scored[i]) * scale[i] <= threshold ? 0.0f : x[i];
+    else
+        for (int64_t i = 0; i < n; ++i) y[i] = std::abs(scored[i]) <= threshold ? 0.0f : x[i];
+}
+
 inline void add(float* x, const float* y, int64_t n) {
     each(x, y, x, n, [](Vec a, Vec b) { return a + b; });
 }

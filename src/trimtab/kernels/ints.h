@@ -95,6 +95,19 @@ struct Ints {
         if constexpr (M == 4) return {_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(group)), v)};
         else return {_mm512_permutexvar_ps(v, _mm512_broadcast_f32x8(_mm256_loadu_ps(group)))};
     }
+    // Bytes of four vectors become lanes of four bytes, one of each: of outputs in the order that `straight` undoes.
+    static void beside(Ints (&v)[4]) {
+        const __m512i ab[2] = {_mm512_unpacklo_epi8(v[0].v, v[1].v), _mm512_unpackhi_epi8(v[0].v, v[1].v)};
+        const __m512i cd[2] = {_mm512_unpacklo_epi8(v[2].v, v[3].v), _mm512_unpackhi_epi8(v[2].v, v[3].v)};
+        v[0] = {_mm512_unpacklo_epi16(ab[0], cd[0])}, v[1] = {_mm512_unpackhi_epi16(ab[0], cd[0])};
+        v[2] = {_mm512_unpacklo_epi16(ab[1], cd[1])}, v[3] = {_mm512_unpackhi_epi16(ab[1], cd[1])};
+    }
+    static void straight(Ints (&v)[4]) {  // quarters are turned: of vector i quarter j becomes quarter i of vector j
+        const __m512i low[2] = {_mm512_shuffle_i32x4(v[0].v, v[1].v, 0x44), _mm512_shuffle_i32x4(v[2].v, v[3].v, 0x44)};
+        const __m512i high[2] = {_mm512_shuffle_i32x4(v[0].v, v[1].v, 0xee), _mm512_shuffle_i32x4(v[2].v, v[3].v, 0xee)};
+        v[0] = {_mm512_shuffle_i32x4(low[0], low[1], 0x88)}, v[1] = {_mm512_shuffle_i32x4(low[0], low[1], 0xdd)};
+        v[2] = {_mm512_shuffle_i32x4(high[0], high[1], 0x88)}, v[3] = {_mm512_shuffle_i32x4(high[0], high[1], 0xdd)};
+    }
     // Adds the products of four unsigned bytes with four signed ones, in every lane. BITS below 8: two products fit into 16 bits.
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
@@ -165,6 +178,17 @@ struct Ints {
         if constexpr (M == 4) return {_mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)group), v)};
         else return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(group), v)};
     }
+    static void beside(Ints (&v)[4]) {
+        const __m256i ab[2] = {_mm256_unpacklo_epi8(v[0].v, v[1].v), _mm256_unpackhi_epi8(v[0].v, v[1].v)};
+        const __m256i cd[2] = {_mm256_unpacklo_epi8(v[2].v, v[3].v), _mm256_unpackhi_epi8(v[2].v, v[3].v)};
+        v[0] = {_mm256_unpacklo_epi16(ab[0], cd[0])}, v[1] = {_mm256_unpackhi_epi16(ab[0], cd[0])};
+        v[2] = {_mm256_unpacklo_epi16(ab[1], cd[1])}, v[3] = {_mm256_unpackhi_epi16(ab[1], cd[1])};
+    }
+    static void straight(Ints (&v)[4]) {
+        const __m256i a = _mm256_permute2x128_si256(v[0].v, v[1].v, 0x20), b = _mm256_permute2x128_si256(v[2].v, v[3].v, 0x20);
+        const __m256i c = _mm256_permute2x128_si256(v[0].v, v[1].v, 0x31), d = _mm256_permute2x128_si256(v[2].v, v[3].v, 0x31);
+        v[0] = {a}, v[1] = {b}, v[2] = {c}, v[3] = {d};
+    }
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
         if constexpr (BITS < 8) {
@@ -232,6 +256,15 @@ struct Ints {
         if constexpr (M == 4) return Vec::of(vreinterpretq_u32_u8(vqtbl1q_u8(low, at)));
         else return Vec::of(vreinterpretq_u32_u8(vqtbl2q_u8({{low, bytes_of(Vec::bits(group + 4))}}, at)));
     }
+    static void beside(Ints (&v)[4]) {
+        const uint16x8x2_t ab = {{vreinterpretq_u16_u8(vzip1q_u8(bytes_of(v[0].v), bytes_of(v[1].v))), vreinterpretq_u16_u8(vzip2q_u8(bytes_of(v[0].v), bytes_of(v[1].v)))}};
+        const uint16x8x2_t cd = {{vreinterpretq_u16_u8(vzip1q_u8(bytes_of(v[2].v), bytes_of(v[3].v))), vreinterpretq_u16_u8(vzip2q_u8(bytes_of(v[2].v), bytes_of(v[3].v)))}};
+        for (int i = 0; i < 2; ++i) {
+            v[2 * i] = {vreinterpretq_u32_u16(vzip1q_u16(ab.val[i], cd.val[i]))};
+            v[2 * i + 1] = {vreinterpretq_u32_u16(vzip2q_u16(ab.val[i], cd.val[i]))};
+        }
+    }
+    static void straight(Ints (&)[4]) {}
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
         // A byte is twice its half, rounded down, and what is left: neither needs the sign.
@@ -302,6 +335,14 @@ struct Ints {
     }
     template <int M>
     Vec of(const float* group) const { Vec r; for (int i = 0; i < N; ++i) r.v[i] = group[v[i] % M]; return r; }
+    static void beside(Ints (&v)[4]) {
+        uint8_t from[4][4 * N], to[4][4 * N];
+        for (int k = 0; k < 4; ++k) v[k].store(from[k]);
+        for (int o = 0; o < 4 * N; ++o)
+            for (int k = 0; k < 4; ++k) to[o / N][o % N * 4 + k] = from[k][o];
+        for (int k = 0; k < 4; ++k) v[k] = load(to[k]);
+    }
+    static void straight(Ints (&)[4]) {}
     template <int BITS>
     Ints dot(Ints codes, Ints x) const {
         return each([&](int i) {

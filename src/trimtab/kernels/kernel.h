@@ -8,6 +8,8 @@ namespace trimtab {
 
 // Outputs that lie side by side in a panel. Formats with blocks have panels as high as their blocks.
 constexpr int PANEL = 32;
+// columns: a column is filled up to as many outputs, which are what threads divide.
+constexpr int STRIPE = 128;
 // sell: outputs of a panel, entries that a step holds of each, and inputs of the window they lie in: as many as registers hold of x.
 constexpr int SELL_ROWS = 16, SELL_ENTRIES = 2, SELL_WINDOW = 128;
 // Bytes that may be read, and are thrown away, behind the last value of a buffer that is expanded in registers.
@@ -107,6 +109,11 @@ using Prepare = void (*)(const Input&, const float* x, int64_t in, int64_t batch
 // this thread's own.
 using Run = void (*)(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch);
 
+// Of a few rows, what part `part` of `parts` of the inputs that x meets adds up to: `sums` [batch, outputs filled up to a panel].
+using Part = void (*)(const Weights& w, const void* x, int64_t batch, int part, int parts, float* sums, float* scratch);
+// Rows of x up to which a kernel that has it divides inputs among threads, and not panels.
+constexpr int64_t FEW = 4;
+
 struct Kernel {
     const char* name;          // <op>_<activation>_<format>-<type>_<isa>: names.py has the grammar
     const char* op;
@@ -119,8 +126,10 @@ struct Kernel {
     int64_t (*scratch)(const Weights&, int64_t batch);
     Run run;
     Prepare prepare;
+    Part part = nullptr;
     int64_t until = INT64_MAX; // rows of x up to which it is chosen before the ones above it
 
+    bool divides(int64_t batch) const { return part && batch <= FEW; }
     Input wants(const Weights& w) const {
         Input i = input(w);
         if (i.type == Type::i8) i.bits = w.act_bits, i.scale = w.act_scale;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "pool.h"
 
@@ -161,6 +162,10 @@ Linear::Linear(const Layout& l, const Buffers& b) {
     if (f == "dense") {
         if (l.cols != l.in || l.rows != PANEL) bad("dense: a panel is 32 outputs high and as wide as the matrix");
         want(b.values, w_.panels() * size(l.in), "values");
+    } else if (f == "columns") {
+        if (l.cols != l.in || l.rows != STRIPE) bad("columns: they are divided every 128 outputs, and there is one an input");
+        if (codes && type != Type::i8 && type != Type::i4) bad("columns: codes of " + l.type + " have no kernel");
+        want(b.values, l.in * w_.panels() * STRIPE * (codes ? code_bits(type) : 8 * size_of(type)) / 8, "values");
     } else if (f == "bsr") {
         copy(b.pointers, pointers_, w_.panels() + 1, "pointers");
         if (pointers_.front() != 0) bad("bsr: the first panel does not begin at block 0");
@@ -231,7 +236,7 @@ Linear::Linear(const Layout& l, const Buffers& b) {
     } else if (f == "book") {
         books(l, b);
     } else {
-        bad("unknown format " + f + "; there are dense, bsr, bitmask, sell, nm and book");
+        bad("unknown format " + f + "; there are dense, columns, bsr, bitmask, sell, nm and book");
     }
     if (codes) {
         const int64_t count = scaled * (f == "bsr" ? 1 : w_.groups()) * l.rows;
@@ -372,18 +377,31 @@ public:
 
     // Panels from .. to of a job, on this thread.
     void run(const Job& j, int64_t from, int64_t to) const {
-        thread_local std::vector<float> scratch;
-        const Input input = j.kernel->wants(*j.weights);
-        const void* its = x_;
-        for (const Ready& r : ready_)
-            if (r.at && r.input == input && r.prepare == j.kernel->prepare) its = r.at;
-        scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch_)) + 16));
-        // On a cache line: a vector that lies across two costs twice.
-        j.kernel->run(*j.weights, its, batch_, j.y, from, to, scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63) / 4);
+        j.kernel->run(*j.weights, of(j), batch_, j.y, from, to, memory(j));
+    }
+
+    // A part of what a job whose kernel divides inputs adds up to, on this thread.
+    void part(const Job& j, int part, int parts, float* sums) const {
+        j.kernel->part(*j.weights, of(j), batch_, part, parts, sums, memory(j));
     }
 
 private:
     struct Ready { Input input; Prepare prepare; std::byte* at; };
+
+    const void* of(const Job& j) const {
+        const Input input = j.kernel->wants(*j.weights);
+        for (const Ready& r : ready_)
+            if (r.at && r.input == input && r.prepare == j.kernel->prepare) return r.at;
+        return x_;
+    }
+
+    // This thread's own, on a cache line: a vector that lies across two costs twice.
+    float* memory(const Job& j) const {
+        thread_local std::vector<float> scratch;
+        scratch.resize(std::max(scratch.size(), size_t(j.kernel->scratch(*j.weights, batch_)) + 16));
+        return scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63) / 4;
+    }
+
     std::span<const Ready> ready_;  // lies with the thread that made it, until that prepares the next
     const float* x_;
     int64_t batch_;
@@ -391,34 +409,89 @@ private:
 
 }  // namespace
 
+namespace {
+
+// Jobs whose kernels divide inputs: threads add up parts of all of them, always as many, so that who does changes nothing; then they divide
+// the outputs.
+class Parts {
+public:
+    Parts(std::span<const Job> jobs, const Prepared& prepared, int64_t batch, int threads) : batch_(batch) {
+        thread_local std::vector<float> memory;
+        int64_t all = 0;
+        for (const Job& j : jobs)
+            if (j.kernel->divides(batch)) all += size(j);
+        float* at = sized(memory, all * PARTS + 16);
+        sums_ = at += (-reinterpret_cast<uintptr_t>(at) & 63) / 4;
+        stride_ = all;
+        if (!all) return;
+        parallel(PARTS, threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t part = begin; part < end; ++part) {
+                float* to = sums_ + part * stride_;
+                for (const Job& j : jobs)
+                    if (j.kernel->divides(batch_)) prepared.part(j, int(part), PARTS, std::exchange(to, to + size(j)));
+            }
+        });
+    }
+
+    // Outputs begin .. end of the job whose sums begin at `first`.
+    void add(const Job& j, int64_t first, int64_t begin, int64_t end) const {
+        const int64_t wide = j.weights->panels() * j.weights->rows;
+        for (int64_t r = 0; r < batch_; ++r) {
+            const float* from = sums_ + first + r * wide;
+            float* to = j.y + r * j.weights->out;
+            std::copy(from + begin, from + end, to + begin);
+            for (int part = 1; part < PARTS; ++part)
+                for (int64_t o = begin; o < end; ++o) to[o] += from[part * stride_ + o];
+        }
+    }
+
+    int64_t size(const Job& j) const { return batch_ * j.weights->panels() * j.weights->rows; }
+
+private:
+    float* sums_;
+    int64_t stride_, batch_;
+    static constexpr int PARTS = 8;
+};
+
+}  // namespace
+
 void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) {
     if (!batch || jobs.empty()) return;
     const Prepared prepared(jobs, x, batch, threads);
+    const Parts parts(jobs, prepared, batch, threads);
     int64_t panels = 0;
     for (const Job& j : jobs) panels += j.weights->panels();
     parallel(panels, threads, [&](int64_t begin, int64_t end, int) {
-        int64_t first = 0;
+        int64_t first = 0, sums = 0;
         for (const Job& j : jobs) {
-            const int64_t count = j.weights->panels(), from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
+            const int64_t count = j.weights->panels(), rows = j.weights->rows, from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
             first += count;
-            if (from < to) prepared.run(j, from, to);
+            const bool divides = j.kernel->divides(batch);
+            if (from < to) divides ? parts.add(j, sums, from * rows, std::min(to * rows, j.weights->out)) : prepared.run(j, from, to);
+            if (divides) sums += parts.size(j);
         }
     });
 }
 
 bool side_by_side(std::span<const Job> jobs) {
-    return std::all_of(jobs.begin(), jobs.end(), [&](const Job& j) { return j.weights->rows == jobs[0].weights->rows && j.weights->out == jobs[0].weights->out; });
+    return std::all_of(jobs.begin(), jobs.end(), [&](const Job& j) { return j.weights->rows == jobs[0].weights->rows && j.weights->out == jobs[0].weights->out && j.kernel->part == jobs[0].kernel->part; });
 }
 
 void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads, const Then& then) {
     if (!batch) return;
     const Prepared prepared(jobs, x, batch, threads);
     const Weights& w = *jobs[0].weights;
+    const bool divides = jobs[0].kernel->divides(batch);
+    const Parts parts(jobs, prepared, batch, threads);
     const int64_t some = std::max<int64_t>(1, STRETCH / (w.rows * batch * int64_t(jobs.size())));
     parallel(w.panels(), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t p = begin; p < end; p += some) {
             const int64_t q = std::min(end, p + some);
-            for (const Job& j : jobs) prepared.run(j, p, q);
+            int64_t first = 0;
+            for (const Job& j : jobs) {
+                if (divides) parts.add(j, std::exchange(first, first + parts.size(j)), p * w.rows, std::min(q * w.rows, w.out));
+                else prepared.run(j, p, q);
+            }
             then(p * w.rows, std::min(q * w.rows, w.out));
         }
     });

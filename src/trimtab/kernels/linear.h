@@ -10,7 +10,7 @@
 namespace trimtab {
 
 struct Layout {
-    std::string format;        // dense, bsr, bitmask, sell, nm, book
+    std::string format;        // dense, columns, bsr, bitmask, sell, nm, book
     std::string type;          // f32, bf16, i8, i4, i3, i2, t, v, l8, l4, l3, l2, l1
     int64_t out, in;
     int rows, cols, n, m;      // of a book the outputs of a vector, 1, and the bits of its indices

@@ -1,7 +1,9 @@
 #include "map.h"
 
 #include <algorithm>
+#include <cmath>
 #include <deque>
+#include <functional>
 
 #include "pool.h"
 
@@ -29,9 +31,14 @@ struct Work {
     const Target* target;
 };
 
-bool reads_alike(const Term& a, const Term& b) { return a.inside == b.inside && a.taken == b.taken; }
+bool reads_alike(const Term& a, const Term& b) { return a.inside == b.inside && a.taken == b.taken && a.gate == b.gate; }
 
 const float* ready(const Term& t, const float* x, int64_t in, int64_t rows, const With& with, Between& between) {
+    if (t.gate && !t.gate->hidden) {  // a hidden one is for who has the MLP
+        float* passed = between.next(rows * in);
+        pass(*t.gate, x, x, rows, in, passed, with);
+        x = passed;
+    }
     if (!t.taken.empty()) {
         const int64_t n = int64_t(t.taken.size());
         float* some = between.next(rows * n);
@@ -52,6 +59,31 @@ void shift(const std::vector<float>& bias, float* y, int64_t rows, int64_t width
 }
 
 }  // namespace
+
+void pass(const Gate& g, const float* x, const float* scored, int64_t rows, int64_t n, float* y, const With& with) {
+    const float* scale = g.scale.empty() ? nullptr : g.scale.data();
+    each_row(rows, g.count ? 8 * n : n, with.threads, [&](int64_t r) {
+        const float *from = x + r * n, *its = scored + r * n;
+        float* to = y + r * n;
+        if (!g.count) return with.ops->pass(from, its, scale, g.threshold, n, to);
+        if (g.count >= n) {
+            if (to != from) std::copy_n(from, n, to);
+            return;
+        }
+        thread_local std::vector<float> scores, order;
+        sized(scores, n);
+        for (int64_t i = 0; i < n; ++i) {
+            const float s = std::abs(its[i]) * (scale ? scale[i] : 1.0f);
+            scores[size_t(i)] = s == s ? s : INFINITY;
+        }
+        order.assign(scores.begin(), scores.begin() + n);
+        std::nth_element(order.begin(), order.begin() + g.count - 1, order.end(), std::greater<>());
+        const float least = order[size_t(g.count - 1)];
+        int64_t room = g.count;  // of equal ones the first
+        for (int64_t i = 0; i < n; ++i) room -= scores[size_t(i)] > least;
+        for (int64_t i = 0; i < n; ++i) to[i] = scores[size_t(i)] > least || (scores[size_t(i)] == least && room-- > 0) ? from[i] : 0.0f;
+    });
+}
 
 const Linear* Map::alone() const {
     const bool one = terms.size() == 1 && terms[0].plain() && terms[0].chain.size() == 1 && terms[0].chain[0].bias.empty() && bias.empty();
@@ -74,7 +106,7 @@ void apply(std::span<const Target> targets, const float* x, int64_t rows, const 
     for (const Target& target : targets)
         for (const Term& t : target.map->terms) {
             const auto seen = std::find_if(work.begin(), work.end(), [&](const Work& w) { return reads_alike(*w.term, t); });
-            const float* from = seen != work.end() ? seen->x : t.plain() ? x : ready(t, x, target.map->in, rows, with, between);
+            const float* from = seen != work.end() ? seen->x : t.plain() && !t.gate ? x : ready(t, x, target.map->in, rows, with, between);
             const bool straight = t.chain.size() == 1 && !t.outside && &t == &target.map->terms[0] && target.map->whole();
             const Linear& first = *t.chain[0].linear;
             work.push_back({&t, from, straight ? target.y : between.next(rows * first.weights().out), &target});

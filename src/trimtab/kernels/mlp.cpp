@@ -16,25 +16,33 @@ constexpr int64_t TOGETHER = 24;
 constexpr int64_t CACHED = 16 << 20;
 
 void whole(const Mlp& m, const float* x, int64_t rows, float* y, const With& with) {
-    thread_local std::vector<float> gates, ups;
+    thread_local std::vector<float> gates, ups, passed;
     const int64_t width = m.up.out;
     float *up = sized(ups, rows * width), *gate = m.gate ? sized(gates, rows * width) : nullptr;
+    const Gate* hidden = m.down.hidden();
     const auto activated = [&](int64_t r, int64_t begin, int64_t end) {
-        with.ops->activate(m.activation, gate ? gate + r * width + begin : nullptr, up + r * width + begin, end - begin);
+        float *g = gate ? gate + r * width : nullptr, *u = up + r * width;
+        if (!hidden) return with.ops->activate(m.activation, g ? g + begin : nullptr, u + begin, end - begin);
+        with.ops->activate(m.activation, nullptr, g + begin, end - begin);
+        for (int64_t i = begin; i < end; ++i) u[i] *= g[i];
     };
     std::vector<Target> targets{{&m.up, up}};
     if (gate) targets.push_back({&*m.gate, gate});
     std::vector<Job> jobs;
     for (const Target& t : targets)
         if (const Linear* l = t.map->alone()) jobs.push_back({&l->weights(), l->best(with.narrowest, rows), t.y});
-    if (jobs.size() == targets.size() && side_by_side(jobs)) {
-        run(jobs, x, rows, with.threads, [&](int64_t begin, int64_t end) {
+    const std::optional<Gate>& read = m.up.terms[0].gate;
+    if (jobs.size() == targets.size() && side_by_side(jobs) && (!gate || m.gate->terms[0].gate == read)) {
+        const float* from = x;
+        if (read) pass(*read, x, x, rows, m.up.in, sized(passed, rows * m.up.in), with), from = passed.data();
+        run(jobs, from, rows, with.threads, [&](int64_t begin, int64_t end) {
             for (int64_t r = 0; r < rows; ++r) activated(r, begin, end);
         });
     } else {
         apply(targets, x, rows, with);
         each_row(rows, 2 * width, with.threads, [&](int64_t r) { activated(r, 0, width); });
     }
+    if (hidden) pass(*hidden, up, gate, rows, width, up, with);
     apply(std::array<Target, 1>{{{&m.down, y}}}, up, rows, with);
 }
 

@@ -79,6 +79,8 @@ struct Ops {
     void (*turn)(const Turn& t, const float* x, float* y);
     // x = f(gate) * x, or f(x) where there is no gate.
     void (*activate)(Activation f, const float* gate, float* x, int64_t n);
+    // y = x where |scored| * scale is above the threshold, or is no number, and 0 elsewhere; null scales are 1; y may be x.
+    void (*pass)(const float* x, const float* scored, const float* scale, float threshold, int64_t n, float* y);
     // Keys and values [heads, dim] of one position go into its page.
     void (*remember)(const Heads& heads, std::byte* page, int64_t position, const float* k, const float* v);
     // A head's page becomes codes.

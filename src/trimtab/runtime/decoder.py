@@ -19,6 +19,7 @@ from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.panels import VECTORS, Packed
+from trimtab.methods.gates import Gate
 from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint, finite, read_json
 from trimtab.runtime import native, packed
@@ -54,7 +55,15 @@ class _Made:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, name: str, w: native.Linear) -> list[dict[str, Any]]:
-        """What is added to give this map: the inputs each takes, the bases around it, and the maps in turn."""
+        """What is added to give this map: the gate of its inputs, those it takes, the bases around it, and the maps in turn."""
+        if w.gate is None:
+            return self.ungated(name, w)
+        terms = self.ungated(name, w)
+        if any("gate" in t for t in terms):
+            raise NoKernel(f"{name}: a decoder runs one gate of a map's inputs, not two")
+        return [{**t, "gate": self.gate(name, w.gate)} for t in terms]
+
+    def ungated(self, name: str, w: native.Linear) -> list[dict[str, Any]]:
         if w.packed.format == SUM:
             return [t for i, f in enumerate(w.factors) for t in self.of(f"{name}:{i}", f)]
         if w.packed.format == STACK:
@@ -83,6 +92,13 @@ class _Made:
         terms = self.of(name, w)
         if terms != [{"maps": name}]:
             self.terms[name] = terms
+
+    def gate(self, name: str, g: Gate) -> dict[str, Any]:
+        if g.scale is not None:
+            self.tensors[f"{name}:gate"] = g.scale
+        own = {"threshold": None if g.threshold is None else float(g.threshold), "count": g.count or None,
+               "scale": None if g.scale is None else f"{name}:gate"}
+        return {"of": g.of, **{k: v for k, v in own.items() if v is not None}}
 
     def map(self, m: Any) -> Any:
         """A map of a description with these of its linears as what they are made of: the bias is that of the whole."""

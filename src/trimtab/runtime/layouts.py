@@ -18,6 +18,7 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import PANEL, TYPES, VECTORS, Packed
+from trimtab.methods.gates import gate_of, ungated
 from trimtab.methods.rounding import rounding_bytes, weight_alone
 
 VERSION = 2  # of packed directories; 1 laid out n:m otherwise, and had csr
@@ -35,14 +36,16 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 def restored(p: Packed) -> Tensor:
     """The weight [out, in] that was packed; of codes what they stand for, float32."""
     if p.format in composite.FORMATS:
-        return composite.restored(p, [restored(f) for f in p.factors])
+        return composite.restored(ungated(p), [restored(f) for f in p.factors])
     inverse = load_all()[f"format/{p.format}"].inverse
     assert inverse is not None
-    return inverse(weight_alone(p))
+    return inverse(weight_alone(ungated(p)))
 
 
 def check(p: Packed) -> None:
     """BadInput unless the numbers make a layout, every buffer is there in its type and length, and every index lies inside."""
+    gate_of(p)
+    p = ungated(p)
     if p.format in composite.FORMATS:
         for f in p.factors:
             check(f)

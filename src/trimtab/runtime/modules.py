@@ -23,10 +23,15 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.linear = native.Linear(packed)
         self.narrowest = "i8" if packed.type in {*LEVELS, VECTORS} else ""
+        self.scored: Tensor | None = None
         self.register_buffer("bias", bias)
 
+    def scoring(self, gate: Tensor, up: Tensor | None = None) -> None:
+        """What the gate of its inputs scores in the next call: the gate of the MLP it ends, activated."""
+        self.scored = gate
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x, narrowest=self.narrowest)
+        y = self.linear(x, narrowest=self.narrowest, hidden=self.scored)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 OPS = ("linear",)
 ACTIVATIONS = ("f32", "bf16", "i8")
 TYPES = ("f32", "bf16", "i8", "i4", "i3", "i2", "t", "v", "l8", "l4", "l3", "l2", "l1")
-FORMATS = r"dense|bsr(?:16|32x1|32|64|1x32)|bitmask|sell|nm[48]|book"
+FORMATS = r"dense|columns|bsr(?:16|32x1|32|64|1x32)|bitmask|sell|nm[48]|book"
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
 NAME = re.compile(rf"({'|'.join(OPS)})_({'|'.join(ACTIVATIONS)})_({FORMATS})-({'|'.join(TYPES)})_({'|'.join(ISAS)})")
 

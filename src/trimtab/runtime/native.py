@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from trimtab.methods import composite
 from trimtab.methods.codes import e4m3_step
 from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.panels import BITS, DENSE, Packed
+from trimtab.methods.gates import INPUT, Gate, gate_of
 from trimtab.methods.rounding import rounding_of
 from trimtab.runtime import layouts
 
@@ -94,6 +96,7 @@ class Linear:
 
     def __init__(self, packed: Packed):
         self.packed, self._weight = packed, None
+        self.gate = gate_of(packed)
         self.kernels: list[str] = []
         self.factors: list[Linear] = []
         if packed.factors:
@@ -127,6 +130,13 @@ class Linear:
             warnings.warn(told, RunsInTorch, stacklevel=2)
             self._weight = layouts.restored(packed).float()
 
+    def gate_of_rows(self, rows: tuple[int, ...] | None) -> Gate | None:
+        """Of those of its outputs, (begin, end), or all: maps that stand one after the other have one each."""
+        if self.packed.format != STACK or rows is None:
+            return self.gate
+        begins = accumulate([0, *(f.packed.shape[0] for f in self.factors)])
+        return next((f.gate for begin, f in zip(begins, self.factors, strict=False) if begin == rows[0]), None)
+
     @property
     def weight_bytes(self) -> int:
         """What a call reads of the weight."""
@@ -134,16 +144,19 @@ class Linear:
             return sum(f.weight_bytes for f in self.factors)
         return self.packed.nbytes if self._weight is None else self._weight.nbytes
 
-    def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "") -> Tensor:
+    def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "", hidden: Tensor | None = None) -> Tensor:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
         `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs where
         the weights are codes or vectors of a book, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said. What the
-        weight itself says of its inputs goes before that. BadInput for what does not run here.
+        weight itself says of its inputs goes before that. `hidden` [..., in]: what its gate scores, where that is not x. BadInput for what
+        does not run here.
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
         narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
+        if self.gate is not None:
+            x = x * self.gate.mask(self._scored(x, hidden))
         if self.factors:
             return self._composed(x, kernel, threads, narrowest)
         if self._weight is not None:
@@ -156,6 +169,15 @@ class Linear:
         except ValueError as e:
             raise BadInput(str(e)) from None
         return y.view(*x.shape[:-1], self.packed.shape[0])
+
+    def _scored(self, x: Tensor, hidden: Tensor | None) -> Tensor:
+        assert self.gate is not None
+        if self.gate.of == INPUT:
+            return x
+        if hidden is None or hidden.shape != x.shape:
+            raise BadInput("which inputs are computed is decided by the gate of an MLP, and this map is run without it; run the whole "
+                           "model")
+        return hidden
 
     def _composed(self, x: Tensor, kernel: str, threads: int, narrowest: str) -> Tensor:
         """What is made of several: one after the other, added, or with a change of inputs and outputs around it."""
@@ -176,6 +198,14 @@ class Linear:
         return x
 
 
+def _gate(g: Gate | None) -> Any | None:
+    """As the core has it."""
+    if g is None:
+        return None
+    threshold = 0.0 if g.threshold is None else float(g.threshold)
+    return core().Gate(g.of != INPUT, g.count, threshold, [] if g.scale is None else g.scale.tolist())
+
+
 class Mlp:
     """The MLP of three packed weights, two without a gate, as one operation: y = down(f(gate(x)) * up(x)) in float32.
 
@@ -189,7 +219,8 @@ class Mlp:
         if any(m.factors for m in given):
             raise BadInput("an MLP of three weights takes none that is made of others; a decoder runs them")
         try:
-            self._native = core().Mlp(gate and gate._native, up._native, down._native, activation)
+            gates = [m and _gate(m.gate) for m in (gate, up, down)]
+            self._native = core().Mlp(gate and gate._native, up._native, down._native, activation, gates)
         except ValueError as e:
             raise BadInput(str(e)) from None
         self.shape = (down.packed.shape[0], up.packed.shape[1])

@@ -12,11 +12,27 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.core.types import BadInput
 from trimtab.methods.format.panels import Packed
+from trimtab.methods.gates import HIDDEN
 from trimtab.runtime import packed
 from trimtab.runtime.layouts import VERSION
 from trimtab.runtime.modules import PackedLinear
 
 METHOD = "trimtab"
+
+
+def _tell(model: Any) -> None:
+    """Where a map is gated by the gate of the MLP it ends, that gate's values reach it."""
+    from transformers.activations import ACT2FN
+
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, PackedLinear) or layer.linear.gate is None or layer.linear.gate.of != HIDDEN:
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        gate, act = getattr(owner, "gate_proj", None), getattr(model.config, "hidden_act", None)
+        if gate is None or act is None:
+            raise BadInput(f"{name}: its gate scores that of the MLP, which {type(owner).__name__} has not by the name gate_proj; run the "
+                           "directory with trimtab")
+        gate.register_forward_hook(lambda m, args, y, layer=layer, f=ACT2FN[act]: layer.scoring(f(y)))
 
 
 @register_quantization_config(METHOD)
@@ -54,6 +70,7 @@ class TrimtabQuantizer(HfQuantizer):
                 raise BadInput(f"{at} of {type(model).__name__} is no linear layer of {list(linear.shape)}, as which it was packed")
             owner, _, leaf = at.rpartition(".")
             setattr(model.get_submodule(owner), leaf, PackedLinear(linear, old.bias))
+        _tell(model)
 
     def is_serializable(self) -> bool:
         return False

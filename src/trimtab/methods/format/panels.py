@@ -65,7 +65,8 @@ class Packed:
     (float32 [1]), those it has. `act_bits`: what x is rounded to before it meets codes, by the token, or by `act_scale` where that is
     there; 0 leaves it to who runs it.
     A map that is made of others, applied in turn (lowrank), added (sum) or with a change of inputs and outputs around it (based), has
-    these as its `factors` and their buffers as its own, what they are before the name.
+    these as its `factors` and their buffers as its own, what they are before the name. Buffers whose names begin with gate_ say which
+    inputs of a token are computed (gates.py).
     """
 
     format: str
