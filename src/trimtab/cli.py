@@ -28,6 +28,17 @@ def share(text: str) -> float:
     return value
 
 
+def per_cent(text: str) -> float:
+    """1 or 1%, of 1 in a hundred."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of per cent above 0 and at most 100, such as 1 or 5%")
+    return value
+
+
 def size(text: str) -> int:
     """2GB, 500MB, 1.5GiB or plain bytes."""
     m = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?B?|B)?\s*", text, re.I)
@@ -163,6 +174,11 @@ def parser() -> Parser:
     p.add_argument("--samples", type=count, default=16)
     p.add_argument("--seq-len", type=count, default=256)
     p.add_argument("--verify", action="store_true", help="first compare everything in a packed directory with its hash")
+    p.add_argument("--activations", action="store_true", help="which hidden values of the MLPs matter: zeros, small ones, what can be left "
+                   "out for 1 %% of perplexity, what a batch shares, dead neurons; runs the model a dozen times")
+    p.add_argument("--ppl", nargs="+", type=per_cent, default=[], metavar="P", help="tolerances in per cent; default 1")
+    p.add_argument("--report", type=Path, metavar="PAGE", help="write all of it as a page, such as report.html")
+    p.add_argument("--force", action="store_true", help="replace an existing page")
     model_options(p)
 
     p = command("catalogue", "every method and recipe, with formula, source and claim status")
@@ -335,7 +351,11 @@ def run_demo(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def run_inspect(a: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from trimtab.evaluate import inspect
 
-    result = inspect(find_model(a.model), a, Progress(a.quiet))
+    progress = Progress(a.quiet)
+    try:
+        result = inspect(find_model(a.model), a, progress)
+    finally:
+        progress.close()
     if not a.json:
         from trimtab.report.table import print_inspect
 
