@@ -1,7 +1,8 @@
-"""What the loss of a language model rises by where some of its sites are rounded and all others are not."""
+"""What it costs to round or to gate some sites and no others, as it is measured: of the loss, or of the outputs of a block."""
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
+from trimtab.core.edits import edited
 from trimtab.core.memory import Store
+from trimtab.core.spec import Pass, Step
 from trimtab.core.types import Site
 
 SEQUENCES = 16  # that the loss is measured on
+TRIED = 1024    # tokens that shares are tried on, held in memory
 
 
 class Measured(Walk):
@@ -71,3 +75,72 @@ class Measured(Walk):
         super().close()
         for store in self.others.values():
             store.close()
+
+
+Error = Callable[[Mapping[str, Tensor]], float]
+
+
+class Tried(Walk):
+    """Calibration sequences on their way through the blocks, with each of which something can be tried."""
+
+    def __init__(self, net: Any, samples: list[Batch], scratch: Path):
+        super().__init__(net, samples, scratch, None)
+        self.embed()
+
+    @torch.no_grad()
+    def through(self, i: int, module: nn.Module) -> Error:
+        """Through block i. Returns how far its outputs are off where sites have these parts, by `<site>:<part>`.
+
+        That is the norm over tokens of what a channel is off, averaged over channels, as a share of the same of the channels themselves.
+        """
+        assert self.store is not None
+        inputs = list(self.store)
+        outputs = [self.net.run(module, i, x, self.contexts[b]) for b, x in enumerate(inputs)]
+        for b, y in enumerate(outputs):
+            self.store[b] = y
+
+        @torch.no_grad()
+        def error(parts: Mapping[str, Tensor]) -> float:
+            off = own = outputs[0].new_zeros(outputs[0].shape[-1], dtype=torch.float32)
+            twin = self.net.twin(module)
+            self.net.as_said(twin, i, parts)
+            for b, x in enumerate(inputs):
+                y, real = self.net.run(twin, i, x, self.contexts[b]), self.contexts[b].mask
+                its, before = (t.float().flatten(0, -2)[slice(None) if real is None else real] for t in (y, outputs[b]))
+                off, own = off + (its - before).square().sum(0), own + before.square().sum(0)
+            return float(off.sqrt().mean() / own.sqrt().mean().clamp_min(torch.finfo(torch.float32).tiny))
+
+        return error
+
+
+class Gating:
+    """A block whose sites the gate of a pass may leave inputs out of: what a budget tries shares on.
+
+    `stats` has the statistics of every site, `weight` gives its weight, [out, in]; `error` is what `Tried` says of the block. A gate that
+    would let so many pass of every token stands for that share by a threshold here, which takes no sorting.
+    """
+
+    def __init__(self, p: Pass, sites: Iterable[Site], stats: Callable[[Site], dict[str, Tensor]], weight: Callable[[Site], Tensor],
+                 error: Error):
+        self.sites = {s.name: s for s in sites}
+        self._stats, self._weight, self._error = {n: stats(s) for n, s in self.sites.items()}, weight, error
+        gate = p.steps["gate"]
+        if "exact" in gate.method.knobs:
+            p = replace(p, steps={**p.steps, "gate": Step(gate.key, tuple(sorted({**dict(gate.knobs), "exact": False}.items())))})
+        self._pass = p
+        self._known: dict[tuple[str, float], dict[str, Tensor]] = {}
+
+    def error(self, shares: Mapping[str, float]) -> float:
+        parts: dict[str, Tensor] = {}
+        for n, keep in shares.items():
+            if keep < 1:
+                parts |= self._parts(n, keep)
+        return self._error(parts)
+
+    def _parts(self, name: str, keep: float) -> dict[str, Tensor]:
+        """Of the gate of a site: a share comes up in many trials."""
+        if (name, keep) not in self._known:
+            w = self._weight(self.sites[name]).float()
+            change = edited(self._pass, w, keep, self._stats[name], None)
+            self._known[name, keep] = {f"{name}:{k}": t for k, t in change.parts.items()}
+        return self._known[name, keep]

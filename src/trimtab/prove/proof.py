@@ -13,16 +13,18 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from trimtab.core.memory import peak_rss, rss, strict
-from trimtab.core.types import BadInput, Failed, Progress
+from trimtab.core.types import BadInput, Failed, Progress, Site
 
 WARN_BELOW = 0.95  # recovery under this is a warning when nothing was asked
 PAIRS, CLEARLY = 5, 1.02  # fewer pairs prove nothing; the median pair must be at least this much faster
 ROWS_OF = 2048  # tokens run together
+OFF = 0.03  # what gates skip may differ by from what they were to
 
 
 def _mb(size: float) -> str:
@@ -57,6 +59,38 @@ def faster_line(speed: dict[str, Any] | None, masked: bool) -> str:
     if speed["speed"] == "estimated":
         line += ", estimated from one block and the head"
     return line + ("" if yes or not masked else "; a mask saves bytes, not time")
+
+
+def skipped(sites: Iterable[Site], computed: Mapping[str, float], shares: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What gates skip: `target`, what they were to skip, and `reached`, what they did, as shares of the weights of all sites that have
+    one, and the same of each in `sites`; None without gates.
+
+    `computed` and `shares`: of the inputs of a site what was let pass, and what was to be; a target that is not there is None.
+    """
+    sizes = {s.name: s.size for s in sites if s.name in computed}
+    if not sizes:
+        return None
+    each = {n: {"target": 1 - keep if isinstance(keep := shares.get(n), int | float) else None, "reached": 1 - computed[n]} for n in sizes}
+
+    def mean(which: str) -> float | None:
+        own = {n: v for n, its in each.items() if (v := its[which]) is not None}
+        return sum(v * sizes[n] for n, v in own.items()) / sum(sizes.values()) if len(own) == len(each) else None
+
+    return {"target": mean("target"), "reached": mean("reached"), "sites": each}
+
+
+def far_off(sparsity: dict[str, Any]) -> list[str]:
+    """A line where gates skip another share than they were to."""
+    target, reached = sparsity["target"], sparsity["reached"]
+    off = {n: its["reached"] - its["target"] for n, its in sparsity["sites"].items() if its["target"] is not None}
+    if far := sorted((n for n, d in off.items() if abs(d) > OFF), key=lambda n: -abs(off[n])):
+        worst = sparsity["sites"][far[0]]
+        where = f"{len(far)} of {len(sparsity['sites'])} layers are more than {100 * OFF:.0f} points off, most {far[0]}: " \
+                f"{100 * worst['reached']:.1f}% instead of {100 * worst['target']:.1f}%"
+    if target is not None and abs(reached - target) > OFF:
+        return [f"gates skip {100 * reached:.1f}% of the weights on held-out text, {100 * target:.1f}% were asked"
+                + (f"; {where}" if far else "")]
+    return [f"gates skip other shares on held-out text than asked: {where}"] if far else []
 
 
 def verdict(result: dict[str, Any], min_recovery: float | None) -> tuple[bool, list[str]]:
@@ -94,6 +128,7 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
     """
     import torch
 
+    from trimtab.core.line import read_notes
     from trimtab.network.stream import Network
     from trimtab.prove.quality import compare
     from trimtab.prove.size import sizes
@@ -120,11 +155,13 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
                             trust_remote_code=trust_remote_code, progress=progress, **timing)
     for w in said:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    result = {**found, "speed": timed["speed"] if timed else None, "timing": timed}
+    sparsity = skipped(nets[-1].sites, found.pop("computed"), read_notes(nets[-1].checkpoint.path).get("shares", {}))
+    result = {**found, "sparsity": sparsity, "speed": timed["speed"] if timed else None, "timing": timed}
     for k, side in enumerate(("before", "after")[:len(nets)]):
         result[side] = {**found[side], **size[k], **({x: timed[side][x] for x in none} if timed else none)}
     slow = sorted({str(w.message) for w in said if issubclass(w.category, RunsInTorch)})
-    result |= {"smaller": None, "faster": None, "warnings": slow}
+    noted = [*(far_off(sparsity) if sparsity else []), *slow]
+    result |= {"smaller": None, "faster": None, "warnings": noted}
     if after is not None:
         result["packed"] = None
         if packed_bytes is not None:
@@ -133,7 +170,7 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
         masked = size[1]["nonzero"] < size[0]["nonzero"] and size[1]["params"] == size[0]["params"] and not nets[1].checkpoint.packed
         result["faster"] = faster_line(timed, masked)
         met, lines = verdict(result, min_recovery)
-        result |= {"warnings": [*lines, *slow], "proof": "passed" if met else "failed"}
+        result |= {"warnings": [*lines, *noted], "proof": "passed" if met else "failed"}
     return _plain(result | {"seconds": perf_counter() - start, "peak_rss_bytes": peak_rss()})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.core.memory import Store
 from trimtab.core.types import Progress
-from trimtab.network.stream import Network
+from trimtab.network.stream import Network, Reached
 
 LOGITS = 32 << 20  # bytes of float32 logits a network may hold at a time
 
@@ -24,6 +24,7 @@ class Stream:
         self.net, self.batches = net, batches
         self.contexts: list[Any] = []
         self.hidden = Store()
+        self.reached: Reached = {}
         rows = sum(len(next(iter(b.values()))) for b in batches)
         for batch in batches:
             h, context = net.embed(batch)
@@ -42,8 +43,8 @@ class Stream:
         for site in self.net.sites_of(i):
             w = site.get(module.get_parameter(site.param))
             zeros[site.name] = (w.numel() - int(torch.count_nonzero(w)), w.numel())
-        self.net.as_rounded(module, i, self.net.rounded_parts(i))
-        self.net.as_packed(module, i)
+        self.net.as_said(module, i, self.net.said(i), self.reached)
+        self.net.as_packed(module, i, self.reached)
         for b, context in enumerate(self.contexts):
             self.hidden[b] = self.net.run(module, i, self.hidden[b], context)
         return zeros
@@ -130,7 +131,8 @@ def compare(before: Network, after: Network | None, batches: list[dict[str, Tens
     Language models: perplexity = exp(mean nll) over all predicted tokens, KL(before || after) in nats per token,
     top-1 agreement. Others: mean cosine of the pooled outputs. Figures may be NaN or inf: the caller judges.
     `block_error`[i] = |after - before| / |before| (Frobenius) of the stream behind block i, each network on its own
-    stream; empty when the numbers of blocks differ. `sparsity`: {site: share of zeros} of the last network given.
+    stream; empty when the numbers of blocks differ. Of the last network given `zeros`, {site: share of its weights that are zero}, and
+    `computed`, {site: share of its inputs that its gate let pass}, of those that have one.
     """
     nets = [before] if after is None else [before, after]
     limit = math.inf if max_memory is None else max_memory / 8 / len(nets)
@@ -168,5 +170,6 @@ def compare(before: Network, after: Network | None, batches: list[dict[str, Tens
         for net in nets:
             net.release()
     entries = sum(n for _, n in zeros.values())
-    return {**result, "block_error": errors, "sparsity": {k: z / n for k, (z, n) in zeros.items()},
+    return {**result, "block_error": errors, "zeros": {k: z / n for k, (z, n) in zeros.items()},
+            "computed": {k: passed / n for k, (passed, n) in sorted(streams[-1].reached.items())},
             "zero_share": sum(z for z, _ in zeros.values()) / entries if entries else 0.0}
