@@ -12,6 +12,7 @@ from tests.cases import Case
 from trimtab.core.registry import Method, get, load_all
 from trimtab.methods.basis import Basis
 from trimtab.methods.codes import Grid, rounded
+from trimtab.methods.gates import Gate
 from trimtab.methods.rounding import Rounding
 
 CASES: dict[str, Case] = {}
@@ -30,6 +31,8 @@ def result(m: Method, case: Case):
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()
     if isinstance(out, Rounding):
         return out.of(case.env["x"])
+    if isinstance(out, Gate):
+        return out.mask(case.env["x"]).double()
     if isinstance(out, Basis):
         return out.weight(case.env["w"]).abs()
     if getattr(out, "bias", None) is not None:

@@ -30,7 +30,7 @@ QUESTION = {
     "stat": "What must we know about the data?", "unit": "What stands or falls together, compared with whom?",
     "score": "How much does each unit matter? Higher means keep.", "budget": "How is the total split over the sites?",
     "rewrite": "Which exact change of basis makes the edit cheaper?", "grid": "Which values may a weight take?",
-    "input": "How is rounded what codes meet?",
+    "input": "How is rounded what codes meet?", "gate": "Which inputs of a token are computed?",
     "edit": "What happens to the weights?",
     "repair": "How is the error mended?", "format": "How is it stored?",
 }

@@ -1,4 +1,5 @@
-"""Train `builtin:lm` on the interpreter's own standard library. Stop it any time; run it again to go on.
+"""Train `builtin:lm`, or with `--activation relu` its sibling `builtin:lm-relu`, on the interpreter's own standard
+library. Stop it any time; run it again to go on.
 
     python tools/train_builtin.py --work build/builtin-lm --tokens 9e6
     python tools/train_builtin.py --work build/more --start src/trimtab/builtin/lm --functions 0.375 --tokens 6e6
@@ -33,15 +34,17 @@ VOCAB, EOT = 4096, "<|endoftext|>"
 # A word takes one leading mark with it (`.append`, `_name`, ` self`); a newline takes its whole indentation.
 PIECES = r"[^\r\n\w]?\w+| ?[^\s\w]+|\s*\n\s*|\s+(?!\S)|\s+"
 STEP_TOKENS, WARMUP, SHORT, LONG = 8192, 60, 512, 1024
-CURVE = Path(__file__).resolve().parents[1] / "docs" / "builtin-curve.jsonl"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+# By the function between the two halves of an MLP.
+CURVES = {"silu": DOCS / "builtin-curve.jsonl", "relu": DOCS / "builtin-relu-curve.jsonl"}
 LR_MATRIX, LR_REST, DECAY = 0.02, 0.004, 0.01
 
 
-def shape() -> LlamaConfig:
+def shape(activation: str) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LONG, rope_theta=10000.0,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa",
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa", hidden_act=activation,
     )
 
 
@@ -166,22 +169,22 @@ def save(path: Path, state: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def train(work: Path, total: int, threads: int, compiled: bool, start: Path | None, share: float) -> None:
+def train(work: Path, total: int, threads: int, compiled: bool, start: Path | None, share: float, activation: str) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     work.mkdir(parents=True, exist_ok=True)
     if start and not (work / "tokenizer.json").exists():
-        shutil.copy(CURVE, work / "curve.jsonl")
+        shutil.copy(CURVES[activation], work / "curve.jsonl")
         shutil.copy(start / "tokenizer.json", work / "tokenizer.json")
     tok = make_tokenizer(work / "tokenizer.json")
     data = stream(tok, "train")
     alone = joined(tok, functions(corpus.text("train"))) if share else data
     peek = [t for t in corpus.text("validation") if len(t) < 30000][::4]
-    model = LlamaForCausalLM(shape())
+    model = LlamaForCausalLM(shape(activation))
     before = 0  # tokens the model to start from had seen
     if start:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
-        before = json.loads(CURVE.read_text().splitlines()[-1])["tokens"]
+        before = json.loads(CURVES[activation].read_text().splitlines()[-1])["tokens"]
     bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -238,11 +241,11 @@ def train(work: Path, total: int, threads: int, compiled: bool, start: Path | No
                         "done": done, "step": step, "seconds": seconds})
 
 
-def publish(work: Path, out: Path) -> None:
+def publish(work: Path, out: Path, activation: str) -> None:
     """Write the checkpoint as an ordinary bf16 model directory, measured on the whole validation split."""
     tok = Tokenizer.from_file(str(work / "tokenizer.json"))
     s = torch.load(work / "checkpoint.pt", weights_only=True)
-    model = LlamaForCausalLM(shape())
+    model = LlamaForCausalLM(shape(activation))
     model.load_state_dict(s["model"])
     model = model.to(torch.bfloat16)
     staging = out.with_name(out.name + ".partial")
@@ -252,7 +255,7 @@ def publish(work: Path, out: Path) -> None:
     tok.post_processor = processors.TemplateProcessing(single=f"{EOT} $A", pair=f"{EOT} $A {EOT} $B", special_tokens=[(EOT, 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=EOT, eos_token=EOT, pad_token=EOT, model_max_length=LONG)
     fast.save_pretrained(staging)
-    shutil.copy(work / "curve.jsonl", CURVE)
+    shutil.copy(work / "curve.jsonl", CURVES[activation])
     bpb = bits_per_byte(model.float().eval(), tok, corpus.text("validation"))
     print(f"validation: {bpb:.4f} bits per byte, window {LONG}, stride 512, {s['done']:,} tokens in {s['seconds'] / 60:.0f} minutes")
     shutil.rmtree(out, ignore_errors=True)
@@ -267,9 +270,10 @@ if __name__ == "__main__":
     ap.add_argument("--functions", type=float, default=0.0, metavar="SHARE", help="share of functions on their own")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--no-compile", action="store_true")
+    ap.add_argument("--activation", choices=CURVES, default="silu", help="between the two halves of an MLP")
     ap.add_argument("--publish", type=Path, metavar="DIR", help="write the model there instead of training")
     a = ap.parse_args()
     if a.publish:
-        publish(a.work, a.publish)
+        publish(a.work, a.publish, a.activation)
     else:
-        train(a.work, int(a.tokens), a.threads, not a.no_compile, a.start, a.functions)
+        train(a.work, int(a.tokens), a.threads, not a.no_compile, a.start, a.functions, a.activation)

@@ -13,6 +13,7 @@ from trimtab.core import data, line, memory, pack
 from trimtab.core.calibrate import Collector, Walk
 from trimtab.core.edits import edit_block
 from trimtab.core.line import Options, Report
+from trimtab.core.measured import Tried
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe
 from trimtab.core.train import ROOM, held_bytes
@@ -50,6 +51,15 @@ def walks(sweep: list[tuple[Pass, list[Site]]]) -> float:
         return 5.0 * (1 + plan)  # forward, then forward again and backward
     here = 2.0 if passes[0].order == "sequential" else 1.0
     return plan + (here if any(p.needs - p.planned for p in passes) else 0.0)
+
+
+def trying(p: Pass, sites: list[Site], keep: float, tokens: int) -> float:
+    """How often a pass that tries shares runs all calibration tokens through every block: two sites a step, and both ways at the end."""
+    if not p.tries:
+        return 0.0
+    several = len({s.role for s in sites}) > 1
+    steps = (1 - (p.keep or keep)) / p.budget.bound["step"] * several
+    return (1 + 2 * steps + several) * min(1.0, line.TRIED / tokens)
 
 
 def editing(p: Pass, site: Site, speed: float) -> float:
@@ -110,7 +120,8 @@ def first_guess(net: Network, recipe: Recipe, plan: Sweeps, samples: list[data.B
     for sweep in plan:
         edits = [(p, sites) for p, sites in sweep if not p.trainer]
         grams = {(s.block, s.input): s.shape[1] for p, sites in edits if "gram" in p.needs for s in sites}
-        seconds += walks(sweep) * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
+        runs = walks(sweep) + sum(trying(p, sites, opts.keep, tokens) for p, sites in edits)
+        seconds += runs * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
         seconds += sum(editing(p, s, speed) for p, sites in edits for s in sites)
     seconds += 3 * net.checkpoint.weight_bytes / COPY
     disk = line.disk_estimate(net, recipe, samples if opts.max_memory else [], bool(opts.pack))
@@ -153,9 +164,16 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
             walk.forward(module, 0, collect, False, lambda: None)
             walk.close()
             forward = clock() - began
+        shares = {name: p.keep or opts.keep for name, p in owner.items()}
+        began, tried = clock(), dict[str, float]()
+        if asking := [(p, sites, p.keep or opts.keep) for p, sites in plan[0] if p.tries]:
+            through = Tried(net, line.to_try(net, samples), Path(scratch))
+            tried = line.tried_in(net, module, 0, asking, collect, through)
+            shares |= tried
+            through.close()
+        trying_one = clock() - began
         began, ranks = clock(), {}
         if not gradients:  # gradient statistics need the whole forward walk: only their storage is tried here
-            shares = {name: p.keep or opts.keep for name, p in owner.items()}
             for s, change in edit_block(net, module, 0, owner, shares, collect, {})[0]:
                 if (factors := Factors.among(change.parts)) is not None:
                     ranks[s.name] = factors.rank
@@ -167,7 +185,9 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
         if any(not torch.equal(back.read(n), t) for n, t in stored.items()):
             raise Failed("a saved block did not read back equal; the disk or the memory of this machine is not to be trusted")
         editing_one = clock() - began
-    per_block = len(plan) * (reading + editing_one) + sum(max(1.0, walks(s)) for s in plan) * forward
+    tokens = sum(line.tokens_of(net, b) for b in samples)
+    trying_one += sum(trying(p, sites, opts.keep, tokens) for later in plan[1:] for p, sites in later) * forward
+    per_block = len(plan) * (reading + editing_one) + sum(max(1.0, walks(s)) for s in plan) * forward + trying_one
     seconds = embedding * len(plan) + net.n_blocks * per_block + 3 * net.checkpoint.weight_bytes / COPY
     seconds += proving(net, opts, flops(), seconds)
     projected = {"memory": float(max(memory.peak_rss(), guess["memory"] if gradients else 0)), "minutes": seconds / 60}
@@ -175,7 +195,9 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     tick(f"one block, saved and reloaded equal: {reading + forward + editing_one:.1f} s, {projected['memory'] / 1e9:.2f} GB peak; "
          f"projected {projected['minutes']:.1f} minutes; the estimate was off by {off['memory']:+.0%} in memory, "
          f"{off['minutes']:+.0%} in time", 0, 0)
+    if tried:
+        tick(f"shares of block 0: {', '.join(f'{name} {100 * share:.1f}%' for name, share in tried.items())}", 0, 0)
     if ranks:
         tick(f"ranks of block 0: {', '.join(f'{name} {rank}' for name, rank in ranks.items())}", 0, 0)
     return {"estimate": guess, "measured": {**projected, "block_seconds": round(reading + forward + editing_one, 3)}, "off_by": off,
-            "recipe": recipe.text, "written": False, **pack.ranked(ranks, net.sites)}
+            "recipe": recipe.text, "written": False, **({"shares": tried} if tried else {}), **pack.ranked(ranks, net.sites)}

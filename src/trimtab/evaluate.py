@@ -107,9 +107,16 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     """Sites by role with weight statistics, and how much each sublayer changes the residual stream.
 
     With `a.verify` a packed directory is compared with the hashes it was written with first: BadInput where one differs, and
-    where there are none. `verified` counts the tensors.
+    where there are none. `verified` counts the tensors. With `a.activations` the hidden values of MLPs are measured besides, see
+    `prove.activations`; with `a.report` all of it is written as a page.
     """
-    notes, verified = line.read_notes(model), None
+    from trimtab.prove.activations import activations
+
+    if a.ppl and not a.activations:
+        raise BadInput("--ppl says how much worse gates on activations may make the model; give --activations with it")
+    if a.report:
+        check_page(a.report, a.force)
+    notes, verified, active = line.read_notes(model), None, None
     if a.verify:
         whole = packed.open(model, verify=True)
         verified = len(whole.tensors) + sum(len(p.buffers) for p in whole.linears.values())
@@ -130,16 +137,42 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
                 cosines[s.group].append(round(float(stats.of(s)["cosine"]), 4))
 
     with tempfile.TemporaryDirectory() as scratch:
-        samples = data.prepare(net, tuple(a.calib), "calibration", a.samples, a.seq_len, 0) if can_run else []
+        samples = data.prepare(net, tuple(a.calib), "calibration", a.samples, a.seq_len, 0) if can_run or a.activations else []
         walk = line.walker(net, samples, Path(scratch), None, None)
         needs = {s.name: {"cosine"} for s in net.sites} if can_run else {}
         walk(needs, look, "dense", lambda d, n: tick("inspect", d, n), 0)
+        if a.activations:
+            active = activations(net, samples, a.ppl or [1.0], Path(scratch), tick)
     for r in roles.values():
         r["near_zero"] = round(r.pop("_small") / r["sites"], 4)
         r["outliers"] = round(r.pop("_outlier") / r["sites"], 5)
     in_sites = sum(s.size for s in net.sites)
     trimmable = sorted(((c, f"block {i} {g}") for g, cs in cosines.items() for i, c in enumerate(cs)), reverse=True)[:3]
-    return {"model": str(model), "family": net.family.name, "blocks": net.n_blocks, "params": net.n_params,
-            "params_in_sites": in_sites, "bytes": net.checkpoint.weight_bytes, "roles": roles, "sublayer_cosine": cosines,
-            "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "verified": verified,
-            "recipe": notes.get("recipe")}
+    result = {"model": str(model), "family": net.family.name, "blocks": net.n_blocks, "params": net.n_params,
+              "params_in_sites": in_sites, "bytes": net.checkpoint.weight_bytes, "roles": roles, "sublayer_cosine": cosines,
+              "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "verified": verified,
+              "recipe": notes.get("recipe"), **({"activations": active} if active else {})}
+    if a.report:
+        write_page(a.report, result, a)
+    return result
+
+
+def check_page(path: Path, force: bool) -> None:
+    """Whether a page can be written there."""
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"{path.parent} is no folder; give --report an .html file in one that exists")
+    if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
+        raise BadInput(f"{path} is no .html file; give --report one, such as report.html")
+    if path.exists() and not force:
+        raise BadInput(f"{path} exists; choose another --report, or replace it with --force")
+
+
+def write_page(path: Path, result: dict[str, Any], a: Any) -> None:
+    """What `inspect` found, as a page, whole or not at all."""
+    from trimtab.demo import machine
+    from trimtab.report.page import inspect_page
+
+    text = ", ".join(a.calib) or "built-in calibration split"
+    staging = path.with_name(path.name + ".partial")
+    staging.write_text(inspect_page(Path(a.model).name, result, {**machine(), "text": text, "dtype": a.dtype}), encoding="utf-8")
+    staging.replace(path)

@@ -81,6 +81,13 @@ SETTINGS = {
         "rtn(bits=3,clip=mse,group=64)", "gptq(bits=3,clip=mse,group=64)", "vptq(residual=1)", "ptq161", "onebit",
         "nm(n=2,m=4) | sparsegpt ; gptq(bits=4)", "row(keep=0.7) | wanda ; gptq(bits=4)"),
         "several bits, books and patterns: 3.25 bits of choice beside 3.25 for all, and what goes with what"),
+    # `chess`, `polar` and the recipes of *.down alone gate fewer layers: they stand beside gate_magnitude on the same ones.
+    **{f"gates-{dropped}%": Setting(1 - dropped / 100, None, (
+        "gate_magnitude", "gate_magnitude(exact=true)", "wina", "wina(exact=false)", "teal", "teal | wina(exact=false)",
+        "*.down,*.q,*.o: gate_magnitude", "chess", "*.down: gate_magnitude", "cats", "*.down: gated | chess", "lazy", "dejavu", "coreinfer",
+        "*.o&!0.*: gate_magnitude", "*.o&!0.*: gated | heads", "polar", "gptq ; gate_magnitude", "gptq ; teal | gate_magnitude",
+        "nm(n=2,m=4) | sparsegpt ; teal | gate_magnitude"),
+        f"gates that leave out {dropped} % of the inputs of what they are on") for dropped in (25, 40, 50, 65, 80)},
 }
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from tests.cases import Case
@@ -28,6 +30,19 @@ LOSSES = {"0.attn.q": (6.0, 3.0, 2.0), "0.attn.k": (4.0, 2.0, 1.0), "0.attn.o": 
 GRIDS = {n: Choices(Site(n, 0, "attn", n[-1], n[-1], (1, 8), "attn.mid" if n.endswith("o") else "attn.in"), ("2", "3", "4"), (2, 3, 4), its)
          for n, its in LOSSES.items()}
 
+
+
+class Costs:
+    """Two sites of 6 and 18 weights; leaving out a share s of the inputs of each adds 2 s^2 and 3 s^2 to the squared error."""
+
+    def __init__(self) -> None:
+        self.sites = {"0.mlp.up": Site("0.mlp.up", 0, "mlp", "up", "up", (2, 3), "mlp.in"),
+                      "0.mlp.down": Site("0.mlp.down", 0, "mlp", "down", "down", (3, 6), "mlp.mid")}
+
+    def error(self, shares: Mapping[str, float]) -> float:
+        return (2 * (1 - shares["0.mlp.up"]) ** 2 + 3 * (1 - shares["0.mlp.down"]) ** 2) ** 0.5
+
+
 CASES = {
     "budget/uniform": Case({"scores": summaries(TWO), "target": 0.625}, {"0.mlp.up": 0.625, "0.mlp.down": 0.625},
                            differs="budget/global"),
@@ -49,4 +64,9 @@ CASES = {
     # they do together, and 4 where o takes 4.
     "budget/knapsack": Case({"options": GRIDS}, {"0.attn.q": "3", "0.attn.k": "3", "0.attn.o": "2"}, {"mean": 8 * 8 / 24}),
     "budget/measured": Case({"options": GRIDS}, {"0.attn.q": "3", "0.attn.k": "3", "0.attn.o": "2"}, {"mean": 8 * 8 / 24}),
+    # 15 of 24 weights are left out, 6 at a time: all of up, or a third of down. A third of down adds 1/3, up 2; the next third adds 1; the
+    # last 3 weights add 2 / 4 from up, and from down (25 / 36 - 16 / 36) * 3 = 3/4. One share for both would add up to 5 * (5/8)^2 = 1.95,
+    # this to 4/3 + 1/2.
+    "budget/teal": Case({"trial": Costs(), "target": 0.375, "scores": Costs().sites}, {"0.mlp.up": 0.5, "0.mlp.down": 1 / 3},
+                        {"step": 0.25}, differs="budget/uniform"),
 }

@@ -8,6 +8,7 @@ import torch
 
 from tests.cases import Case
 from trimtab.methods.codes import Grid, integers
+from trimtab.methods.gates import Gate
 from trimtab.methods.unit.element import row
 
 
@@ -58,6 +59,9 @@ PAIR = site([[1.0, 2.0], [2.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]])
 EVEN = site([[1.0, 2.0]], [[4.0, 2.0], [2.0, 4.0]])
 
 CASES = {
+    # The weight is as it was; what passes is the gate's to say.
+    "edit/gated": Case({"w": torch.tensor([[1.0, 2.0]]), "keep": 0.5, "mask": torch.ones(1, 2, dtype=torch.bool),
+                        "gate": lambda w, keep: Gate(torch.tensor([0.5]))}, [[1.0, 2.0]]),
     "edit/mask": Case({**PAIR, "mask": torch.tensor([[True, False], [False, True]])}, [[1, 0], [0, 1]],
                       differs="edit/sparsegpt"),
     # H^-1 = [[1, -1], [-1, 2]], so U = [[1, -1], [0, 1]] and the scores are the squares of the weights. First row: drop 1,

@@ -18,6 +18,13 @@ CASES = {
     "stat/in_mean": Case({"x": X}, [-1, 1], differs="stat/in_abs"),
     # The root of in_sq.
     "stat/act_norm": Case({"x": X}, [5, 1], differs="stat/in_sq"),
+    # Of the gates themselves, and of what they multiply the magnitudes.
+    "stat/hidden_gate": Case(TOKENS, [[1, 0], [3, 4]], differs="stat/hidden_up"),
+    "stat/hidden_up": Case(TOKENS, [4, 5], differs="stat/hidden_gate"),
+    "stat/source": Case(TOKENS, [[1, 0], [3, 4]], differs="stat/fed"),
+    "stat/fed": Case(TOKENS, [[0, 2], [4, 3]], differs="stat/source"),
+    # One of two above zero in the first token, and in the second one of one.
+    "stat/firings": Case({"x": torch.tensor([[3.0, 1.0, -5.0], [-1.0, 0.0, 2.0]])}, [[1, 0, 1]], differs="stat/absmax"),
     # At a right angle: 0. Then (3 * 4 + 4 * 3) / (5 * 5).
     "stat/cosine": Case(TOKENS, [0.96], differs="stat/in_sq"),
     "stat/grad_sq": Case({"g": G}, [[1, 4], [9, 0]], differs="stat/grad"),

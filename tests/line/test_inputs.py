@@ -96,7 +96,7 @@ def whole_logits(net: Network, ids: torch.Tensor) -> torch.Tensor:
         hidden, context = net.embed(batch)
         for i in range(net.n_blocks):
             module = net.block(i)
-            net.as_rounded(module, i, net.rounded_parts(i))
+            net.as_said(module, i, net.said(i))
             hidden = net.run(module, i, hidden, context)
         return net.finish(hidden, context, batch)[0]
 

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ import torch
 
 from tests import tiny
 from trimtab.core import edits, line, spec
-from trimtab.core.measured import Measured
+from trimtab.core.calibrate import Collector
+from trimtab.core.measured import Gating, Measured, Tried
 from trimtab.core.registry import get
 from trimtab.core.types import BadInput, Change, Site, Summary
+from trimtab.estimate import dry_run
+from trimtab.methods.gates import Gate
 from trimtab.network.checkpoint import SafeFile
 from trimtab.network.stream import Network
 
@@ -121,3 +126,140 @@ def test_too_few_bits_are_refused_before_anything_is_written(tiny_lm: Path, tmp_
     with pytest.raises(BadInput, match=r"2.3 bits a weight are less than the smallest grids take, 2\.5"):
         line.trim(tiny_lm, spec.load("knapsack(mean=2.3) | int(bits=2/3/4,group=32) | gptq"), tmp_path / "o", opts, lambda *_: None)
     assert not list(tmp_path.iterdir())
+
+
+# ---- shares of gates that are tried -------------------------------------------------------------
+def samples_of(name: str) -> list[dict[str, torch.Tensor]]:
+    batches = [tiny.inputs(name, rows=2), tiny.inputs(name, rows=3, length=7, seed=2)]  # the last row of each is padded
+    return [{k: v[r:r + 1] for k, v in b.items()} for b in batches for r in range(len(next(iter(b.values()))))]
+
+
+def decided(net: Network, text: str, samples: list[dict[str, torch.Tensor]], scratch: Path, keep: float) -> dict[str, float]:
+    recipe = spec.parse(text)
+    sweep = line.sweeps(recipe, net.sites)[0]
+    return line.decide(net, sweep, 0, line.walker(net, samples, scratch, None, None), samples, scratch, None, line.Options(keep=keep),
+                       lambda *_: None)
+
+
+def test_tried_errors_are_those_of_the_block(tmp_path: Path) -> None:
+    """What transformers says of one layer whose inputs are masked by hand, padding left out; the block itself stays as it was."""
+    net, samples = Network.open(tiny.save("llama", tmp_path / "m")), samples_of("llama")
+    gates = {"attn.q": Gate(torch.tensor([0.6])), "mlp.down": Gate(torch.tensor([0.05]), of="hidden")}
+    through = Tried(net, samples, tmp_path)
+    for i in range(net.n_blocks):
+        module = net.block(i)
+        before = {n: p.clone() for n, p in module.named_parameters()}
+        error = through.through(i, module)
+        found = [error({f"{i}.{r}:{k}": t for r in roles for k, t in gates[r].parts().items()})
+                 for roles in ((), ("attn.q",), ("attn.q", "mlp.down"))]
+        assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+        assert not any(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in module.modules())
+
+        def outputs(gated: int, i: int = i) -> torch.Tensor:
+            model, out = tiny.build("llama"), []
+            layer = model.model.layers[i]
+            layer.register_forward_hook(lambda m, args, y: out.append(y[0] if isinstance(y, tuple) else y))
+            if gated > 0:
+                layer.self_attn.q_proj.register_forward_pre_hook(lambda m, args: (args[0] * (args[0].abs() > 0.6),))
+            if gated > 1:
+                mlp, given = layer.mlp, []
+                mlp.register_forward_pre_hook(lambda m, args: given.append(args[0]))
+                mlp.down_proj.register_forward_pre_hook(
+                    lambda m, args: (args[0] * (torch.nn.functional.silu(mlp.gate_proj(given[-1])).abs() > 0.05),))
+            with torch.no_grad():
+                for b in samples:
+                    model(**b)
+            return torch.cat([y[b["attention_mask"].bool()] for y, b in zip(out, samples, strict=True)])
+
+        dense = outputs(0)
+        want = [float((outputs(n) - dense).norm(dim=0).mean() / dense.norm(dim=0).mean()) for n in range(3)]
+        assert found == pytest.approx(want, rel=1e-4, abs=1e-7)
+        assert found[0] == 0 < found[1] < found[2]
+    through.close()
+
+
+@pytest.mark.parametrize(("name", "gate"), [
+    ("llama", "gate_magnitude"), ("llama", "wina"), ("phi3", "wina(exact=false)"), ("gpt2", "gate_magnitude"), ("vit", "gate_magnitude"),
+    ("llama", "gate_magnitude(exact=true)"),
+])
+def test_shares_that_are_tried_add_up_and_do_no_worse_than_one_for_all(tmp_path: Path, name: str, gate: str) -> None:
+    """Every block computes the share of its weights that was asked for, the same ones whenever it is asked, and errs less for it."""
+    net, samples = Network.open(tiny.save(name, tmp_path / "m")), samples_of(name)
+    p = spec.parse(f"teal(step=0.05) | {gate}").passes[0]
+    shares = decided(net, str(p), samples, tmp_path, 0.4)
+    assert shares == decided(net, str(p), samples, tmp_path, 0.4)
+    assert list(shares) == sorted(s.name for s in net.sites)
+    walk, through, gains = line.walker(net, samples, tmp_path, None, None), Tried(net, samples, tmp_path), []
+
+    def look(i: int, module: object, stats: Collector) -> None:
+        sites = net.sites_of(i)
+        assert sum(s.size * shares[s.name] for s in sites) == pytest.approx(0.4 * sum(s.size for s in sites))
+        trial = Gating(p, sites, stats.of, lambda s: net.weight(module, s), through.through(i, module))
+        own, even = trial.error({s.name: shares[s.name] for s in sites}), trial.error(dict.fromkeys(trial.sites, 0.4))
+        assert 0 < own <= even
+        gains.append(own < 0.95 * even)
+
+    walk({s.name: p.needs for s in net.sites}, look, "dense", lambda *_: None, 0)
+    assert any(gains)
+    assert decided(net, str(p), samples, tmp_path, 1.0) == dict.fromkeys(shares, 1.0)
+
+
+def test_passes_that_try_split_each_their_own_sites(tmp_path: Path) -> None:
+    """Where only some inputs of a block have gates, those are what the share is of; one site takes it all."""
+    net, samples = Network.open(tiny.save("llama", tmp_path / "m")), samples_of("llama")
+    shares = decided(net, "*.down: teal | cats(keep=0.3) ; *.q,*.k,*.o: teal(step=0.05,keep=0.6) | wina", samples, tmp_path, 0.5)
+    for i in range(net.n_blocks):
+        attn = {s.name: s.size for s in net.sites_of(i) if s.role in "qko"}
+        assert sum(shares[n] * size for n, size in attn.items()) == pytest.approx(0.6 * sum(attn.values()))
+        assert len({shares[n] for n in attn}) > 1
+        assert shares[f"{i}.mlp.down"] == 0.3
+    assert len(shares) == 4 * net.n_blocks
+
+
+def test_shares_are_tried_on_what_earlier_passes_left(tiny_lm: Path, tmp_path: Path, calib: str) -> None:
+    """Rounded and gated in one run, or one after the other: the same shares, other than those of the dense network; files say them."""
+    opts = line.Options(keep=0.5, samples=4, seq_len=32, calib=(calib,), text=(calib,), proof_tokens=64, speed=False, fresh=False)
+
+    def trimmed(model: Path, text: str, out: str) -> dict:
+        line.trim(model, spec.load(text), tmp_path / out, opts, lambda *_: None)
+        return json.loads((tmp_path / out / "trimtab.json").read_text())
+
+    at_once = trimmed(tiny_lm, "rtn(bits=2,group=16) ; teal(step=0.05) | gate_magnitude", "at_once")
+    trimmed(tiny_lm, "rtn(bits=2,group=16)", "rounded")
+    after = trimmed(tmp_path / "rounded", "teal(step=0.05) | gate_magnitude", "after")
+    dense = trimmed(tiny_lm, "teal(step=0.05) | gate_magnitude", "dense")
+    assert at_once["shares"] == after["shares"] != dense["shares"]
+    assert at_once["sparsity"]["target"] == pytest.approx(0.5)
+    assert {n: 1 - its["target"] for n, its in at_once["sparsity"]["sites"].items()} == pytest.approx(at_once["shares"])
+
+
+def test_at_a_share_of_one_nothing_is_left_out(tiny_lm: Path, tmp_path: Path, calib: str) -> None:
+    opts = line.Options(keep=1.0, samples=4, seq_len=32, calib=(calib,), text=(calib,), proof_tokens=64, speed=False, fresh=False)
+    result = line.trim(tiny_lm, spec.load("teal"), tmp_path / "o", opts, lambda *_: None)
+    assert (result["sparsity"]["target"], result["sparsity"]["reached"], result["kl"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("owl | gate_magnitude", "budget/owl splits what is dropped of weights, and gate/gate_magnitude drops none; leave it out, or split "
+                             "what is computed by teal"),
+    ("row | wanda | teal", "budget/teal splits what gates compute, and mask is none; name a gate, such as teal | gate_magnitude"),
+    ("teal | svd", "splits what gates compute, and svd is none"),
+    ("teal(step=0) | wina", "teal: step is 0; the share of a block's weights that is dropped at a time is above 0 and at most 1"),
+    ("gate_magnitude | teal(step=2.0)", "teal: step is 2; "),
+])
+def test_what_cannot_be_tried_is_refused_before_anything_is_written(tiny_lm: Path, tmp_path: Path, text: str, words: str) -> None:
+    opts = line.Options(samples=4, seq_len=32, speed=False, fresh=False)
+    with pytest.raises(BadInput, match=re.escape(words)) as e:
+        line.trim(tiny_lm, spec.load(text), tmp_path / "o", opts, lambda *_: None)
+    assert "\n" not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_the_shares_of_the_first_block(tiny_lm: Path, tmp_path: Path, calib: str) -> None:
+    opts = line.Options(keep=0.5, samples=4, seq_len=32, calib=(calib,), text=(calib,), speed=False)
+    said: list[str] = []
+    found = dry_run(tiny_lm, spec.load("teal(step=0.05)"), tmp_path / "o", opts, lambda stage, *_: said.append(stage))
+    line.trim(tiny_lm, spec.load("teal(step=0.05)"), tmp_path / "o", replace(opts, proof_tokens=64, fresh=False), lambda *_: None)
+    shares = json.loads((tmp_path / "o" / "trimtab.json").read_text())["shares"]
+    assert found["shares"] == {n: v for n, v in shares.items() if n.startswith("0.")}
+    assert any(f"0.mlp.up {100 * shares['0.mlp.up']:.1f}%" in s for s in said)

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from trimtab.core.types import Failed
+from trimtab.core import line, spec
+from trimtab.core.types import Failed, Site
 from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import Network
-from trimtab.prove.proof import _plain, faster_line, prove, run_fresh, smaller_line, verdict
+from trimtab.prove.proof import _plain, far_off, faster_line, prove, run_fresh, skipped, smaller_line, verdict
 from trimtab.prove.quality import compare
 from trimtab.prove.size import sizes
 from trimtab.prove.speed import _generate, _turn, measure
@@ -73,8 +74,8 @@ def test_quality_agrees_with_a_plain_loop(pair, tmp_path, max_memory, monkeypatc
     assert got["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-9)
     want = [float((y - x).norm() / x.norm()) for x, y in zip(ha, hb, strict=True)]
     assert got["block_error"] == pytest.approx(want, rel=1e-3) and want[0] > 0.01
-    assert got["sparsity"]["0.mlp.up"] == 1.0 and got["sparsity"]["2.mlp.up"] == 0.75
-    assert got["sparsity"]["1.mlp.down"] == 0.0 and 0 < got["zero_share"] < 0.75
+    assert got["zeros"]["0.mlp.up"] == 1.0 and got["zeros"]["2.mlp.up"] == 0.75
+    assert got["zeros"]["1.mlp.down"] == 0.0 and 0 < got["zero_share"] < 0.75
     assert told[-1] == ("quality", 5, 5)
     assert not any(f.is_file() for f in tmp_path.rglob("*"))
 
@@ -186,6 +187,59 @@ def test_words_say_no_when_the_numbers_do():
     assert said(1.3, 1.4, 1.5, pairs=4).startswith("no")
     assert "mask" not in said(0.9, 0.9, 0.9, masked=False)
     assert faster_line(None, True) == "not measured"
+
+
+def test_what_gates_skip_is_weighted_by_weights():
+    """Two gated sites of 100 and 300 weights, and one without a gate, which counts for nothing."""
+    sites = [Site(n, 0, "mlp", r, r, shape, "mlp.in") for n, r, shape in (
+        ("0.mlp.up", "up", (10, 10)), ("0.mlp.down", "down", (10, 30)), ("0.mlp.gate", "gate", (50, 50)))]
+    found = skipped(sites, {"0.mlp.up": 0.5, "0.mlp.down": 0.75}, {"0.mlp.up": 0.5, "0.mlp.down": 0.7, "0.mlp.gate": 0.1})
+    assert (found["target"], found["reached"]) == pytest.approx((0.35, 0.3125))
+    assert found["sites"]["0.mlp.down"] == pytest.approx({"target": 0.3, "reached": 0.25})
+    assert set(found["sites"]) == {"0.mlp.up", "0.mlp.down"}
+    assert skipped(sites, {}, {"0.mlp.up": 0.5}) is None
+    unknown = skipped(sites, {"0.mlp.up": 0.5}, {})
+    assert unknown["target"] is None and unknown["reached"] == 0.5 and far_off(unknown) == []
+
+    def said(up, down):
+        return far_off(skipped(sites, {"0.mlp.up": 1 - up, "0.mlp.down": 1 - down}, {"0.mlp.up": 0.5, "0.mlp.down": 0.5}))
+
+    assert said(0.5, 0.5) == [] and said(0.529, 0.471) == []
+    where = "1 of 2 layers are more than 3 points off, most 0.mlp.up: 40.0% instead of 50.0%"
+    assert said(0.4, 0.5) == [f"gates skip other shares on held-out text than asked: {where}"]
+    assert said(0.4, 0.48) == [f"gates skip 46.0% of the weights on held-out text, 50.0% were asked; {where}"]
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_what_gates_skip_is_counted_on_held_out_text(tiny_lm, tmp_path, calib, after):
+    """The proof and `eval` of the model alone: against thresholds held to the inputs that transformers says the first layer has."""
+    other = tmp_path / "other.txt"
+    other.write_text("Zebra! " * 400)
+    opts = line.Options(keep=0.4, samples=4, seq_len=32, calib=(calib,), text=(str(other),), proof_tokens=96, speed=False, fresh=False)
+    got = line.trim(tiny_lm, spec.load("*.q,*.down: gate_magnitude ; *.o: wina").limited(None, 0.4), tmp_path / "o", opts, lambda *_: None)
+    samples = line.proof_samples(Network.open(tiny_lm), opts)
+    if not after:
+        got = prove(tmp_path / "o", None, samples, speed=False)
+    sparsity = got["sparsity"]
+    model, seen = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32), []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0].abs()))
+    with torch.no_grad():
+        for b in samples:
+            model(**b)
+    threshold = load_file(tmp_path / "o" / "trimtab.safetensors")["0.attn.q:gate_threshold"]
+    assert sparsity["sites"]["0.attn.q"] == pytest.approx({"target": 0.6, "reached": float((torch.cat(seen) <= threshold).float().mean())})
+    assert set(sparsity["sites"]) == {f"{i}.{r}" for i in range(3) for r in ("attn.q", "attn.o", "mlp.down")}
+    assert sparsity["sites"]["1.attn.o"]["reached"] == pytest.approx(1 - 13 / 32)  # of every token the same number
+    assert sparsity["target"] == pytest.approx(0.6)
+    weights = {"attn.q": 32 * 32, "attn.o": 32 * 32, "mlp.down": 32 * 64}
+    mean = sum(weights[n[2:]] * its["reached"] for n, its in sparsity["sites"].items()) / (3 * sum(weights.values()))
+    assert sparsity["reached"] == pytest.approx(mean)
+    off = any(abs(its["reached"] - 0.6) > 0.03 for its in sparsity["sites"].values())
+    assert off and off == any("gates skip" in w for w in got["warnings"])
+    if after:
+        assert any("plain transformers runs the files without gates" in w for w in got["warnings"])
+        assert json.loads((tmp_path / "o" / "trimtab.json").read_text())["sparsity"] == sparsity
+        assert "- sparsity: gates skip" in (tmp_path / "o" / "README.md").read_text()
 
 
 def test_verdict():

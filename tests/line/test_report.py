@@ -14,8 +14,8 @@ from rich.console import Console
 
 from trimtab.report.card import card
 from trimtab.report.page import page, sentence
-from trimtab.report.plots import Axis, _spread, block_error, heat_maps, quality_size, sparsity
-from trimtab.report.table import comparison, count, mb, number, percent, print_bench, proof_table
+from trimtab.report.plots import SKIPPED, Axis, _spread, block_error, heat_map, heat_maps, quality_size
+from trimtab.report.table import comparison, count, mb, number, percent, print_bench, print_proof, proof_table
 
 NASTY = "row | wanda(m=\"4\") <script>alert('x')</script> & co | [red]mask[/red]"
 
@@ -29,7 +29,7 @@ def run(name, ppl, size, share, *, spread=0.0, proof="passed", warnings=()):
     return {"recipe": name, "metric": "perplexity", "score": ppl, "recovery": 4.0 / ppl if ppl else None, "kl": 0.1,
             "top1_agreement": 0.875, "before": before, "after": {**before, "perplexity": ppl, "nonzero": 3_000_000},
             "packed": {"format": "bitmask", "bytes": size}, "block_error": [0.02, 0.05, 0.11],
-            "sparsity": {f"{b}.{r}": share + spread * b for b in range(3) for r in ROLES},
+            "zeros": {f"{b}.{r}": share + spread * b for b in range(3) for r in ROLES},
             "timing": {"speed": "measured", "runner": "torch", "dtype": "float32", "threads": 2, "repeats": 5,
                        "ratio": {"decode_tok_s": {"median": 0.99, "min": 0.96, "max": 1.03}}},
             "smaller": "no: 11.5 MB before, 11.5 MB after", "faster": "no: 0.99x decode with torch",
@@ -130,9 +130,25 @@ def test_heat_maps_show_uneven_recipes_and_gather_even_ones():
     captions = [c for c, _ in heat_maps(RUNS)]
     assert captions[0] == "owl 60%" and len(captions) == 3
     assert any(c.startswith("50% in every site") and "magnitude 50%" in c and NASTY in c for c in captions)
-    root = ElementTree.fromstring(sparsity(RUNS[2]))
+    root = ElementTree.fromstring(heat_map(RUNS[2]))
     cells = [r.find("title").text for r in root.iter("rect")]
     assert len(cells) == 6 and "block 2 mlp.experts.up: 80.0%" in cells  # two experts, one row
+
+
+def test_what_gates_skip_is_said_and_drawn():
+    sites = {f"{b}.{r}": {"target": 0.5, "reached": 0.4 + 0.1 * b} for b in range(3) for r in ("attn.q", "mlp.down")}
+    gated = {**RUNS[0], "sparsity": {"target": 0.5, "reached": 0.4875, "sites": sites}}
+    said = "gates skip 48.8% of the weights of 6 layers on held-out text, 50.0% asked; of one layer 40.0% to 60.0%"
+    words = "".join(Elements(page("gates", [gated, RUNS[1]], {}, {})).text)
+    assert said in words and "What gates skip" in words and said in card(gated, "m", [])
+    assert "What gates skip" not in page("none", RUNS, {}, {}) and "sparsity" not in card(RUNS[1], "m", [])
+    [(caption, drawing)] = heat_maps([gated, RUNS[1]], SKIPPED)
+    assert caption == "magnitude 50%" and "block 2 mlp.down: 60.0%" in drawing
+
+
+def test_the_terminal_says_what_gates_skip(capsys):
+    print_proof({**RUNS[0], "sparsity": {"target": None, "reached": 0.25, "sites": {"0.attn.q": {"target": None, "reached": 0.25}}}})
+    assert "sparsity: gates skip 25.0% of the weights of 1 layers on held-out text; of one layer" in capsys.readouterr().out
 
 
 def shown(table):
@@ -171,7 +187,7 @@ def test_card_says_what_happened():
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in rows) and "| recovery |  | 97.6% |" in rows
     assert "do not serve" in card(RUNS[-1], "m", []) and "do not serve" not in text
-    assert "| recovery" not in card({"recipe": "wanda", "sparsity": {}}, "m", [])  # no proof yet
+    assert "| recovery" not in card({"recipe": "wanda", "zeros": {}}, "m", [])  # no proof yet
 
 
 @pytest.mark.parametrize(("value", "text"), [(4.4567, "4.457"), (1234567.0, "1.235e+06"), (31234.6, "31,235"), (0, "0"),

@@ -62,12 +62,13 @@ class Collector:
         of = _of(stat)
         if of == "mid":
             return self.sites[site.consumer].input if site.consumer in self.sites else site.input
-        return {"input": site.input, "sublayer": site.group, "grad": site.name}[of]
+        return {"input": site.input, "hidden": site.input, "fed": site.input, "sentence": site.input,
+                "sublayer": site.group, "grad": site.name}[of]
 
     @property
     def kinds(self) -> set[str]:
         """What the block has to be tapped for."""
-        return {"sublayer" if _of(s) == "sublayer" else "input"
+        return {_kind(s)
                 for key, stats in self.inputs.items() for s in stats if (s, key) not in self.taken}
 
     def take(self, cache: StatCache, at: str) -> None:
@@ -85,7 +86,7 @@ class Collector:
 
     def see(self, kind: str, key: str, *tensors: Tensor) -> None:
         for stat in sorted(self.inputs.get(key, ())):
-            if (_of(stat) == "sublayer") == (kind == "sublayer") and (stat, key) not in self.taken:
+            if _kind(stat) == kind and (stat, key) not in self.taken:
                 self._add(stat, key, len(tensors[0]), *tensors)
 
     def see_gradient(self, site: Site, g: Tensor) -> None:
@@ -118,7 +119,7 @@ class Collector:
         m, at = get(f"stat/{stat}"), (stat, key)
         if at not in self.sums:  # no token reached it: what a single zero gives
             width = site.shape[0] if _of(stat) == "mid" and site.consumer in self.sites else site.shape[1]
-            zero = m.fn(torch.zeros(site.shape if _of(stat) == "grad" else (1, width)))
+            zero = m.fn(*(torch.zeros(site.shape if _of(stat) == "grad" else (1, width)) for _ in m.data))
             return zero[None] if m.facts["merge"] == "stack" else zero
         if m.facts["merge"] in LISTS:
             value = LISTS[m.facts["merge"]](self.sums[at])
@@ -135,6 +136,11 @@ class Collector:
 
 def _of(stat: str) -> str:
     return get(f"stat/{stat}").facts["of"]
+
+
+def _kind(stat: str) -> str:
+    """What a block is tapped for to take it."""
+    return of if (of := _of(stat)) in ("sublayer", "hidden", "fed", "sentence") else "input"
 
 
 class Walk:

@@ -17,6 +17,7 @@ from trimtab.core.types import Change, Failed, Site
 from trimtab.methods.basis import Basis
 from trimtab.methods.codes import Grid, length
 from trimtab.methods.format.panels import unpack_mask
+from trimtab.methods.gates import Gate
 from trimtab.methods.rounding import Rounding
 from trimtab.methods.terms import NOTHING, Spared, Terms, of_site, put_together
 from trimtab.network import graph
@@ -67,6 +68,18 @@ class Gridded:
 
     def __call__(self, w: Tensor) -> Grid:
         return self.step.method({"w": w, **self.stats}, **self.step.bound)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gate with its knobs set, as the edit receives it: call it with the weight [out, in] and the share that is computed."""
+
+    step: Step
+    stats: dict[str, Tensor]
+
+    def __call__(self, w: Tensor, keep: float) -> Gate:
+        found: Gate = self.step.method({"w": w, "keep": keep, **self.stats}, **self.step.bound)
+        return found
 
 
 def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
@@ -205,6 +218,8 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
             bits = priors.get(f"{s.name}:mask")
             prior = unpack_mask(bits, s.shape) if bits is not None else None
             known = refit[s.name].of(its(s)) if s.name in refit else its(s)
+            if owner[s.name].gates:
+                known = {**known, "heads": torch.tensor(graph.heads(net.config)[:2])}
             change = edit_site(owner[s.name], s, net.weight(module, s).float(), shares.get(s.name, math.nan), known, prior,
                                spared[s.name], bases.get(s.name, PLAIN))
             change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
@@ -221,6 +236,8 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
     """Edit and repair one weight `w` [out, in] float32, but for what was `spared`, in its `bases`. What an earlier pass dropped
     (`prior`) stays dropped."""
     rest, inside, outside = w, *bases
+    if p.gates:  # what earlier passes left of the weight stays as it is
+        return checked(p, site, w, prior, edited(p, w, share, stats, prior))
     if spared or bases != PLAIN:
         others = spared.others(w.shape[1])
         rest = spared.rest(w)
@@ -243,6 +260,8 @@ def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Te
         env["unit"] = Unit(p.steps["unit"])
     if "grid" in p.steps:
         env["grid"] = Gridded(p.steps["grid"], stats)
+    if "gate" in p.steps:
+        env["gate"] = Gated(p.steps["gate"], stats)
     if "score" in p.steps:
         s = score_site(p, w, stats)
         env["mask"] = env["unit"](s if prior is None else s * prior, share)

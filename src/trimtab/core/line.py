@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from trimtab.core import memory, pack, rotation
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.edits import Gridded, Unit, checked, edit_block, score_site
 from trimtab.core.journal import Journal, sync, write_json
-from trimtab.core.measured import SEQUENCES, Measured
+from trimtab.core.measured import SEQUENCES, TRIED, Gating, Measured, Tried
 from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.train import ROOM, Net
@@ -112,6 +113,9 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         for one in each:
             check_recipe(net, one, sweeps(one, net.sites), opts, samples)
         return
+    for p in (p for p in recipe.passes if p.tries):  # whether its knobs make sense
+        nothing = Gating(p, (), lambda s: {}, lambda s: torch.empty(0), lambda parts: 0.0)
+        p.budget.method({"trial": nothing, "target": 1.0}, **p.budget.bound)
     if net.checkpoint.packed:
         raise BadInput(f"{net.checkpoint.path} is packed, and its weights with it; trim the model it was made from")
     if not opts.pack and (opts.pack_dtype or opts.head):
@@ -164,6 +168,8 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
     formats = pack.formats(net.sites, recipe, opts.pack.removeprefix(pack.AS_RECIPE))
     for s in net.sites:
         passes = [p for p in recipe.passes if p.covers(s)]
+        check_gates(net, s, passes, bool(opts.pack))
+        passes = [p for p in passes if not p.gates]  # which leaves the weights as they are
         if gridded := [p for p in passes[:-1] if pack.rounds(p)]:
             raise BadInput(f"{s.name}: a pass after {gridded[0]} would leave its grid; put what rounds to codes last")
         check_terms(s, passes)
@@ -184,6 +190,35 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                 pack.try_format(how, passes, s.shape, opts.keep)
         except BadInput as e:
             raise BadInput(f"{s.name} {list(s.shape)}: {e}") from None
+
+
+def check_gates(net: Network, s: Site, passes: list[Pass], packed: bool) -> None:
+    """A gate is the last thing of a site, one of them, and of what the site has."""
+    gates = [p for p in passes if p.gates]
+    if not gates:
+        return
+    gate, *more = (p.steps["gate"] for p in gates)
+    if more:
+        raise BadInput(f"{s.name}: {gate} and {more[0]} both decide which inputs are computed; keep one of them")
+    if passes[-1] is not gates[0]:
+        raise BadInput(f"{s.name}: {gate} is made for the weights as they end up; put it behind {passes[-1]}")
+    if packed and (gate.method.facts["of"] == "router" or gate.method.facts["by"] != "token"):
+        raise BadInput(f"{s.name}: {gate} is run on plain files alone; what is packed is gated token by token, by the inputs "
+                       "(gate_magnitude, wina) or the gate of an MLP (cats, chess); leave --pack out, or take one of these")
+    if s.expert is not None:
+        raise BadInput(f"{s.name}: {gate} decides for a linear layer, and an expert is none of its own; scope it to the others, such as "
+                       "attn:")
+    if gate.method.facts["of"] == "hidden" and not (s.role == "down" and net.has_gate(s)):
+        some = any(net.has_gate(o) for o in net.sites if o.role == "down")
+        raise BadInput(f"{s.name}: {gate} scores the gate of an MLP, for what the MLP ends in; scope it to such sites: "
+                       + ("*.mlp.down:" if some else "this network has none; use gate_magnitude"))
+    if (roles := gate.method.facts["roles"]) and s.role not in roles:
+        raise BadInput(f"{s.name}: {gate} is made for {' and '.join(f'*.{r}' for r in roles)}; scope it to such sites")
+    if check := gate.method.facts["check"]:
+        check(gate.bound)
+    if turned := [p for p in passes if (p.turns and not p.shares) or p.steps["edit"].method.facts["based"]]:
+        raise BadInput(f"{s.name}: behind {turned[0]} the weight meets its inputs in another basis, where none is zero because {gate} "
+                       "says so; leave one of the two out")
 
 
 def check_terms(s: Site, passes: list[Pass]) -> None:
@@ -254,7 +289,9 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
     extra: dict[str, dict[str, Tensor]] = {}
     if measured := {s.name: p for p, sites, _ in asking if p.measures for s in sites}:
         choices |= measured_options(net, measured, samples, scratch, spill, k, walk_on, tick)
-    owner = {s.name: p for p, sites, _ in asking if not p.measures for s in sites}
+    if tried := [(p, sites, target) for p, sites, target in asking if p.tries]:
+        shares |= tried_shares(net, tried, samples, scratch, k, walk_on, tick)
+    owner = {s.name: p for p, sites, _ in asking if not p.measures and not p.tries for s in sites}
     needs = {name: plan_needs(p) for name, p in owner.items()}
 
     def look(i: int, module: Any, stats: Collector | None) -> None:
@@ -276,10 +313,12 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
         if p.chooses:
             shares |= p.budget.method({"options": {s.name: choices[s.name] for s in sites}}, **p.budget.bound)
             continue
+        if p.tries:
+            continue
         env: dict[str, Any] = {"scores": {s.name: summaries[s.name] for s in sites}, "target": target}
         env |= {n: {s.name: extra[s.name][n] for s in sites} for n in p.budget.method.needs}
         shares |= p.budget.method(env, **p.budget.bound)
-    return shares
+    return dict(sorted(shares.items()))
 
 
 def sizes_of(p: Pass, site: Site) -> Choices:
@@ -338,9 +377,43 @@ def measured_options(net: Network, owner: dict[str, Pass], samples: list[data_.B
             for key, sites in readers.items() for s in sites}
 
 
+def tried_shares(net: Network, asking: list[tuple[Pass, list[Site], float]], samples: list[data_.Batch], scratch: Path, k: int,
+                 walk_on: WalkOn, tick: Report) -> dict[str, float]:
+    """The shares of gates by site that budgets find by trying them, block by block, all of it as earlier sweeps left it."""
+    shares: dict[str, float] = {}
+    through = Tried(net, to_try(net, samples), scratch)
+
+    def look(i: int, module: Any, stats: Collector | None) -> None:
+        shares.update(tried_in(net, module, i, asking, stats, through))
+
+    try:
+        walk_on({s.name: plan_needs(p) for p, sites, _ in asking for s in sites}, look, "dense", lambda d, n: tick("plan", d, n), k)
+    finally:
+        through.close()
+    return shares
+
+
+def tried_in(net: Network, module: Any, i: int, asking: list[tuple[Pass, list[Site], float]], stats: Collector | None,
+             through: Tried) -> dict[str, float]:
+    """Those of block i. Where several passes ask, each of them tries its sites while the others' compute everything."""
+    shares: dict[str, float] = {}
+    error = through.through(i, module)
+    for p, sites, target in asking:
+        if mine := [s for s in sites if s.block == i]:
+            trial = Gating(p, mine, lambda s: stats.of(s) if stats else {}, lambda s: net.weight(module, s), error)
+            shares |= p.budget.method({"trial": trial, "target": target}, **p.budget.bound)
+    return shares
+
+
+def to_try(net: Network, samples: list[data_.Batch]) -> list[data_.Batch]:
+    """The first samples, as many as shares are tried on; one at least."""
+    total = list(accumulate(tokens_of(net, b) for b in samples))
+    return samples[:max(1, sum(t <= TRIED for t in total))]
+
+
 def plan_needs(p: Pass) -> set[str]:
     """Statistics that the plan of a pass is made from."""
-    seen = "grid" if p.chooses else "score"
+    seen = "grid" if p.chooses else "gate" if p.tries else "score"
     return p.planned | (set(p.steps[seen].method.needs) if seen in p.steps else set())
 
 
@@ -371,7 +444,7 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
             return net.block(i)
         weights, parts, _ = read_block(journal.block_path(sweep - 1, i))
         module = net.block(i, weights)
-        net.as_rounded(module, i, parts)
+        net.as_said(module, i, parts)
         return module
 
     def walk(needs: dict[str, set[str]], visit: Visit, order: str, tick: Callable[[int, int], None], sweep: int) -> None:
@@ -620,9 +693,11 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             notes["starved"] = stats.starved() if stats else []
             changes, others = edit_block(net, module, i, owner, shares, stats, priors)
             for s, change in changes:
+                if owner[s.name].gates:  # it stands beside what earlier passes left
+                    change = replace(change, parts={**of_site(priors, s.name), **change.parts})
                 noted(k, s, change, parts, notes)
             mine = {n.removeprefix(pack.PART): t for n, t in parts.items()}
-            net.as_rounded(module, i, {n: t for n, t in mine.items() if n.rpartition(":")[0] in owner})
+            net.as_said(module, i, {n: t for n, t in mine.items() if n.rpartition(":")[0] in owner})
             # `before` for the norms that an earlier sweep scaled
             journal.write_block(k, i, {**before, **net.stored(module, i, others), **parts}, notes)
 
@@ -697,9 +772,14 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
 
 def told(recipe: Recipe) -> list[str]:
     """What who opens the plain files elsewhere should know."""
-    rounded_ = list(dict.fromkeys(str(p.steps["input"]) for p in recipe.passes if "input" in p.steps))
-    return [f"inputs are rounded ({', '.join(rounded_)}): trimtab eval and a packed model do it, plain transformers runs the files "
-            "without"] if rounded_ else []
+    said = []
+    if rounded_ := list(dict.fromkeys(str(p.steps["input"]) for p in recipe.passes if "input" in p.steps)):
+        said.append(f"inputs are rounded ({', '.join(rounded_)}): trimtab eval and a packed model do it, plain transformers runs the files "
+                    "without")
+    if gates := list(dict.fromkeys(str(p.steps["gate"]) for p in recipe.passes if p.gates)):
+        said.append(f"gates decide what is computed ({', '.join(gates)}): trimtab eval does it, plain transformers runs the files without "
+                    "gates, computing everything")
+    return said
 
 
 def write_plain(net: Network, journal: Journal, last: int, out: Path, tick: Report) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import lowrank
 from trimtab.methods.format.panels import VECTORS, Packed
 from trimtab.methods.format.sell import sell
+from trimtab.methods.gates import Gate, met_gated
 from trimtab.methods.rounding import Rounding, met_rounded
 from trimtab.methods.terms import ALONE, Terms, of_site
 from trimtab.network import graph
@@ -74,9 +75,10 @@ def codes_of(p: Pass) -> str:
 def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
     """How a site is stored that these passes went over: as `asked`, or the last format named, or the one made for factors, for books or for
     the last pattern, or dense where that does not store the codes that the site has."""
-    found, named, codes = Step("format/dense"), False, ""
+    found, named, codes, gated = Step("format/dense"), False, "", False
     for p in passes:
-        if p.steps["edit"].method.facts["spares"]:
+        gated |= p.gates
+        if p.steps["edit"].method.facts["spares"] or (p.gates and not asked):
             continue
         codes = codes_of(p) or codes
         if asked and "unit" in p.steps:
@@ -91,6 +93,8 @@ def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
             found = Step("format/lowrank")
         elif p.steps["edit"].method.facts["books"] and not named:
             found = Step("format/book")
+    if gated and not named and found == Step("format/dense"):
+        found = Step("format/columns")  # what is not computed is not read
     fits = named or not codes or codes in found.method.facts["codes"]
     return Format(found, named) if fits else Format(Step("format/dense"))
 
@@ -156,14 +160,15 @@ def some_books(w: Tensor, knobs: Mapping[str, Any]) -> Books:
 
 def valued(how: Format, change: Change, dtype: torch.dtype | None = None) -> Change:
     """What is packed of a site: codes as they are, else values of `dtype`, or that take no more bytes than those of its weight."""
-    dtype, terms = dtype or value_dtype(change.w.dtype), Terms.among(change.parts)
+    dtype, terms, gate = dtype or value_dtype(change.w.dtype), Terms.among(change.parts), Gate.among(change.parts)
+    gated = gate.parts() if gate else {}
     kind = None if terms is None or not terms.simple or terms.codes is not None else "factors" if terms.factors is not None else "books"
     if terms is None or (kind is not None and how.holds != kind):
-        return Change(change.w.to(dtype), mask=change.mask)
+        return Change(change.w.to(dtype), gated, change.mask)
     if terms.codes is None and terms.books is None and terms.factors is not None:
         terms = replace(terms, factors=terms.factors.to(dtype))
     rounding = Rounding.among(change.parts)
-    return Change(change.w, {**terms.parts(), **(rounding.parts() if rounding else {})}, change.mask)
+    return Change(change.w, {**terms.parts(), **(rounding.parts() if rounding else {}), **gated}, change.mask)
 
 
 # ---- layers -----------------------------------------------------------------------------------
@@ -203,11 +208,31 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
     return Change(w.to(dtype))
 
 
+def pack_layer(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype, steps: Mapping[str, Format]) -> Packed:
+    """A layer as a kernel reads it: its sites in one, or one after the other where their gates differ."""
+    gates = [Gate.among(of_site(parts, s.name)) for s in layer.sites]
+    first = gates[0]
+    if all(first.same(g) if first else g is None for g in gates):
+        same = {steps[s.name] for s in layer.sites}
+        how = same.pop() if len(same) == 1 else Format(Step("format/dense"))
+        change = whole(layer, w, parts, dtype, how)
+        return pack(how, replace(change, parts={**change.parts, **(first.parts() if first else {})}), layer.name)
+    rows = [torch.arange(len(w))[s.row_index()] for s in layer.sites]
+    if not torch.equal(torch.cat(rows), torch.arange(len(w))):
+        raise BadInput(f"{layer.name}: its {len(rows)} sites lie in one another and have gates of their own, which is not packed; give "
+                       "them one gate, such as gate_magnitude with one share")
+    each = [pack(steps[s.name], valued(steps[s.name], Change(w[r], dict(of_site(parts, s.name))), dtype), s.name)
+            for s, r in zip(layer.sites, rows, strict=True)]
+    return stacked(*each)
+
+
 def pack(how: Format, change: Change, name: str) -> Packed:
     """The change as a kernel reads it: what `how` makes of its codes, factors, books or weight, and around and beside it the rest."""
     try:
-        terms, rounding = Terms.among(change.parts), Rounding.among(change.parts)
-        return met_rounded(stored(how, change), rounding) if terms is None or terms.simple else composed(how, change, terms, rounding)
+        terms, rounding, gate = Terms.among(change.parts), Rounding.among(change.parts), Gate.among(change.parts)
+        alone = terms is None or terms.simple
+        made = met_rounded(stored(how, change), rounding) if alone or terms is None else composed(how, change, terms, rounding)
+        return met_gated(made, gate)
     except BadInput as e:
         raise BadInput(f"{name}: {e}" if name else str(e)) from None
 
@@ -327,10 +352,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
                 inner = dense(Change(w, in_int8(w, fused.last).parts()) if head_in_int8(recipe, head) else Change(plain.to(values)))
                 made[layer.name] = based(inner, w.shape[1], inside=fused.head)
             else:
-                w = fused.weight(layer, w, parts)
-                same = {steps[s.name] for s in layer.sites}
-                how = same.pop() if len(same) == 1 else Format(Step("format/dense"))
-                made[layer.name] = pack(how, whole(layer, w, parts, values, how), layer.name)
+                made[layer.name] = pack_layer(layer, fused.weight(layer, w, parts), parts, values, steps)
         return made
 
     staged: list[SafeFile] = []

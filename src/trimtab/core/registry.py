@@ -16,16 +16,17 @@ from typing import Any
 
 from trimtab.core.types import BadInput
 
-AXES = ("stat", "unit", "score", "budget", "rewrite", "grid", "edit", "repair", "input", "format")
+AXES = ("stat", "unit", "score", "budget", "rewrite", "grid", "gate", "edit", "repair", "input", "format")
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
     "unit": {"s", "keep"},
     "score": {"w"},
-    "budget": {"scores", "target", "options"},
+    "budget": {"scores", "target", "options", "trial"},
     "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
-    "edit": {"w", "keep", "mask", "unit", "grid"},
+    "gate": {"w", "keep", "heads"},
+    "edit": {"w", "keep", "mask", "unit", "grid", "gate"},
     "repair": {"w", "new", "net"},
     "input": set(),
     "format": {"new"},
@@ -40,6 +41,7 @@ KNOBS = {
     "alpha": "exponent of an activation norm", "scale": "weight of a second term",
     "outlier": "multiple of the mean above which a score is an outlier", "spread": "half-width of a window of shares",
     "iters": "iterations", "steps": "how many values are tried",
+    "step": "share of the weights of a block that is dropped at a time",
     "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
     "ridge": "weight of the distance from the dense weights", "seed": "seed of the generator",
     "bits": "bits of a code", "act_bits": "bits that inputs are rounded to where they meet codes",
@@ -60,6 +62,9 @@ KNOBS = {
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
     "lr": "learning rate", "epochs": "how often training sees every sample",
     "accumulate": "samples whose gradients make one update",
+    "batch": "sequences of a step, at most", "recall": "share of what is active that is to be found",
+    "prompt": "tokens of a sentence that decide for those behind them", "clusters": "kinds of sentences",
+    "exact": "whether every token keeps as many, and not as many as pass a threshold",
 }
 # Declared beside a method, and nothing of what it computes.
 ASIDE = ("xfail", "codes", "format", "rescaled", "moved", "of_gram", "turned", "some", "into", "keeps", "leaves", "either", "rounded",
@@ -148,7 +153,9 @@ def _version(module: str, name: str) -> str:
 # What a method may declare, by axis, with defaults.
 FACTS: dict[str, dict[str, Any]] = {
     # of: which tensor it sees. input: x [tokens, in]; mid: x = the consumer's input, or the site's own where there is none;
-    # grad: g [out, in] of one sequence; sublayer: x, y [tokens, width], the residual stream before and after.
+    # grad: g [out, in] of one sequence; sublayer: x, y [tokens, width], the residual stream before and after; hidden: x, y [tokens, in], of
+    # what comes after an MLP's gate the two that are multiplied, the gate activated first; fed: x [tokens, width], y [tokens, in], what a
+    # sublayer is given and what the site that ends it is; sentence: x [tokens, in] of one sequence at a time.
     # merge: sum, max, stack or cat over batches; mean: divide a sum by the number of tokens (or sequences); done: last step.
     # rescaled: of (value, s [in]) what it is where every input was divided by s; of_gram: what it is, of the inputs' second moment
     # alone, which follows into any basis; turned: of (value, basis) what it is in it; None where that cannot be told.
@@ -173,14 +180,20 @@ FACTS: dict[str, dict[str, Any]] = {
     # of: what it has to see at once: "group" or "site", or a function of the knobs that says it; zero: whether a weight of zero stays zero,
     # as it has to behind a pass that drops; type: of its codes, a function of the knobs.
     "grid": {"of": "group", "zero": True, "type": None},
+    # of: what it scores: "input", the site's own, "hidden", the gate of the MLP that the site ends, or "router", what is given to the
+    # sublayer that the site ends; by: who decides, a "token" for itself, the sequences of a "step" together, or a "sentence" once; free:
+    # whether what is computed is the asked share; roles: of the sites that it is made for, if not for all; check: of its knobs, BadInput
+    # where they do not do.
+    "gate": {"of": "input", "by": "token", "free": True, "roles": (), "check": None},
     # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep, or the type of codes
     # where the grid is its own; factors: whether
     # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`; books: whether it leaves indices into
     # codebooks, which no later pass could keep; spares: whether what the share says is
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
-    # grid; either: whether its groups may lie along the outputs; based: whether what it leaves is in a basis of its own.
+    # grid; either: whether its groups may lie along the outputs; based: whether what it leaves is in a basis of its own;
+    # gates: whether it leaves the weight and decides which inputs of a token meet it, for a share that is its own.
     "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False,
-             "based": False},
+             "based": False, "gates": False},
     # keeps: what of an edit, and of repairs before it, it leaves as it is: "mask", "codes", "factors", "books"; leaves: what it adds:
     # "factors", or a "bias", for sites that have one; level: what it sees at once, "site" or "net": there it is given the network behind
     # the sweep, trains, and returns what mends a site: f(name, change) -> change.

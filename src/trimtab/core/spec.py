@@ -16,7 +16,8 @@ from typing import Any
 from trimtab.core.registry import AXES, Method, get, load_all, near
 from trimtab.core.types import BadInput, Claim, Site
 
-LINE = ("unit", "score", "budget", "rewrite", "grid", "edit", "repair", "input", "format")  # the order in which a pipeline is written
+# The order in which a pipeline is written.
+LINE = ("unit", "score", "budget", "rewrite", "grid", "gate", "edit", "repair", "input", "format")
 DEFAULTS = {"unit": "unit/row", "budget": "budget/uniform", "edit": "edit/mask"}
 PASS_KNOBS = ("keep", "order")  # belong to the whole pass, wherever they are written
 ORDERS = ("sequential", "dense")
@@ -65,7 +66,12 @@ class Pass:
         if "unit" in self.steps:
             return bool(self.steps["unit"].method.facts["free"])
         edit = self.steps["edit"]
-        return bool(edit.method.facts["factors"]) and not edit.bound["rank"]
+        return self.gates or (bool(edit.method.facts["factors"]) and not edit.bound["rank"])
+
+    @property
+    def gates(self) -> bool:
+        """Whether it decides which inputs of a token are computed, and leaves the weights."""
+        return bool(self.steps["edit"].method.facts["gates"])
 
     @property
     def folds(self) -> bool:
@@ -139,6 +145,11 @@ class Pass:
         return set(self.budget.method.needs) | ({"grad_sq"} if self.chooses and not self.measures else set())
 
     @property
+    def tries(self) -> bool:
+        """Whether its budget tries the shares of its gates on every block."""
+        return "trial" in self.budget.method.data
+
+    @property
     def measures(self) -> bool:
         """Whether what its budget chooses from is tried on the network."""
         return self.chooses and self.budget.method.facts["chooses"] == "trials"
@@ -150,6 +161,8 @@ class Pass:
 
     def covers(self, site: Site) -> bool:
         def matches(scope: str) -> bool:
+            if scope.startswith("!"):
+                return not matches(scope[1:])
             return scope in ("all", site.group) or (scope not in SCOPES and bool(re.fullmatch(_glob(scope), site.name)))
 
         return all(any(map(matches, part.split(","))) for part in (self.scope or "all").split("&"))
@@ -193,7 +206,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it sees calibration samples."""
-        return bool(self.needs) or any(p.trainer or p.measures for p in self.passes)
+        return bool(self.needs) or any(p.trainer or p.measures or p.tries for p in self.passes)
 
     @property
     def methods(self) -> dict[str, str]:
@@ -253,7 +266,7 @@ def check_keep(keep: float, name: str = "keep") -> float:
 
 
 def check_scope(scope: str) -> str:
-    for part in re.split("[,&]", scope):
+    for part in (p.removeprefix("!") for p in re.split("[,&]", scope)):
         if part in ("head", "embed"):
             raise BadInput(f"scope {part!r} is not supported yet; use attn, mlp, all or a glob of site names such as '*.down'")
         if part not in SCOPES and not re.search(r"[.*?]", part):
@@ -442,6 +455,12 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
     if "grid" in decided and "edit" not in decided:  # what rounds to it, unless something else is asked for
         steps["edit"] = Step("edit/rtn")
         decided |= dict.fromkeys(("edit", *get("edit/rtn").joint), "rtn")
+    if "gate" in decided and "edit" not in decided:
+        steps["edit"] = Step("edit/gated")
+        decided |= dict.fromkeys(("edit", *get("edit/gated").joint), decided["gate"])
+    if "edit" in steps and "gate" in steps["edit"].method.data and "gate" not in decided:
+        steps["gate"] = Step("gate/gate_magnitude")
+        decided["gate"] = "gate_magnitude"
     if "edit" in steps and "grid" in steps["edit"].method.data and "grid" not in decided:
         steps["grid"] = Step("grid/int")
         decided["grid"] = "int"
@@ -457,6 +476,17 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
 
 def _checked(p: Pass) -> Pass:
     edit = p.steps["edit"].method
+    if "gate" in p.steps and not p.gates:
+        raise BadInput(f"{p.steps['gate']} leaves the weights to other passes, and {edit.name} changes them; put it behind, in a pass of "
+                       f"its own: {edit.name} ; {p.steps['gate'].method.name}")
+    if p.gates and (others := [s for s in p.steps.values() if s.method.axis not in ("gate", "edit", "budget")]):
+        raise BadInput(f"{p.steps['gate']} leaves the weights to other passes; put {others[0]} in a pass of its own before it")
+    if p.gates and not p.tries and p.budget.key != "budget/uniform":
+        raise BadInput(f"{p.budget} splits what is dropped of weights, and {p.steps['gate']} drops none; leave it out, or split what is "
+                       f"computed by {' or '.join(m.name for m in load_all().values() if m.axis == 'budget' and 'trial' in m.data)}")
+    if p.tries and not p.gates:
+        raise BadInput(f"{p.budget} splits what gates compute, and {edit.name} is none; name a gate, such as {p.budget.method.name} | "
+                       "gate_magnitude, or another budget, such as owl")
     if "grid" in p.steps and "grid" not in edit.data:
         raise BadInput(f"{edit.name} rounds to no grid, and {p.steps['grid']} is named; add rtn or gptq, in a pass of its own")
     if "rewrite" in p.steps and "grid" in p.steps["rewrite"].method.data and "grid" not in p.steps:

@@ -139,6 +139,16 @@ class Choices:
     losses: tuple[float, ...]
 
 
+class Trial(Protocol):
+    """A block as a budget sees it that tries shares on it: its `sites`, by name."""
+
+    sites: Mapping[str, Site]
+
+    def error(self, shares: Mapping[str, float]) -> float:
+        """How far the block's outputs are from those of the block itself where these sites compute a share of their inputs, and all others
+        everything: 0 where nothing is left out."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What one sequence came to, padding left out: `hidden` [tokens, width] behind the last norm, and `dense`, what it is in the dense

@@ -47,6 +47,9 @@ def export(model: Path, to: str, out: Path, *, force: bool = False, type: str = 
         size = sum(os.stat(finished / f).st_size for f in files)
         result = {"to": to, "model": str(model), "out": str(out), "bytes": size, "model_bytes": source.checkpoint.weight_bytes,
                   "files": [out.name] if single else files, "warnings": [], **result}
+        if source.gated:
+            told = f"{source.gated} layers have gates, which trimtab alone runs: what was written computes everything, like the model"
+            result["warnings"] = [*result["warnings"], f"{told} without them"]
         if not single:
             kept = {k: source.notes[k] for k in ("recipe", "pipeline", "plan_hash") if k in source.notes}
             write_json(finished / NOTES, {**kept, "export": {k: v for k, v in result.items() if k not in ("out", "model")}})

@@ -11,6 +11,7 @@ from trimtab.core.line import file_digest, read_notes
 from trimtab.core.types import BadInput
 from trimtab.methods.codes import Codes
 from trimtab.methods.factors import Factors
+from trimtab.methods.gates import PREFIX
 from trimtab.methods.terms import Terms
 from trimtab.network import graph
 from trimtab.network.checkpoint import PARTS, Checkpoint, SafeFile, finite, not_finite
@@ -48,6 +49,11 @@ class Source:
             raise BadInput(f"{self.path / changed[0]} is not the file that {PARTS} was written for; "
                            f"trim the model again, or remove {PARTS} to export the weights as they are")
         return parts
+
+    @property
+    def gated(self) -> int:
+        """How many sites have a gate of their inputs."""
+        return sum(n.endswith(f":{PREFIX}of") for n in self.parts.names) if self.parts is not None else 0
 
     def _simple(self, site: str) -> Terms | None:
         """What the parts of a site, `<block>.<group>.<role>`, say; None where that is nothing, or more than codes or factors alone."""

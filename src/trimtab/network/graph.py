@@ -292,6 +292,25 @@ def coupled(family: Family, config: Any, block: list[Site]) -> list[Group]:
     return groups
 
 
+# ---- activations ------------------------------------------------------------------------------
+def _activation_name(config: Any) -> str:
+    known = ("hidden_activation", "hidden_act", "activation_function")
+    return next((str(getattr(config, k)) for k in known if getattr(config, k, None)), "")
+
+
+def activation(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What stands between the two halves of an MLP, as transformers has it."""
+    from transformers.activations import ACT2FN
+
+    found: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[_activation_name(config)]
+    return found
+
+
+def stops_negatives(config: Any) -> bool:
+    """Whether the activation makes exact zeros of what is below zero, as the ReLU family does."""
+    return not bool(activation(config)(torch.tensor([-8.0, -1.0, -0.1])).any())
+
+
 # ---- scales -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Fold:
@@ -323,7 +342,7 @@ def folds(family: Family, config: Any, block: list[Site]) -> list[Fold]:
         found.append(Fold((o,), writer=v, rows=tuple(n // (h // kv) * d + c for n in range(h) for c in range(d))))
     for down in (s for s in block if s.role == "down"):
         feeders = {s.role: s for s in block if s.consumer == down.name}
-        act = next((getattr(config, k) for k in ("hidden_act", "hidden_activation", "activation_function") if getattr(config, k, None)), "")
+        act = _activation_name(config)
         if "gate" in feeders or act == "relu":  # a gate's other half, and relu, pass a positive factor on
             found.append(Fold((down,), writer=feeders["up"]))
     return found

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.types import BadInput, Failed, Site
+from trimtab.methods.gates import HIDDEN, INPUT, PREFIX, ROUTER, Gate
 from trimtab.methods.rounding import ACT, Rounding, cost
 from trimtab.methods.terms import Terms, of_site
 from trimtab.network import graph
 from trimtab.network.checkpoint import PARTS, Checkpoint, SafeFile, finite, not_finite
 
 Sink = Callable[..., None]  # kind, key, *tensors
+Reached = dict[str, list[int]]  # by site, of the inputs of all tokens those that were computed, and all
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Network:
         self._parts: SafeFile | None = None
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
         self._mask: Tensor | None = None
+        self._sequences = 1
         self._phase, self._held = "", dict[str, nn.Parameter]()
         for i, block in enumerate(self._blocks):
             listed[i] = _Place(i, block, self._visit)
@@ -182,8 +186,10 @@ class Network:
         """Whether the head's weight is the table of embeddings."""
         return self.kind == "lm" and bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
 
-    def as_packed(self, module: nn.Module, i: int) -> None:
-        """Let the layers of block `i` that are packed in the files run as they are stored; their weights are gone then."""
+    def as_packed(self, module: nn.Module, i: int, reached: Reached | None = None) -> None:
+        """Let the layers of block `i` that are packed in the files run as they are stored; their weights are gone then.
+
+        `reached` counts what gates let pass."""
         from trimtab.runtime.modules import PackedLinear
 
         stem = f"{self._stem}{i}."
@@ -193,19 +199,37 @@ class Network:
                 owner, _, leaf = at.rpartition(".")
                 bias = module.get_submodule(at)._parameters["bias"]
                 setattr(module.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name), bias))
+        for s in self.sites_of(i) if self.checkpoint.packed else ():
+            layer = module.get_submodule(s.param.rpartition(".")[0])
+            if not isinstance(layer, PackedLinear) or (gate := layer.linear.gate_of_rows(s.rows)) is None:
+                continue
+            if gate.of == HIDDEN:
+                self.on_hidden(module, i, s, layer.scoring)
 
-    def rounded_parts(self, i: int) -> dict[str, Tensor]:
-        """The parts, by `<site>:<part>`, of those sites of block `i` whose inputs are rounded. BadInput where they are not what the
-        weights are made of."""
+            if reached is not None:
+                layer.register_forward_pre_hook(lambda m, args, s=s, gate=gate: self._count(
+                    reached, s, gate.mask(args[0] if gate.of == INPUT else m.scored)))
+
+    def _count(self, reached: Reached | None, site: Site, passed: Tensor) -> None:
+        if reached is not None:
+            counted, real = reached.setdefault(site.name, [0, 0]), self._tokens(passed)
+            counted[0] += int(real.sum())
+            counted[1] += real.numel()
+
+    def said(self, i: int) -> dict[str, Tensor]:
+        """The parts, by `<site>:<part>`, of those sites of block `i` whose inputs are rounded or gated. BadInput where they are not what
+        the weights are made of."""
         file = self.checkpoint.path / PARTS
         if self._parts is None and file.exists():
             self._parts = SafeFile(file)
         names = self._parts.names if self._parts is not None else []
-        its = {s.name for s in self.sites_of(i) if f"{s.name}:{ACT[0]}" in names}
+        its = {s.name for s in self.sites_of(i) if f"{s.name}:{ACT[0]}" in names or any(n.startswith(f"{s.name}:{PREFIX}") for n in names)}
         found = {n: self._parts.read(n) for n in names if n.rpartition(":")[0] in its} if self._parts is not None else {}
         for s in self.sites_of(i):
             if s.name in its:
-                terms = Terms.among(of_site(found, s.name))
+                terms, gate = Terms.among(of_site(found, s.name)), gate_of(found, s)
+                if terms is None and gate is not None:
+                    continue
                 name, dtype = f"{self._stem}{i}.{s.param}", self.stored_dtype(s)
                 stored = s.get(self._load(name, self._blocks[i].get_parameter(s.param), {}))
                 if terms is None or not torch.equal(terms.weight().to(dtype), stored.to(dtype)):
@@ -213,11 +237,14 @@ class Network:
                                    f"trim the model again, or remove {PARTS} to run the weights as they are")
         return found
 
-    def as_rounded(self, module: nn.Module, i: int, parts: Mapping[str, Tensor]) -> None:
-        """Let the sites of block `i` whose `parts`, by `<site>:<part>`, say so meet rounded inputs, as packed layers do."""
+    def as_said(self, module: nn.Module, i: int, parts: Mapping[str, Tensor], reached: Reached | None = None) -> None:
+        """Let the sites of block `i` whose `parts`, by `<site>:<part>`, say so meet gated and rounded inputs, as packed layers do.
+
+        `reached` counts what gates let pass."""
         layers: dict[str, list[Site]] = {}
         for s in self.sites_of(i):
             layers.setdefault(s.param, []).append(s)
+        self._as_gated(module, i, layers, parts, reached)
         for param, sites in layers.items():
             each = [(s, r, t) for s in sites if (r := Rounding.among(mine := of_site(parts, s.name))) and (t := Terms.among(mine))]
             if not each:
@@ -231,6 +258,79 @@ class Network:
             for s, r, _ in each:
                 for k, value in r.parts().items():
                     layer.register_buffer(f"{s.role}_{k}", value, persistent=False)  # who looks at the block sees that it is another one
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """The block with the very same weights, whose inputs may be gated and rounded beside it."""
+        shared = {id(x): x for x in (self.config, *module.parameters(), *module.buffers())}
+        return copy.deepcopy(module, shared)
+
+    def _as_gated(self, module: nn.Module, i: int, layers: dict[str, list[Site]], parts: Mapping[str, Tensor],
+                  reached: Reached | None) -> None:
+        seen: dict[str, Tensor] = {}  # by the site whose gate it is, what that scores of this call
+        for param, sites in layers.items():
+            each = [(s, g) for s in sites if (g := gate_of(parts, s)) is not None]
+            if not each:
+                continue
+            layer = module.get_submodule(param.rpartition(".")[0])
+            for s, g in each:
+                if g.of == HIDDEN:
+                    self.on_hidden(module, i, s, into(seen, s.name))
+                elif g.of == ROUTER:
+                    self.on_source(module, i, s, into(seen, s.name))
+                for k, value in g.parts().items():
+                    layer.register_buffer(f"{s.role}_{k}", value, persistent=False)  # who looks at the block sees that it is another one
+
+            def mask(s: Site, g: Gate, x: Tensor) -> Tensor:
+                v = x if g.of == INPUT else seen[s.name]
+                whole = v.reshape(self._sequences, -1, v.shape[-1])
+                # A step is one place of all sequences, or of as many as the gate takes.
+                passed = torch.cat([g.mask(some) for some in whole.split(g.together or len(whole))])
+                if passed.shape[-1] != x.shape[-1]:
+                    raise BadInput(f"{s.name}: its gate decides for {passed.shape[-1]} inputs, and it has {x.shape[-1]}; "
+                                   "trim the model again")
+                passed = passed.view_as(x)
+                self._count(reached, s, passed)
+                return passed
+
+            def gated(m: nn.Module, args: Any, own: tuple[Site, Gate] = each[0]) -> Any:
+                return args[0] * mask(*own, args[0]), *args[1:]
+
+            def taken(s: Site, g: Gate, w: Tensor) -> Callable[[Tensor], Tensor]:
+                return lambda x: nn.functional.linear(x * mask(s, g, x) - x, w)
+
+            if len(sites) == 1:
+                layer.register_forward_pre_hook(gated)
+            else:  # stacked: of each what it does to its own outputs
+                changes = [(slice(None) if s.rows is None else s.row_index(), taken(s, g, self.weight(module, s))) for s, g in each]
+                layer.register_forward_hook(lambda m, args, y, changes=changes: _changed(y, args[0], changes))
+
+    def on_hidden(self, module: nn.Module, i: int, down: Site, see: Callable[[Tensor, Tensor], None]) -> list[Any]:
+        """Calls `see`(gate, up), both [..., neurons], the gate activated, whenever the MLP of block `i` that ends in `down` runs, before
+        that does. Returns the hooks. BadInput where it has no gate."""
+        feeders = {s.role: s for s in self.sites_of(i) if s.consumer == down.name}
+        if down.role != "down" or "gate" not in feeders or down.expert is not None:
+            raise BadInput(f"{down.name}: what its gate lets pass is what an MLP with a gate ends in; scope it to such sites: *.mlp.down")
+        act, held = graph.activation(self.config), dict[str, Tensor]()
+
+        def keep(m: nn.Module, args: Any, y: Tensor, mine: list[Site]) -> None:
+            held.update({s.role: y if s.rows is None else y[..., s.row_index()] for s in mine})
+
+        by_param: dict[str, list[Site]] = {}
+        for s in feeders.values():
+            by_param.setdefault(s.param, []).append(s)
+        hooks = [module.get_submodule(param.rpartition(".")[0]).register_forward_hook(lambda m, args, y, mine=mine: keep(m, args, y, mine))
+                 for param, mine in by_param.items()]
+        layer = module.get_submodule(down.param.rpartition(".")[0])
+        return [*hooks, layer.register_forward_pre_hook(lambda m, args: see(act(held["gate"]), held["up"]), prepend=True)]
+
+    def on_source(self, module: nn.Module, i: int, site: Site, see: Callable[[Tensor], None]) -> list[Any]:
+        """Calls `see` with what the sublayer is given that `site` of block `i` ends, before anything is made of it. Returns the hooks.
+        BadInput where it ends none."""
+        feeders = [s for s in self.sites_of(i) if s.consumer == site.name or (site.role == "o" and s.role == "q")]
+        if not feeders or site.expert is not None:
+            raise BadInput(f"{site.name}: its gate looks at what a sublayer is given, and it ends none; scope it to *.o or *.down")
+        layer = module.get_submodule(feeders[0].param.rpartition(".")[0])
+        return [layer.register_forward_pre_hook(lambda m, args: see(args[0]), prepend=True)]
 
     def _pieces_of(self, site: Site) -> list[graph.Piece]:
         return self._pieces[f"{self._stem}{site.block}.{site.param}"]
@@ -353,7 +453,7 @@ class Network:
     def run(self, module: nn.Module, i: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states behind block `i`."""
         args, kwargs = context.calls[i]
-        self._mask = context.mask
+        self._mask, self._sequences = context.mask, len(hidden)
         out = module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -429,6 +529,10 @@ class Network:
         z = before - p.detach().float()
         return z, {name} | {self.add_to_bias(module, r, self.weight(module, r).float() @ z) for r in fold.readers}
 
+    def has_gate(self, down: Site) -> bool:
+        """Whether the site ends an MLP that has a gate."""
+        return any(s.role == "gate" and s.consumer == down.name for s in self.sites_of(down.block))
+
     def weight_grad(self, module: nn.Module, site: Site) -> Tensor:
         """The gradient [out, in] of the site; zeros where none arrived."""
         grad = self.param(module, site).grad
@@ -471,19 +575,41 @@ class Network:
         """While open, running block `i` calls `sink(kind, key, *tensors)`, padding left out.
 
         "input": key = Site.input, x [tokens, in], once per distinct input and forward; an expert sees its own tokens only.
+        "met": the same behind gates and rounding, where these come before the layer; without experts.
+        "sentence": the same for one sequence after the other, experts left out.
+        "fed": key = the input of the site that a sublayer ends in, what the sublayer is given [tokens, width], and that input [tokens, in].
+        "hidden": key = the input of the site that an MLP with a gate ends in, its gate, activated, and what that multiplies, [tokens, in].
         "sublayer": key = "attn" or "mlp", the residual stream x, y [tokens, width] before and after; in a parallel block
         both start from the block's input, in a post-norm block the stream is taken behind the norm.
         """
         handles = []
-        if "input" in want:
-            first = {s.input: s for s in reversed(self.sites_of(i)) if s.expert is None}
+        first = {s.input: s for s in reversed(self.sites_of(i)) if s.expert is None}
+
+        def see(m: nn.Module, args: Any, kind: str, key: str) -> None:
+            sink(kind, key, self._tokens(args[0]))
+
+        for kind in sorted(want & {"input", "met"}):
             for key, s in first.items():
                 handles.append(module.get_submodule(s.param.rpartition(".")[0]).register_forward_pre_hook(
-                    lambda m, args, key=key: sink("input", key, self._tokens(args[0])), prepend=True))  # before it is rounded
+                    partial(see, kind=kind, key=key), prepend=kind == "input"))
+        if "input" in want:
             stacks = {s.role: s.param for s in self.sites_of(i) if s.expert is not None}
             if stacks:
                 handles.append(module.get_submodule(stacks["up"].rpartition(".")[0]).register_forward_pre_hook(
                     lambda m, args, kwargs: self._expert_inputs(m, *args, *kwargs.values(), sink=sink), with_kwargs=True))
+        if "hidden" in want:
+            for down in (s for s in self.sites_of(i) if s.role == "down" and s.expert is None and self.has_gate(s)):
+                handles += self.on_hidden(module, i, down, self._tap(sink, "hidden", down.input))
+        if "sentence" in want:
+            for key, s in first.items():
+                handles.append(module.get_submodule(s.param.rpartition(".")[0]).register_forward_pre_hook(
+                    lambda m, args, key=key: self._each_sentence(args[0], sink, key), prepend=True))
+        if "fed" in want:
+            given: dict[str, Tensor] = {}
+            for s in {s.input: s for s in reversed(self.sites_of(i)) if s.role in ("o", "down") and s.expert is None}.values():
+                handles += self.on_source(module, i, s, into(given, s.input))
+                handles.append(module.get_submodule(s.param.rpartition(".")[0]).register_forward_pre_hook(
+                    lambda m, args, key=s.input: sink("fed", key, self._tokens(given.pop(key)), self._tokens(args[0])), prepend=True))
         if "sublayer" in want:
             handles += self._sublayer_taps(module, sink)
         try:
@@ -495,6 +621,20 @@ class Network:
     def _tokens(self, x: Tensor) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
         return x if self._mask is None or len(self._mask) != len(x) else x[self._mask]
+
+    def _tap(self, sink: Sink, kind: str, key: str) -> Callable[..., None]:
+        """What passes on the tokens of all that it is given."""
+        def see(*tensors: Tensor) -> None:
+            sink(kind, key, *map(self._tokens, tensors))
+
+        return see
+
+    def _each_sentence(self, x: Tensor, sink: Sink, key: str) -> None:
+        """Passes on [tokens, width] of every sequence, padding left out."""
+        whole = x.reshape(self._sequences, -1, x.shape[-1])
+        real = None if self._mask is None or self._mask.numel() != whole[..., 0].numel() else self._mask.view(whole.shape[:2])
+        for k, one in enumerate(whole):
+            sink("sentence", key, one if real is None else one[real[k]])
 
     @torch.no_grad()
     def _expert_inputs(self, m: Any, hidden: Tensor, chosen: Tensor, *_: Tensor, sink: Sink) -> None:
@@ -602,6 +742,22 @@ def _fill_buffers(model: Any, module: nn.Module) -> None:
         model._init_weights(m)
         if bad := [n for n in mine if m.get_buffer(n).is_floating_point() and m.get_buffer(n).isnan().any()]:
             raise Failed(f"buffers {bad} of {type(m).__name__} are stored nowhere and transformers does not compute them")
+
+
+def into(held: dict[str, Tensor], key: str) -> Callable[..., None]:
+    """What puts the first tensor it is given there."""
+    def put(x: Tensor, *_: Tensor) -> None:
+        held[key] = x
+
+    return put
+
+
+def gate_of(parts: Mapping[str, Tensor], site: Site) -> Gate | None:
+    """What the parts, by `<site>:<part>`, say of the site's gate; BadInput that names the site where something of it is missing."""
+    try:
+        return Gate.among(of_site(parts, site.name))
+    except BadInput as e:
+        raise BadInput(f"{site.name}: {e}") from None
 
 
 def _changed(y: Tensor, x: Tensor, changes: list[tuple[Any, Callable[[Tensor], Tensor]]]) -> Tensor:

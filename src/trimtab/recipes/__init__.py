@@ -155,3 +155,25 @@ recipe("onebit", "onebit", source="arXiv:2402.11295 (Xu et al. 2024), its initia
 recipe("adadim", "int(bits=4,group=128) | adadim", source="arXiv:2309.15531 (Heo et al. 2023)", claims=[
     Claim("better than rounding to nearest at 3 bits", "adadim(bits=3)", "rtn(bits=3)", "3-bits", "figures recalled, not asserted"),
 ], note="`adadim(feedback=true)` is GPTQ-ada.")
+recipe("gate_magnitude", "gate_magnitude", source="arXiv:2408.14690 (Liu et al. 2024, TEAL), one share everywhere",
+       note="`--keep` is the share of inputs computed. `gptq ; gate_magnitude(keep=0.5)` gates a quantised model.")
+recipe("teal", "teal | gate_magnitude", source="arXiv:2408.14690 (Liu et al. 2024, TEAL)",
+       note="Inside every block the shares that cost its outputs least. `teal | wina`: those of another gate.")
+recipe("wina", "wina", source="arXiv:2505.19427 (Chen et al. 2025)")
+recipe("cats", "*.down: cats", source="arXiv:2404.08763 (Lee et al. 2024)")
+recipe("chess", "*.down: chess ; *.q,*.o: gate_magnitude", source="arXiv:2409.01366 (He et al. 2024)")
+recipe("lazy", "*.down: gate_magnitude(exact=true)", source="arXiv:2210.06313 (Li et al. 2022, the lazy neuron phenomenon), its top-k",
+       note="As many hidden neurons of every token, the largest of what the last map of the MLP meets: so nothing but that map is saved. "
+            "There the network is trained with it, here it is not; where nothing was trained to be sparse it is an honest zero point.")
+recipe("dejavu", "*.down: predictor", source="arXiv:2310.17157 (Liu et al. 2023, Deja Vu), its predictor of an MLP",
+       note="Made for ReLU: with SiLU hardly a neuron is zero, and what is small is hard to foretell. `dejavu(exact=true)` computes "
+            "as many neurons of every token. Its predictor of heads is that of `polar` here.")
+recipe("polar", "*.down: polar ; *.o&!0.*: heads", source="arXiv:2505.14884 (Shrestha et al. 2025, Polar Sparsity)",
+       note="Made for ReLU and for steps of several sequences: `polar(batch=16)`, and the neurons alone as `*.down: gate/polar`. `--keep` "
+            "is the share of heads, none of them left out in the first layer, and what of the neurons counts as active; where most are, as "
+            "with SiLU, nearly all are computed.")
+recipe("coreinfer", "*.down: core", source="arXiv:2410.18311 (Wang et al. 2024, CoreInfer), stability-guided",
+       note="The first `prompt` tokens of a sequence are computed whole and decide for the others: `coreinfer(prompt=200)`. "
+            "Neurons count by what is above zero, as with ReLU; with SiLU some of what matters is below.")
+recipe("coreinfer_similar", "*.down: core_similar", source="arXiv:2410.18311 (Wang et al. 2024, CoreInfer), similarity-guided",
+       note="For prompts too short to decide; `coreinfer_similar(prompt=16,clusters=8)`.")

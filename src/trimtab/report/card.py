@@ -1,7 +1,7 @@
 """The README.md every output directory gets: what was done to the model, what it cost, what it bought."""
 from __future__ import annotations
 
-from trimtab.report.table import Run, name, percent, ranks, rows, zeros
+from trimtab.report.table import Run, name, percent, ranks, rows, skips, zeros
 
 
 def _cell(text: str) -> str:
@@ -25,6 +25,7 @@ def card(run: Run, base: str, commands: list[str]) -> str:
         out += [f"| | dense | {_cell(name(run))} |", "|---|---:|---:|"]
         out += [f"| {what} | {_cell(a)} | {_cell(b)} |" for what, a, b in rows(run)]
         out += ["", f"- smaller: {run['smaller']}", f"- faster: {run['faster']}"]
+        out += [f"- sparsity: {skips(run)}"] if run.get("sparsity") else []
         out += [f"- warning: {w}" for w in run.get("warnings", [])]
     fence = "```"
     out += ["", "## Commands", "", fence + "sh", *commands, fence, "", "## Limits", "",

@@ -4,8 +4,26 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from trimtab.report import plots
-from trimtab.report.table import Run, mb, met, name, number, percent, ranked, ratio, stored, times, took, zeros
+from trimtab.report import activation_plots, plots
+from trimtab.report.table import (
+    Run,
+    activation_lines,
+    activation_rows,
+    count,
+    looked_at,
+    mb,
+    met,
+    name,
+    number,
+    percent,
+    ranked,
+    ratio,
+    skips,
+    stored,
+    times,
+    took,
+    zeros,
+)
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#16202a;--soft:#5a6875;--line:#dfe5ea;--panel:#f5f8fa;--accent:#0b6e8a;
@@ -18,6 +36,7 @@ body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-ap
 main{max-width:1120px;margin:0 auto;padding:40px 24px 64px}
 .brand{display:flex;gap:10px;align-items:center;color:var(--accent);font-weight:650;letter-spacing:.01em}
 h1{font-size:clamp(1.6rem,4.5vw,2.4rem);line-height:1.15;margin:.5em 0 .4em;letter-spacing:-.02em;text-wrap:balance}
+h3{font-size:1rem;margin:1.8rem 0 .2rem}
 h2{font-size:1.2rem;margin:3rem 0 .3rem;letter-spacing:-.01em}
 p{max-width:72ch;margin:.3em 0 1em}.note{color:var(--soft);font-size:.92rem}
 .lead{font-size:1.14rem;max-width:66ch}
@@ -145,6 +164,11 @@ def _plots(runs: list[Run]) -> str:
                 '<div class="heats">']
         out += [f'<figure><figcaption>{escape(c)}</figcaption><div class="in">{s}</div></figure>' for c, s in heats]
         out.append("</div>")
+    if heats := plots.heat_maps(runs, plots.SKIPPED):
+        out += ["<h2>What gates skip</h2>",
+                '<p class="note">Per cent of the inputs of each site that its gate left out on held-out text.</p>', '<div class="heats">']
+        out += [f'<figure><figcaption>{escape(c)}</figcaption><div class="in">{s}</div></figure>' for c, s in heats]
+        out.append("</div>")
     return "\n".join(out)
 
 
@@ -164,6 +188,33 @@ def _samples(samples: dict[str, str], runs: list[Run]) -> str:
             f'<div class="pair">{first}</div>{more}')
 
 
+def activations(a: dict[str, Any]) -> str:
+    """What the hidden values of the MLPs say, as a section."""
+    heads, rows = activation_rows(a)
+    said = "".join(f"<p>{escape(x[:1].upper() + x[1:])}.</p>" for x in activation_lines(a))
+    first = a["tolerances"][0]
+    drawn = [("Zero, small, or not needed", f"Hidden values of each MLP. Small: below {a['small_below']:g} of a layer's root mean square. "
+              "Left out: what all layers can do without at once while the network is at most so many per cent worse "
+              f"({activation_plots.tolerance(a, first['p'])}), weak neurons first.", activation_plots.shares(a)),
+             ("What leaving out costs", "Points: what the search for the tolerances measured, one threshold a layer for one relative error "
+              "of all layers (CETT).", activation_plots.costs(a)),
+             ("What a batch has in common", "Tokens decoded together share the weights that are read: neurons that none of them needs, by "
+              f"{'exact zeros' if a['union']['mask'] == 'zeros' else a['union']['mask']}. Tokens of a batch are of different sequences.",
+              activation_plots.unions(a)),
+             ("Dead neurons", f"Over {a['tokens']:,} tokens; fewer are zero for every token the more of them are looked at.",
+              activation_plots.neurons(a))]
+    figures = "".join(f'<h3>{escape(title)}</h3><p class="note">{escape(note)}</p><div class="wide plot">{svg}</div>'
+                      for title, note, svg in drawn if svg)
+    return (f'<h2>What the hidden values say</h2><p class="note">{looked_at(a)}.</p>{said}'
+            f"{_plain(heads, rows)}{figures}")
+
+
+def _plain(heads: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
 def _provenance(runs: list[Run], machine: dict[str, Any]) -> str:
     facts, commands = [], []
     for key, value in machine.items():
@@ -180,7 +231,8 @@ def _provenance(runs: list[Run], machine: dict[str, Any]) -> str:
         facts.append(("proof", f"{runs[0]['tokens']:,} held-out {unit}"))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)
     lines = "".join(f"<dt>{escape(name(r))}</dt><dd>smaller {escape(r.get('smaller', '—'))}<br>faster "
-                    f"{escape(r.get('faster', '—'))}{''.join('<br>' + escape(w) for w in r.get('warnings', []))}</dd>"
+                    f"{escape(r.get('faster', '—'))}{'<br>sparsity: ' * bool(r.get('sparsity'))}{escape(skips(r))}"
+                    f"{''.join('<br>' + escape(w) for w in r.get('warnings', []))}</dd>"
                     for r in ranked(runs))
     run = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
     return (f"<h2>How this was measured</h2><dl>{listed}</dl>{run}"
@@ -193,18 +245,36 @@ def page(title: str, runs: list[Run], samples: dict[str, str], machine: dict[str
     commands under any key. Everything given is escaped."""
     if not runs:
         raise ValueError("a report needs at least one run")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>
-<header><div class="brand">{LOGO}<span>trimtab</span></div><h1>{escape(title)}</h1>
-<p class="lead">{escape(sentence(runs))}</p></header>
-{_tiles(runs)}
+    return _document(title, sentence(runs), f"""{_tiles(runs)}
 <h2>All recipes</h2>
 <p class="note">Recovery is {'dense perplexity divided by trimmed perplexity' if runs[0]["metric"] == "perplexity" else
 'the cosine to the dense model'}; speed is relative to the dense model, measured in turns with it.</p>
 {_table(runs)}
 {_plots(runs)}
 {_samples(samples, runs)}
-{_provenance(runs, machine)}
+{_provenance(runs, machine)}""")
+
+
+def inspect_page(model: str, result: dict[str, Any], facts: dict[str, str]) -> str:
+    """What `inspect` found of one network, called `model`; `facts`: how, in words."""
+    rows = [[role, str(r["sites"]), " x ".join(map(str, r["shape"])), count(r["params"]), percent(r["near_zero"]),
+             percent(r["outliers"], 2)] for role, r in result["roles"].items()]
+    lead = (f"{result['family']}, {result['blocks']} blocks, {count(result['params'])} parameters, {count(result['params_in_sites'])} of "
+            f"them in layers that a trim may touch, {mb(result['bytes'])}.")
+    least = f"<p>Changes its input least: {escape(', '.join(result['most_redundant']))}.</p>" if result["most_redundant"] else ""
+    listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    return _document(f"trimtab inspect: {model}", lead, f"""<h2>Layers</h2>
+{_plain(["layer", "sites", "out x in", "parameters", "near zero", "outliers"], rows)}{least}
+{activations(result["activations"]) if result.get("activations") else ""}
+<h2>How this was measured</h2><dl>{listed}</dl>""")
+
+
+def _document(title: str, lead: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>
+<header><div class="brand">{LOGO}<span>trimtab</span></div><h1>{escape(title)}</h1>
+<p class="lead">{escape(lead)}</p></header>
+{body}
 </main></body></html>
 """

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 
 from trimtab.report.table import Run, mb, name, number, percent, ranked, stored
@@ -171,25 +173,36 @@ def block_error(runs: list[Run]) -> str:
     return _svg(width, height, "error behind each block, one line a recipe", out)
 
 
-def _cells(run: Run) -> dict[str, dict[int, float]]:
-    """{role: {block: share of zeros}}; the experts of one block are averaged."""
+@dataclass(frozen=True)
+class Map:
+    """What is drawn of every site: `what` it is a share of, in words, and `of` a run {site: share}, empty where there is none."""
+
+    what: str
+    of: Callable[[Run], dict[str, float]]
+
+
+ZEROS = Map("zeros", lambda run: run.get("zeros") or {})
+SKIPPED = Map("skipped inputs", lambda run: {n: its["reached"] for n, its in (run.get("sparsity") or {}).get("sites", {}).items()})
+
+
+def _cells(shares: dict[str, float]) -> dict[str, dict[int, float]]:
+    """{role: {block: share}}; the experts of one block are averaged."""
     sums: dict[str, dict[int, list[float]]] = {}
-    for site, share in (run.get("sparsity") or {}).items():
+    for site, share in shares.items():
         block, _, role = site.partition(".")
         role = re.sub(r"experts\.\d+", "experts", role)
         sums.setdefault(role, {}).setdefault(int(block), []).append(share)
     return {role: {b: sum(v) / len(v) for b, v in row.items()} for role, row in sums.items()}
 
 
-def even(run: Run) -> bool:
-    """All sites have the same share of zeros, to half a per cent."""
-    shares = list((run.get("sparsity") or {}).values())
-    return not shares or max(shares) - min(shares) <= 0.005
+def even(shares: dict[str, float]) -> bool:
+    """All sites have the same share, to half a per cent."""
+    return not shares or max(shares.values()) - min(shares.values()) <= 0.005
 
 
-def sparsity(run: Run) -> str:
-    """Share of zeros, sites down and blocks across; darker is sparser, on one scale for all recipes."""
-    cells = _cells(run)
+def heat_map(run: Run, of: Map = ZEROS) -> str:
+    """A share, sites down and blocks across; darker is sparser, on one scale for all recipes."""
+    cells = _cells(of.of(run))
     depth = 1 + max((b for row in cells.values() for b in row), default=0)
     w, h = (34.0, 22.0) if depth <= 16 else (max(9.0, 544 / depth), 18.0)
     left = 12 + 7.0 * max(map(len, cells), default=0)
@@ -205,16 +218,16 @@ def sparsity(run: Run) -> str:
                 fill = 'style="fill:var(--on,#fff)" ' if share > 0.7 else ""
                 out.append(_text(left + (b + 0.5) * w - 0.5, 20 + (k + 0.68) * h, f"{100 * share:.0f}",
                                  f'{fill}text-anchor="middle" font-size="10.5" pointer-events="none"'))
-    return _svg(left + depth * w + 4, 24 + h * len(cells), f"share of zeros per site and block: {name(run)}", out)
+    return _svg(left + depth * w + 4, 24 + h * len(cells), f"share of {of.what} per site and block: {name(run)}", out)
 
 
-def heat_maps(runs: list[Run]) -> list[tuple[str, str]]:
+def heat_maps(runs: list[Run], of: Map = ZEROS) -> list[tuple[str, str]]:
     """(caption, drawing) for every recipe that is uneven over the sites; the even ones share one drawing at the end."""
-    shown = [r for r in runs if r.get("sparsity")]
-    out = [(name(r), sparsity(r)) for r in ranked(shown) if not even(r)]
-    if same := [r for r in ranked(shown) if even(r)]:
+    shown = [r for r in runs if of.of(r)]
+    out = [(name(r), heat_map(r, of)) for r in ranked(shown) if not even(of.of(r))]
+    if same := [r for r in ranked(shown) if even(of.of(r))]:
         groups: dict[int, list[Run]] = {}
         for r in same:
-            groups.setdefault(round(100 * sum(r["sparsity"].values()) / len(r["sparsity"])), []).append(r)
-        out += [(f"{share}% in every site: {', '.join(map(name, g))}", sparsity(g[0])) for share, g in groups.items()]
+            groups.setdefault(round(100 * sum((shares := of.of(r)).values()) / len(shares)), []).append(r)
+        out += [(f"{share}% in every site: {', '.join(map(name, g))}", heat_map(g[0], of)) for share, g in groups.items()]
     return out

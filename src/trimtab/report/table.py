@@ -42,7 +42,7 @@ def name(run: Run) -> str:
 
 def zeros(run: Run) -> float | None:
     """Share of zeros over the sites, weighted by their size where the proof says it."""
-    shares = list((run.get("sparsity") or {}).values())
+    shares = list((run.get("zeros") or {}).values())
     return run.get("zero_share", sum(shares) / len(shares) if shares else None)
 
 
@@ -50,6 +50,16 @@ def ranks(run: Run) -> str:
     """Of the layers that are factors: the least and the greatest."""
     low, high = min(run["ranks"].values()), max(run["ranks"].values())
     return str(low) if low == high else f"{low} to {high}"
+
+
+def skips(run: Run) -> str:
+    """What its gates skip, in one line; nothing where it has none."""
+    if not (found := run.get("sparsity")):
+        return ""
+    each = [its["reached"] for its in found["sites"].values()]
+    asked = "" if found["target"] is None else f", {percent(found['target'])} asked"
+    return (f"gates skip {percent(found['reached'])} of the weights of {len(each)} layers on held-out text{asked}; "
+            f"of one layer {percent(min(each))} to {percent(max(each))}")
 
 
 def stored(run: Run) -> int:
@@ -113,6 +123,8 @@ def print_proof(run: Run) -> None:
     for what in ("smaller", "faster"):
         if run.get(what):
             out.print(f"{what}: {escape(run[what])}", soft_wrap=True)
+    if run.get("sparsity"):
+        out.print(f"sparsity: {skips(run)}", soft_wrap=True)
     for line in run.get("warnings", []):
         out.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True)
     if "proof" in run:
@@ -169,12 +181,65 @@ def print_inspect(result: dict[str, Any]) -> None:
         table.add_row(role, str(r["sites"]), " x ".join(map(str, r["shape"])), count(r["params"]),
                       percent(r["near_zero"]), percent(r["outliers"], 2))
     out.print(table)
+    if result.get("activations"):
+        print_activations(out, result["activations"])
     if result.get("most_redundant"):
         out.print(f"changes its input least: {escape(', '.join(result['most_redundant']))}", soft_wrap=True)
     if result.get("verified") is not None:
         out.print(f"verified: {result['verified']} tensors and what describes them are what was written")
     if result.get("recipe"):
         out.print(f"already trimmed: {escape(str(result['recipe']))}", soft_wrap=True)
+
+
+def activation_rows(a: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads, and a row an MLP, of what its hidden values say."""
+    tolerances = [f"{t['p']:g}" for t in a["tolerances"]]
+    name = "PPL" if a["metric"] == "perplexity" else a["metric"]
+    last = a["union"]["batch"][-1]
+    heads = ["MLP", "neurons", "zero", f"below {a['small_below']:g} rms", *(f"out at {name}-{p}%" for p in tolerances)]
+    heads += [f"union of {last}"] if last > 1 else []
+    heads += ["dynamic dead", "never active"] if a["relu"] else []
+    rows = []
+    for x in a["layers"]:
+        row = [x["layer"], f"{x['neurons']:,}", percent(x["zeros"]), percent(x["small"]), *(percent(x["sparsity"][p]) for p in tolerances)]
+        row += [percent(x["union"]["sparsity"][-1])] if last > 1 else []
+        row += [percent(x["dead"]["dynamic"]), percent(x["dead"]["never_active"])] if a["relu"] else []
+        rows.append(row)
+    return heads, rows
+
+
+def looked_at(a: dict[str, Any]) -> str:
+    return f"{a['tokens']:,} tokens of {a['sequences']} sequence{'s' * (a['sequences'] > 1)}"
+
+
+def activation_lines(a: dict[str, Any]) -> list[str]:
+    """What the measures of activations come to, a line each."""
+    lm = a["metric"] == "perplexity"
+    out = []
+    for t in a["tolerances"]:
+        cost = f"perplexity {number(t['score'])} for {number(a['score'])}" if lm else f"cosine {number(t['score'])} to the outputs without"
+        end = "; not more, since a CETT of 1 is the end of the search" if t["whole_range"] else ""
+        out.append(f"{'PPL' if lm else 'cosine'}-{t['p']:g}%: {percent(t['sparsity'])} of the hidden values can be left out in all layers "
+                   f"at once, {cost} (CETT {number(t['cett'], 3)}){end}")
+    u = a["union"]
+    if u["batch"][-1] > 1:
+        out.append(f"union: no token of {u['batch'][-1]} needs {percent(u['sparsity'][-1])} of the neurons, against "
+                   f"{percent(u['sparsity'][0])} for one ({percent(u['independent'][-1])} if neurons were independent; mask: {u['mask']})")
+    if a["left_out"]:
+        out.append(a["left_out"])
+    return out
+
+
+def print_activations(out: Console, a: dict[str, Any]) -> None:
+    heads, rows = activation_rows(a)
+    table = Table(*heads, title=f"hidden values over {looked_at(a)}", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    for line in activation_lines(a):
+        out.print(escape(line), soft_wrap=True)
 
 
 def comparison(runs: list[Run]) -> Table:

@@ -5,6 +5,10 @@ import torch
 from torch import Tensor
 
 from trimtab.core.registry import method
+from trimtab.methods.gates import firing
+from trimtab.methods.stat.moments import TOKENS
+
+ROUTED = 1024  # of a batch that a router learns from
 
 
 @method("stat", of="mid", merge="sum", mean=True, done=torch.sqrt)
@@ -32,3 +36,68 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     Deviations: the similarity itself, not the importance 1 - similarity
     """
     return torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).sum().reshape(1)
+
+
+@method("stat", of="hidden", merge="cat")
+def hidden_gate(x: Tensor, y: Tensor) -> Tensor:
+    """The gates of an MLP, activated, for some of the tokens, [tokens, neurons]: at most 128 of a batch, evenly spread.
+
+    x, y [tokens, neurons]: the gates, and what they multiply.
+
+    Formula: f(x_t W_gate)
+    Source: textbook
+    Deviations: none
+    """
+    return x[:: -(-len(x) // TOKENS)].float().clone()
+
+
+@method("stat", of="hidden", merge="sum", mean=True)
+def hidden_up(x: Tensor, y: Tensor) -> Tensor:
+    """Mean magnitude of what the gates of an MLP multiply, [neurons].
+
+    x, y [tokens, neurons]: the gates, activated, and what they multiply.
+
+    Formula: E_t[|u_ti|]
+    Source: He et al. 2024 (CHESS), arXiv:2409.01366, section 3.1
+    Deviations: none
+    """
+    return y.float().abs().sum(0)
+
+
+@method("stat", of="fed", merge="cat")
+def source(x: Tensor, y: Tensor) -> Tensor:
+    """What a sublayer is given, for some of the tokens, [tokens, width]: at most 1024 of a batch, evenly spread.
+
+    x [tokens, width], y [tokens, in]: what the sublayer is given, and what the site that ends it makes its output of.
+
+    Formula: x_t
+    Source: textbook
+    Deviations: none
+    """
+    return x[:: -(-len(x) // ROUTED)].float().clone()
+
+
+@method("stat", of="fed", merge="cat")
+def fed(x: Tensor, y: Tensor) -> Tensor:
+    """What the site that ends a sublayer is given, for the tokens of `source`, [tokens, in].
+
+    x [tokens, width], y [tokens, in]: what the sublayer is given, and what the site that ends it makes its output of.
+
+    Formula: h_t
+    Source: textbook
+    Deviations: none
+    """
+    return y[:: -(-len(y) // ROUTED)].float().clone()
+
+
+@method("stat", of="sentence", merge="cat")
+def firings(x: Tensor) -> Tensor:
+    """How many tokens of each sequence have an input in their core, [sequences, in].
+
+    x [tokens, in]: the input of one sequence. The core of a token is the 0.4 of its inputs above zero that are largest, rounded up.
+
+    Formula: sum_t 1[x_ti is among the 0.4 of {x_tj > 0} that are largest]
+    Source: Wang et al. 2024 (CoreInfer), arXiv:2410.18311, definitions 1 and 2
+    Deviations: none
+    """
+    return firing(x)[None]
