@@ -44,8 +44,8 @@ class Layer:
         shape, rows = re.match(r"one layer (\d+)x(\d+)", row["model"]), re.search(r"-batch-(\d+)$", row["setting"])
         kind = re.match(r"(?:(\S+) )?(f32|bf16|int8|int4|int2|ternary)\b", name)
         family = re.sub(r"\d:\d", "n:m", re.sub(r"bsr\d+", "blocks", kind[1] or "codes")) if kind else None
-        if name == row["recipe"] or not (shape and rows and kind) or family not in FAMILIES:
-            return None
+        if name == row["recipe"] or not (shape and rows and kind) or family not in FAMILIES or row["setting"].startswith("gates"):
+            return None  # what gates leave of a row is no layer of its own
         entries, share = int(shape[1]) * int(shape[2]), re.search(r"(\d+)% kept", name)
         kept = int(share[1]) / 100 if share else 0.5 if family == "n:m" else 1.0
         weights = "t" if kind[2] == "ternary" else kind[2].replace("int", "i")
