@@ -283,12 +283,13 @@ def test_every_kernel_agrees_with_the_weight_it_was_packed_from(type_):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
 def test_columns_that_no_row_meets_are_not_missed(type_, share):
     """Rows of x that share what they meet, others with zeros of their own among it, all off and all on: the sum is that of all inputs."""
-    for out, inputs in ((40, 72), (300, 200), (128, 1000), (4200, 64)):
+    # Outputs that are divided among parts, inputs of several slabs, groups that are deeper than one.
+    for out, inputs, group in ((40, 72, 64), (300, 200, 64), (128, 1000, 64), (4200, 64, 0), (300, 2112, 1056), (160, 2100, 0)):
         gen = torch.Generator().manual_seed(out)
         w = torch.randn(out, inputs, generator=gen)
-        p = columns(nearest(w, BITS[type_], 64 if inputs > 64 else 0, asymmetric=True) if type_ in BITS else w.to(dtype(type_)))
+        p = columns(nearest(w, BITS[type_], group, asymmetric=True) if type_ in BITS else w.to(dtype(type_)))
         linear, exact = native.Linear(p), layouts.restored(p).double()
-        for batch in (1, 2, 3, 4, 5, 9):
+        for batch in (1, 2, 3, 4, 5, 9, 29):
             x = torch.randn(batch, inputs, generator=gen) * (torch.rand(inputs, generator=gen) < share)
             x[-1] *= torch.rand(inputs, generator=gen) < 0.5
             for kernel in linear.kernels:

@@ -109,9 +109,11 @@ using Prepare = void (*)(const Input&, const float* x, int64_t in, int64_t batch
 // this thread's own.
 using Run = void (*)(const Weights& w, const void* x, int64_t batch, float* y, int64_t begin, int64_t end, float* scratch);
 
-// Of a few rows, what part `part` of `parts` of the inputs that x meets adds up to: `sums` [batch, outputs filled up to a panel].
-using Part = void (*)(const Weights& w, const void* x, int64_t batch, int part, int parts, float* sums, float* scratch);
-// Rows of x up to which a kernel that has it divides inputs among threads, and not panels.
+// Inputs from .. to of outputs begin .. end, which are whole panels.
+struct Region { int64_t from, to, begin, end; };
+// Of a few rows, what the inputs of a region that x meets add up to: `sums` [batch, outputs filled up to a panel], its outputs alone.
+using Part = void (*)(const Weights& w, const void* x, int64_t batch, const Region& region, float* sums, float* scratch);
+// Rows of x up to which a kernel that has it goes over regions, and not panels.
 constexpr int64_t FEW = 4;
 
 struct Kernel {

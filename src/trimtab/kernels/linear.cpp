@@ -380,9 +380,9 @@ public:
         j.kernel->run(*j.weights, of(j), batch_, j.y, from, to, memory(j));
     }
 
-    // A part of what a job whose kernel divides inputs adds up to, on this thread.
-    void part(const Job& j, int part, int parts, float* sums) const {
-        j.kernel->part(*j.weights, of(j), batch_, part, parts, sums, memory(j));
+    // What a region of a job whose kernel has parts adds up to, on this thread.
+    void part(const Job& j, const Region& region, float* sums) const {
+        j.kernel->part(*j.weights, of(j), batch_, region, sums, memory(j));
     }
 
 private:
@@ -411,27 +411,35 @@ private:
 
 namespace {
 
-// Jobs whose kernels divide inputs: threads add up parts of all of them, always as many, so that who does changes nothing; then they divide
-// the outputs.
+// Jobs whose kernels go over regions of a few rows: every map has as many, whose sums are added in the same order, so that it changes
+// nothing how many threads share them. Wide maps are divided by their outputs as well: sums stay in the first-level cache.
 class Parts {
 public:
     Parts(std::span<const Job> jobs, const Prepared& prepared, int64_t batch, int threads) : batch_(batch) {
-        thread_local std::vector<float> memory;
         int64_t all = 0;
         for (const Job& j : jobs)
-            if (j.kernel->divides(batch)) all += size(j);
-        float* at = sized(memory, all * PARTS + 16);
-        sums_ = at += (-reinterpret_cast<uintptr_t>(at) & 63) / 4;
-        stride_ = all;
+            if (divides(j)) all += size(j);
         if (!all) return;
+        thread_local std::vector<float> memory;
+        float* at = sized(memory, all + 16);
+        sums_ = at += (-reinterpret_cast<uintptr_t>(at) & 63) / 4;
         parallel(PARTS, threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t part = begin; part < end; ++part) {
-                float* to = sums_ + part * stride_;
-                for (const Job& j : jobs)
-                    if (j.kernel->divides(batch_)) prepared.part(j, int(part), PARTS, std::exchange(to, to + size(j)));
+                float* to = sums_;
+                for (const Job& j : jobs) {
+                    if (!divides(j)) continue;
+                    const int64_t down = inputs(j), i = part % down, o = part / down, across = PARTS / down;
+                    const Weights& w = *j.weights;
+                    const auto input = [&](int64_t k) { return k == down ? w.in : w.in * k / down / ALIGNED * ALIGNED; };
+                    const auto output = [&](int64_t k) { return w.panels() * k / across * w.rows; };
+                    prepared.part(j, {input(i), input(i + 1), output(o), output(o + 1)}, to + i * rows(j));
+                    to += size(j);
+                }
             }
         });
     }
+
+    bool divides(const Job& j) const { return j.kernel->divides(batch_); }
 
     // Outputs begin .. end of the job whose sums begin at `first`.
     void add(const Job& j, int64_t first, int64_t begin, int64_t end) const {
@@ -440,17 +448,21 @@ public:
             const float* from = sums_ + first + r * wide;
             float* to = j.y + r * j.weights->out;
             std::copy(from + begin, from + end, to + begin);
-            for (int part = 1; part < PARTS; ++part)
-                for (int64_t o = begin; o < end; ++o) to[o] += from[part * stride_ + o];
+            for (int64_t i = 1; i < inputs(j); ++i)
+                for (int64_t o = begin; o < end; ++o) to[o] += from[i * rows(j) + o];
         }
     }
 
-    int64_t size(const Job& j) const { return batch_ * j.weights->panels() * j.weights->rows; }
+    int64_t size(const Job& j) const { return inputs(j) * rows(j); }
 
 private:
-    float* sums_;
-    int64_t stride_, batch_;
-    static constexpr int PARTS = 8;
+    static constexpr int64_t PARTS = 8, TALL = 4096, ALIGNED = 128;
+    int64_t rows(const Job& j) const { return batch_ * j.weights->panels() * j.weights->rows; }
+    // Of the parts of a map those that divide its inputs.
+    static int64_t inputs(const Job& j) { return PARTS / std::min(PARTS, int64_t(std::bit_ceil(uint64_t(up(j.weights->out, TALL))))); }
+
+    float* sums_ = nullptr;
+    int64_t batch_;
 };
 
 }  // namespace
@@ -466,7 +478,7 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) 
         for (const Job& j : jobs) {
             const int64_t count = j.weights->panels(), rows = j.weights->rows, from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
             first += count;
-            const bool divides = j.kernel->divides(batch);
+            const bool divides = parts.divides(j);
             if (from < to) divides ? parts.add(j, sums, from * rows, std::min(to * rows, j.weights->out)) : prepared.run(j, from, to);
             if (divides) sums += parts.size(j);
         }
@@ -481,8 +493,8 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads, 
     if (!batch) return;
     const Prepared prepared(jobs, x, batch, threads);
     const Weights& w = *jobs[0].weights;
-    const bool divides = jobs[0].kernel->divides(batch);
     const Parts parts(jobs, prepared, batch, threads);
+    const bool divides = parts.divides(jobs[0]);
     const int64_t some = std::max<int64_t>(1, STRETCH / (w.rows * batch * int64_t(jobs.size())));
     parallel(w.panels(), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t p = begin; p < end; p += some) {

@@ -84,6 +84,12 @@ inline void open_total(float* total) {
     unrolled<ROWS * HEIGHT / Vec::N>(EACH(i) { Vec::zero().store(total + i * Vec::N); });
 }
 
+// What is in y already.
+template <int HEIGHT, int ROWS>
+inline void take_total(float* total, const Weights& w, const float* y, int64_t first) {
+    for (int r = 0; r < ROWS; ++r) std::copy_n(y + r * w.out + first, std::min<int64_t>(HEIGHT, w.out - first), total + r * HEIGHT);
+}
+
 template <int HEIGHT, int ROWS>
 inline void close_total(const float* total, const Weights& w, float* y, int64_t first) {
     if (first + HEIGHT <= w.out) {

@@ -120,15 +120,18 @@ inline void tiles(int64_t batch, const F& f) {
     for (; row < batch; ++row) f.template operator()<1>(row);
 }
 
-// Inputs k .. k + some of panel p, laid out as in a dense panel, for all rows of x, each `width` units of X long.
+// Inputs k .. k + some of panel p, laid out as in a dense panel, for ROWS rows of x from `row` on, each `width` units of X long.
+template <int ROWS, class T, class X>
+inline void add_tile(const Weights& w, const T* panel, const X* x, int64_t width, int64_t k, int64_t some, int64_t row, float* y, int64_t p) {
+    Tile<PANEL, ROWS> tile;
+    tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
+    tile.add(panel, x + row * width + k * ROWS, some);
+    tile.close(y + row * w.out, w.out, p * PANEL);
+}
+// The same for all rows.
 template <class T, class X>
 inline void add_panel(const Weights& w, const T* panel, const X* x, int64_t width, int64_t k, int64_t some, int64_t batch, float* y, int64_t p) {
-    tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) {
-        Tile<PANEL, ROWS> tile;
-        tile.open(y + row * w.out, w.out, p * PANEL, k == 0);
-        tile.add(panel, x + row * width + k * ROWS, some);
-        tile.close(y + row * w.out, w.out, p * PANEL);
-    });
+    tiles<PANEL>(batch, [&]<int ROWS>(int64_t row) { add_tile<ROWS>(w, panel, x, width, k, some, row, y, p); });
 }
 
 }  // namespace trimtab::ISA
