@@ -411,35 +411,35 @@ private:
 
 namespace {
 
-// Jobs whose kernels go over regions of a few rows: every map has as many, whose sums are added in the same order, so that it changes
-// nothing how many threads share them. Wide maps are divided by their outputs as well: sums stay in the first-level cache.
+// Jobs whose kernels go over regions of a few rows. Their inputs are divided into as many parts on any number of threads, whose sums are
+// added in the same order: how many there are changes no bit. More threads than parts divide the outputs as well, at the cost of shorter
+// columns.
 class Parts {
 public:
-    Parts(std::span<const Job> jobs, const Prepared& prepared, int64_t batch, int threads) : batch_(batch) {
+    Parts(std::span<const Job> jobs, const Prepared& prepared, int64_t batch, int threads)
+        : batch_(batch), count_(std::clamp(int64_t(std::bit_floor(uint64_t(jobs[0].weights->in / PART))), int64_t(1), MOST)) {
         int64_t all = 0;
         for (const Job& j : jobs)
-            if (divides(j)) all += size(j);
+            if (j.kernel->divides(batch)) all += size(j);
         if (!all) return;
         thread_local std::vector<float> memory;
         float* at = sized(memory, all + 16);
         sums_ = at += (-reinterpret_cast<uintptr_t>(at) & 63) / 4;
-        parallel(PARTS, threads, [&](int64_t begin, int64_t end, int) {
-            for (int64_t part = begin; part < end; ++part) {
+        const int64_t in = jobs[0].weights->in, across = up(threads, count_);
+        const auto input = [&](int64_t k) { return k == count_ ? in : in * k / count_ / ALIGNED * ALIGNED; };
+        parallel(count_ * across, threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t region = begin; region < end; ++region) {
+                const int64_t i = region % count_, o = region / count_;
                 float* to = sums_;
                 for (const Job& j : jobs) {
-                    if (!divides(j)) continue;
-                    const int64_t down = inputs(j), i = part % down, o = part / down, across = PARTS / down;
-                    const Weights& w = *j.weights;
-                    const auto input = [&](int64_t k) { return k == down ? w.in : w.in * k / down / ALIGNED * ALIGNED; };
-                    const auto output = [&](int64_t k) { return w.panels() * k / across * w.rows; };
+                    if (!j.kernel->divides(batch_)) continue;
+                    const auto output = [&](int64_t k) { return j.weights->panels() * k / across * j.weights->rows; };
                     prepared.part(j, {input(i), input(i + 1), output(o), output(o + 1)}, to + i * rows(j));
                     to += size(j);
                 }
             }
         });
     }
-
-    bool divides(const Job& j) const { return j.kernel->divides(batch_); }
 
     // Outputs begin .. end of the job whose sums begin at `first`.
     void add(const Job& j, int64_t first, int64_t begin, int64_t end) const {
@@ -448,21 +448,19 @@ public:
             const float* from = sums_ + first + r * wide;
             float* to = j.y + r * j.weights->out;
             std::copy(from + begin, from + end, to + begin);
-            for (int64_t i = 1; i < inputs(j); ++i)
+            for (int64_t i = 1; i < count_; ++i)
                 for (int64_t o = begin; o < end; ++o) to[o] += from[i * rows(j) + o];
         }
     }
 
-    int64_t size(const Job& j) const { return inputs(j) * rows(j); }
+    int64_t size(const Job& j) const { return count_ * rows(j); }
 
 private:
-    static constexpr int64_t PARTS = 8, TALL = 4096, ALIGNED = 128;
+    static constexpr int64_t PART = 1024, MOST = 4, ALIGNED = 128;  // inputs of a part, parts, what they begin at
     int64_t rows(const Job& j) const { return batch_ * j.weights->panels() * j.weights->rows; }
-    // Of the parts of a map those that divide its inputs.
-    static int64_t inputs(const Job& j) { return PARTS / std::min(PARTS, int64_t(std::bit_ceil(uint64_t(up(j.weights->out, TALL))))); }
 
     float* sums_ = nullptr;
-    int64_t batch_;
+    int64_t batch_, count_;
 };
 
 }  // namespace
@@ -478,7 +476,7 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads) 
         for (const Job& j : jobs) {
             const int64_t count = j.weights->panels(), rows = j.weights->rows, from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
             first += count;
-            const bool divides = parts.divides(j);
+            const bool divides = j.kernel->divides(batch);
             if (from < to) divides ? parts.add(j, sums, from * rows, std::min(to * rows, j.weights->out)) : prepared.run(j, from, to);
             if (divides) sums += parts.size(j);
         }
@@ -494,7 +492,7 @@ void run(std::span<const Job> jobs, const float* x, int64_t batch, int threads, 
     const Prepared prepared(jobs, x, batch, threads);
     const Weights& w = *jobs[0].weights;
     const Parts parts(jobs, prepared, batch, threads);
-    const bool divides = parts.divides(jobs[0]);
+    const bool divides = jobs[0].kernel->divides(batch);
     const int64_t some = std::max<int64_t>(1, STRETCH / (w.rows * batch * int64_t(jobs.size())));
     parallel(w.panels(), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t p = begin; p < end; p += some) {
