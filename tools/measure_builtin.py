@@ -1,24 +1,30 @@
-"""Measure `builtin:lm`: bits per byte against xz -9 on the same text, how often a continuation parses, the curve.
+"""Measure the built-in models: bits per byte against xz -9 on the same text, how often a continuation parses, what their MLPs leave
+at zero and could leave out, the curves.
 
-    python tools/measure_builtin.py          appends to results/builtin.jsonl and draws docs/builtin-curve.svg
+    python tools/measure_builtin.py          appends to results/builtin.jsonl and draws docs/builtin*-curve.svg
 """
 from __future__ import annotations
 
 import ast
 import json
 import lzma
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 import trimtab as tt
-from train_builtin import LONG, bits_per_byte
-from trimtab.builtin import corpus, model_path
+from train_builtin import CURVES, LONG, bits_per_byte
+from trimtab.builtin import NAMES, corpus, model_path
+from trimtab.core import data
 from trimtab.demo import machine
+from trimtab.network.stream import Network
+from trimtab.prove.activations import activations
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, NEW, MOST_DROPPED = 50, 128, 3
+SEQUENCES, LOSSES = 64, [1.0, 5.0]
 
 
 def headers() -> list[tuple[str, str]]:
@@ -86,32 +92,53 @@ def curve_svg(rows: list[dict]) -> str:
             f'<text x="{w - 20}" y="40" text-anchor="end" fill="#d55e00">bits per byte, small validation modules</text></svg>\n')
 
 
-def main() -> None:
-    handle = tt.load("builtin:lm")
+Figure = tuple[str, str, str, float]  # of what, under which setting, metric, value
+
+
+def hidden(name: str) -> list[Figure]:
+    """What share of the hidden values of MLPs is zero, and may be left out by size at no more than these per cent of perplexity."""
+    net = Network.open(model_path(name))
+    with tempfile.TemporaryDirectory() as scratch:
+        found = activations(net, data.prepare(net, (), "validation", SEQUENCES, 256, 0), LOSSES, Path(scratch), lambda *_: None)
+    where = f"hidden values of MLPs, {SEQUENCES} x 256 validation tokens"
+    zeros = sum(layer["zeros"] for layer in found["layers"]) / len(found["layers"])
+    return [(name, where, "share of zeros", zeros),
+            *((name, f"{where}, {t['p']:g}% more perplexity", "share left out", t["sparsity"]) for t in found["tolerances"])]
+
+
+def of_model(name: str) -> list[Figure]:
+    handle = tt.load(name)
     texts = corpus.text("validation")
-    raw = "".join(texts).encode()
-    size = sum(f.stat().st_size for f in model_path().glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in model_path(name).glob("*.safetensors"))
     figures = [
-        ("builtin:lm", f"{len(texts)} validation modules, {len(raw)} bytes, window {LONG}, stride 512", "bits_per_byte",
+        (name, f"{len(texts)} validation modules, {len(''.join(texts).encode())} bytes, window {LONG}, stride 512", "bits_per_byte",
          bits_per_byte(handle.module, handle.tokenizer.backend_tokenizer, texts)),
-        ("xz -9", f"the same {len(raw)} bytes in one piece", "bits_per_byte", 8 * len(lzma.compress(raw, preset=9)) / len(raw)),
-        ("builtin:lm", "safetensors on disk", "megabytes", size / 1e6),
+        (name, "safetensors on disk", "megabytes", size / 1e6),
     ]
     alone = inside = 0
     for before, header in headers():
         alone += parses(header, "".join(handle.generate(header, max_new_tokens=NEW)))
         inside += parses(header, "".join(handle.generate(f"{before}\n{header}", max_new_tokens=NEW)))
     what = f"of {PROMPTS} function headers of validation modules, greedy, {NEW} tokens"
-    figures.append(("builtin:lm", f"{what}, header alone", "share that parses", alone / PROMPTS))
-    figures.append(("builtin:lm", f"{what}, behind the 60 lines before it", "share that parses", inside / PROMPTS))
+    figures.append((name, f"{what}, header alone", "share that parses", alone / PROMPTS))
+    figures.append((name, f"{what}, behind the 60 lines before it", "share that parses", inside / PROMPTS))
+    return figures + hidden(name)
+
+
+def main() -> None:
+    raw = "".join(corpus.text("validation")).encode()
+    figures = [("xz -9", f"the same {len(raw)} bytes in one piece", "bits_per_byte", 8 * len(lzma.compress(raw, preset=9)) / len(raw))]
+    for name in NAMES:
+        figures += of_model(name)
     rows = [{"recipe": r, "model": "the_built-in_model", "setting": s, "metric": m, "value": round(v, 4), "seed": 0, "methods": {},
              "machine": machine(), "date": time.strftime("%Y-%m-%d")} for r, s, m, v in figures]
     with (ROOT / "results" / "builtin.jsonl").open("a", encoding="utf-8") as f:
         for row in rows:
-            print(f"{row['recipe']:<12}{row['metric']:<20}{row['value']:<10}{row['setting']}")
+            print(f"{row['recipe']:<18}{row['metric']:<20}{row['value']:<10}{row['setting']}")
             f.write(json.dumps(row, sort_keys=True) + "\n")
-    curve = [json.loads(line) for line in (ROOT / "docs" / "builtin-curve.jsonl").read_text().splitlines()]
-    (ROOT / "docs" / "builtin-curve.svg").write_text(curve_svg(curve), encoding="utf-8")
+    for path in CURVES.values():
+        curve = [json.loads(line) for line in path.read_text().splitlines()]
+        path.with_suffix(".svg").write_text(curve_svg(curve), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def _ids(new: Iterator[int], pieces: Pieces, last: set[int], until: Until) -> It
 
 
 def load(model: str | Path, dtype: str | None = None, trust_remote_code: bool = False) -> Handle:
-    """Open a directory, `builtin:lm` or a hub id for use. `dtype`: float32, bfloat16; None: as packed, float32 if it is not."""
+    """Open a directory, a built-in model or a hub id for use. `dtype`: float32, bfloat16; None: as packed, float32 if it is not."""
     return Handle(resolve(model), dtype, trust_remote_code)
 
 

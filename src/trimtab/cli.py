@@ -11,9 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trimtab.builtin import LM, model_path
 from trimtab.core.types import BadInput, Failed
-
-BUILTIN = "builtin:lm"
 
 
 # ---- values -----------------------------------------------------------------------------------
@@ -75,11 +74,9 @@ def seed(text: str) -> int:
 
 
 def find_model(name: str) -> Path:
-    """A directory, `builtin:lm`, or a hub id. An existing or path-like name is never looked up on a hub."""
-    if name == BUILTIN:
-        from trimtab.builtin import model_path
-
-        return model_path()
+    """A directory, a built-in model, or a hub id. An existing or path-like name is never looked up on a hub."""
+    if name.startswith("builtin:"):
+        return model_path(name)
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~", os.sep)) or name.count("/") != 1 or name.endswith("/"):
         return path
@@ -90,7 +87,7 @@ def find_model(name: str) -> Path:
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BadInput(f"{name!r} is no directory here, and the hub did not give it ({reason[:120]}); "
-                       f"give a directory or {BUILTIN}") from None
+                       f"give a directory or {LM}") from None
 
 
 # ---- progress ---------------------------------------------------------------------------------
@@ -257,7 +254,7 @@ def parser() -> Parser:
     p.add_argument("--first-seed", type=seed, default=0)
     p.add_argument("--setting", nargs="+", default=[], metavar="NAME", help="measure only these, such as 4-bits w8a8; default: all")
     p.add_argument("-o", "--out", type=Path, help="append the measured rows to this .jsonl file")
-    p.add_argument("--model", default=BUILTIN)
+    p.add_argument("--model", default=LM)
     p.add_argument("--name", help="what the rows call the model; default: as given")
     p.add_argument("--calib", nargs="+", default=[], metavar="PATH")
     p.add_argument("--text", nargs="+", default=[], metavar="PATH")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab import cli
+from trimtab import builtin, cli
 from trimtab.core import line
 from trimtab.methods.format.panels import unpack_mask
 from trimtab.network.checkpoint import Checkpoint, SafeFile
@@ -559,3 +559,12 @@ def test_ready_inputs_are_drawn_by_the_seed(tiny_lm, tmp_path):
     draws = {tuple(drawn(3, seed)) for seed in range(6)}
     assert len(draws) > 1 and all(len(set(d)) == 3 and list(d) == sorted(d) for d in draws)
     assert drawn(3, 4) == drawn(3, 4) and drawn(3, None) == [0, 1, 2]
+
+
+def test_built_in_models_go_by_their_names(capsys):
+    for name, activation in (("builtin:lm", "silu"), ("builtin:lm-relu", "relu")):
+        path = cli.find_model(name)
+        assert json.loads((path / "config.json").read_text())["hidden_act"] == activation and builtin.name_of(path) == name
+    assert builtin.name_of(path.parent) is None
+    assert cli.main(["inspect", "builtin:lmx"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["trimtab: no built-in model 'builtin:lmx'; there are builtin:lm and builtin:lm-relu"]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import trimtab
+from trimtab.builtin import name_of
 from trimtab.core import data as data_
 from trimtab.core import memory, pack, rotation
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
@@ -897,7 +898,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
                                   f"{opts.max_memory / 1e9:.2f} GB")
     result |= {"min_recovery": opts.min_recovery, "edit_seconds": notes.get("edit_seconds"), "seconds": round(time.time() - began, 3)}
     write_json(out / "trimtab.json", {**notes, **result})  # not where it lies: a directory may be moved
-    base = "builtin:lm" if model.parent.name == "builtin" else model.resolve().name
+    base = name_of(model) or model.resolve().name
     tmp_card = out / "README.md.tmp"
     tmp_card.write_text(card({**notes, **result}, base, commands(base, notes, opts, out)), encoding="utf-8")
     os.replace(tmp_card, out / "README.md")
