@@ -2,7 +2,8 @@
 
     python benchmarks/random_llama.py build/llama-110m --size 110m
     python benchmarks/decode.py build/llama-110m results/decode.jsonl [--llama PYTHON] [--rounds 5] [--only NAME ...]
-                                [--genai PYTHON --openvino DIR ... --onnxruntime DIR ...] [--one-at-a-time]
+                                [--genai PYTHON --openvino DIR ... --onnxruntime DIR ...] [--no-transformers]
+                                [--one-at-a-time] [--table NAME]
 
 Packs the model with every recipe below into DIR-packed/ (once), then starts one process a candidate; each waits until it is
 its turn. With `--one-at-a-time` a process lives for its turn only, in which it first runs untimed: for models that do not fit
@@ -33,6 +34,8 @@ PACKED = {
     "int4 g128, each layer turned": ["hadamard | int(bits=4,group=128) | rtn"],
     "int4 g128, turned by neighbours": ["quarot | int(bits=4,group=128) | rtn"],
     "2:4 int4 g128": ["nm(n=2,m=4) | magnitude ; rtn(bits=4,group=128)"],
+    "bf16, gates skip 65%": ["gate_magnitude", "--keep", "0.35"],
+    "int4 g128, gates skip 65%": ["rtn(bits=4,group=128) ; gate_magnitude(keep=0.35)"],
     "mlp blocks 20% kept, bf16": ["mlp: blocks", "--keep", "0.2"],
     "mlp blocks 5% kept, bf16": ["mlp: blocks", "--keep", "0.05"],
 }
@@ -106,6 +109,8 @@ def main() -> int:
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--threads", type=int, default=2)
     ask.add_argument("--one-at-a-time", action="store_true")
+    ask.add_argument("--no-transformers", action="store_true")
+    ask.add_argument("--table", help="a name, where the rows are to stand in a table of their own")
     ask.add_argument("--only", nargs="+", choices=PACKED, default=list(PACKED))
     a = ask.parse_args()
     if (a.openvino or a.onnxruntime) and not a.genai:
@@ -116,11 +121,15 @@ def main() -> int:
     folder = a.model.with_name(a.model.name + "-packed")
     folder.mkdir(exist_ok=True)
     commands: dict[str, list[str]] = {}
+    skipped: dict[str, dict[str, Any]] = {}  # by gates, of the weights behind them, on held-out text
     for name in a.only:
         at = folder / "".join(c if c.isalnum() else "-" for c in name)
         if not at.exists():
             subprocess.run([sys.executable, "-m", "trimtab.cli", "trim", str(a.model), *PACKED[name], "-o", str(at), "--pack", "--no-speed",
                             "--proof-tokens", "512", "--samples", "2", "-q"], check=True, stdout=subprocess.DEVNULL)
+        gated = json.loads((at / "trimtab.json").read_text(encoding="utf-8")).get("sparsity") or {}
+        if "reached" in gated:
+            skipped[f"trimtab {name}"] = {"skipped": {k: round(gated[k], 4) for k in ("target", "reached")}}
         commands[f"trimtab {name}"] = [sys.executable, __file__, "--serve", str(at), str(a.threads)]
     if a.llama:
         theirs, script = folder / "llama", Path(__file__).with_name("llama_worker.py")
@@ -128,7 +137,7 @@ def main() -> int:
             subprocess.run([a.llama, script, "make", a.model / "config.json", theirs], check=True, stderr=subprocess.DEVNULL)
         for kind in ("bf16", "q8_0", "q4_0"):
             commands[f"llama.cpp {kind}"] = [str(a.llama), str(script), "serve", str(theirs.with_suffix(f".{kind}.gguf")), str(a.threads)]
-    for kind in ("bf16", "int8"):
+    for kind in () if a.no_transformers else ("bf16", "int8"):
         commands[f"transformers {kind}"] = [sys.executable, str(Path(__file__).with_name("transformers_worker.py")), kind, str(a.model),
                                             str(a.threads)]
     for runtime, places in (("openvino", a.openvino), ("onnxruntime", a.onnxruntime)):
@@ -171,7 +180,9 @@ def main() -> int:
                    "quartiles": [round(low, 2), round(high, 2)], "seed": 0, "methods": {}, "rounds": a.rounds, "threads": a.threads,
                    "read_gb_s": round(read / 1e9, 2), "one_at_a_time": a.one_at_a_time, "began": began,
                    "machine": machine(), "isa": native.level(), "date": time.strftime("%Y-%m-%d"),
-                   **extra[name]}
+                   **extra[name], **skipped.get(name, {}), **({"table": a.table} if a.table else {})}
+            if name in skipped:
+                row.pop("bytes_per_token", None)  # what is not skipped is not known here
             with a.out.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, sort_keys=True) + "\n")
         decode, prefill = (statistics.median(by[k]) for k in SETTINGS)

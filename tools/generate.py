@@ -1,11 +1,12 @@
 """Write the pages that follow from the code and the measured rows, or check that they do.
 
-    python tools/generate.py write     docs/catalogue/*.md, docs/claims.md, two plots, tables between markers in hand-written pages
+    python tools/generate.py write     docs/catalogue/*.md, docs/claims.md, plots, tables between markers in hand-written pages
     python tools/generate.py check     exit 1 and name the pages that differ
 
 Markers, in README.md and docs/**/*.md:  <!-- begin:results model=builtin:lm setting=50% -->  ...  <!-- end:results -->
 The word is one of TABLES; `key=value` words narrow it to the rows with those values, several with commas between. Rows of single
-layers have a shape besides, OUTxIN. A table of speed shows what the last run measured, and says so where nothing was measured yet.
+layers have a shape besides, OUTxIN, and rows of a table of their own its name, as `table=gates`. A table of speed shows what the last run
+measured, and says so where nothing was measured yet.
 """
 from __future__ import annotations
 
@@ -16,14 +17,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from trimtab.builtin import NAMES
 from trimtab.core.registry import AXES, FACTS, KNOBS, Method, load_all
 from trimtab.core.spec import Recipe, rows
-from trimtab.evidence import BETTER, Figure, is_stale, judged
-from trimtab.report import speed_plots
+from trimtab.evidence import BETTER, SETTINGS, Figure, is_stale, judged
+from trimtab.report import gate_plots, speed_plots
 from trimtab.runtime import names
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "8192x2048"  # of the layers that the plots show
+OF_DOWN = ("cats", "lazy", "dejavu", "coreinfer")  # recipes whose gates are on the inputs of down alone
+ON_SOME = (*OF_DOWN, "chess", "polar")  # and on some layers, not all
+GATES = [s for s in SETTINGS if s.startswith("gates-")]
 NOT_YET = "Not measured yet.\n"
 KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
 QUESTION = {
@@ -47,7 +52,7 @@ def measured(root: Path) -> list[Row]:
                 continue
             try:
                 row = json.loads(line)
-                at = (*(row[k] for k in (*KEYS[:4], "seed")), row.get("one_at_a_time"))
+                at = (*(row[k] for k in (*KEYS[:4], "seed")), row.get("one_at_a_time"), row.get("table"))
                 last[at] = {k: row[k] for k in KEYS} | {"shape": shape_of(row)} | row
             except (ValueError, KeyError, TypeError) as e:
                 raise SystemExit(f"{path.relative_to(root)}:{number}: want a row of {', '.join(KEYS)}: {e!r}") from None
@@ -64,9 +69,9 @@ def of_last_run(every: list[Row]) -> list[Row]:
     """Of rows that say when their run began, those of the last one of each model and setting: runs are not compared."""
     last: dict[tuple[Any, ...], str] = {}
     for r in every:
-        at = (r["model"], r["setting"])
+        at = (r["model"], r["setting"], r.get("table"))
         last[at] = max(last.get(at, ""), r.get("began", ""))
-    return [r for r in every if r.get("began", "") == last[r["model"], r["setting"]]]
+    return [r for r in every if r.get("began", "") == last[r["model"], r["setting"], r.get("table")]]
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -253,6 +258,10 @@ DECODE_GOALS: tuple[tuple[str, str, str, float, tuple[str, ...]], ...] = (
     ("", "prefill_tok_s", "int4 g128", 1.1, ("transformers int8", "openvino genai int8")),
     ("llama-1b", "prefill_tok_s", "mlp blocks 20% kept, bf16", 1.6, ("trimtab dense bf16",)),
     ("llama-1b", "prefill_tok_s", "mlp blocks 5% kept, bf16", 1.9, ("trimtab dense bf16",)),
+    *(("llama-1b", metric, f"{kind}, gates skip 65%", times, (peer,)) for metric, kind, times, peer in (
+        ("decode_tok_s", "bf16", 2.0, "trimtab dense bf16"), ("decode_tok_s", "int4 g128", 1.7, "trimtab int4 g128"),
+        ("decode_tok_s", "int4 g128", 1.7, "llama.cpp q4_0"), ("prefill_tok_s", "bf16", 1.0, "trimtab dense bf16"),
+        ("prefill_tok_s", "int4 g128", 1.0, "trimtab int4 g128"))),
 )
 NEAR, LIMIT = 0.85, 0.97  # of the read bandwidth counts as reached; times a peer that reaches it counts as level with it
 
@@ -357,10 +366,39 @@ def llmcompressor_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[
     return table(["scheme", "our recipe", "samples", "what", "ours", "llmcompressor", "ratio", "wanted at most"], body) if body else NOT_YET
 
 
+def gates_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """One line a recipe: perplexity by what its gates were to skip, what they did in brackets, and the share that costs 1 %."""
+    versions = {k: m.version for k, m in reg.items()}
+    some = [r for r in every if r["setting"] in GATES and not is_stale(r, versions)]
+    if not some:
+        return NOT_YET
+    dense = Figure.of({r["seed"]: {**r, "value": r["dense"]} for r in some}.values())
+    shares, body = gate_plots.points(some), []
+    for name in SETTINGS[GATES[0]].recipes:
+        cells = []
+        for setting in GATES:
+            own = [r for r in some if (r["recipe"], r["setting"]) == (name, setting)]
+            reached = [r["skipped"]["reached"] for r in own if r.get("skipped")]
+            cells.append(f"{Figure.of(own)} ({sum(reached) / len(reached):.0%})" if reached else "")
+        if any(cells):
+            body.append((code(name), *cells, gate_plots.share_at(shares[name], 0.01) if name in shares else ""))
+    head = ["recipe", *(s.removeprefix("gates-") for s in GATES), "at 1 % more"]
+    return table(head, [(f"dense: {dense}", *[""] * (len(head) - 1)), *body])
+
+
+def gate_drawings(model: str, every: list[Row], reg: dict[str, Method]) -> dict[str, str]:
+    """What gates cost a model, by where they are: on all layers, or on the inputs of down alone."""
+    versions = {k: m.version for k, m in reg.items()}
+    lines = gate_plots.points([r for r in every if r["model"] == model and r["setting"] in GATES and not is_stale(r, versions)])
+    places = {"all": lambda n: "*" not in n and n not in ON_SOME, "down": lambda n: n.startswith("*.down:") or n in OF_DOWN}
+    own = {where: {name: found for name, found in lines.items() if here(name)} for where, here in places.items()}
+    return {where: gate_plots.cost(some, f"{model}: perplexity against what gates skip") for where, some in own.items() if some}
+
+
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
-    "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table,
+    "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table, "gates": gates_table,
 }
 
 
@@ -371,9 +409,9 @@ def filled(text: str, where: str, every: list[Row], recipes: dict[str, Recipe], 
         if m[1] not in TABLES:
             raise SystemExit(f"{where}: no table {m[1]!r}; there are {', '.join(TABLES)}")
         want = dict(w.split("=", 1) for w in m[2].split())
-        if odd := set(want) - {*KEYS, "shape", "one_at_a_time"}:
+        if odd := set(want) - {*KEYS, "shape", "one_at_a_time", "table"}:
             raise SystemExit(f"{where}: {m[1]} cannot be narrowed by {sorted(odd)}")
-        some = [r for r in every if all(str(r.get(k)) in v.split(",") for k, v in want.items())]
+        some = [r for r in every if r.get("table") == want.get("table") and all(str(r.get(k)) in v.split(",") for k, v in want.items())]
         return f"<!-- begin:{m[1]}{m[2]} -->\n{TABLES[m[1]](some, recipes, reg)}<!-- end:{m[1]} -->"
 
     text, done = re.subn(r"<!-- begin:(\w+)((?: \w+=\S+)*) -->\n.*?<!-- end:\1 -->", render, text, flags=re.S)
@@ -394,6 +432,9 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     if found := speed_plots.layers(of_last_run(every), SHAPE):
         out[root / "docs/roofline.svg"] = speed_plots.standalone(speed_plots.roofline(found))
         out[root / "docs/speed-up.svg"] = speed_plots.standalone(speed_plots.speed_up(found))
+    for model in NAMES:
+        for where, drawing in gate_drawings(model, every, reg).items():
+            out[root / f"docs/gates-{where}-{model.removeprefix('builtin:')}.svg"] = speed_plots.standalone(drawing)
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if path not in out and path.parent != root / "docs/catalogue":
             out[path] = filled(path.read_text(encoding="utf-8"), str(path.relative_to(root)), every, recipes, reg)

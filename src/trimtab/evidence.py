@@ -115,11 +115,13 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                     r = line.trim(model, recipe, Path(tmp) / "out", line.Options(
                         seed=seed, calib=calib, text=text, proof_tokens=proof_tokens if lm else None, speed=False, fresh=False,
                         cache=cache), _quiet)
+                gated = r.get("sparsity")
                 yield {
                     "model": name, "setting": setting, "recipe": text_of_recipe, "pipeline": recipe.text, "seed": seed,
                     "metric": r["metric"], "value": r["after"]["perplexity"] if r["metric"] == "perplexity" else r["score"],
                     "dense": r["before"]["perplexity"] if r["metric"] == "perplexity" else 1.0,
                     "recovery": r["recovery"], "kl": r.get("kl"), "top1_agreement": r.get("top1_agreement"),
+                    **({"skipped": {k: round(v, 4) for k in ("target", "reached") if (v := gated[k]) is not None}} if gated else {}),
                     "edit_seconds": r["edit_seconds"], "plan_hash": r["plan_hash"], "methods": recipe.methods,
                     "machine": machine(), "date": time.strftime("%Y-%m-%d"),
                 }
