@@ -203,7 +203,8 @@ def test_units():
 
 
 def gated(recipe: str, setting: str, seed: int, reached: float, value: float | None) -> dict:
-    return {"recipe": recipe, "setting": setting, "seed": seed, "skipped": {"target": reached, "reached": reached}, "value": value, "dense": 10.0}
+    skipped = {"target": reached, "reached": reached}
+    return {"recipe": recipe, "setting": setting, "seed": seed, "skipped": skipped, "value": value, "dense": 10.0}
 
 
 def test_what_gates_cost_is_drawn_and_read_between_the_measured_points():

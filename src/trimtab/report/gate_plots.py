@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from trimtab.report.plots import COLOURS, DASHES, Axis, _grid, _ink, _line, _svg, _text
@@ -40,7 +41,7 @@ def share_at(points: Points, more: float) -> str:
     want = math.log(more)
     if known[0][1] > want:
         return f"below {percent(known[0][0], 0)}"
-    for (s, a), (t, b) in zip(known, known[1:], strict=False):
+    for (s, a), (t, b) in pairwise(known):
         if b > want:
             return percent(s + (t - s) * (want - a) / (b - a), 0)
     return f"above {percent(known[-1][0], 0)}"
