@@ -26,8 +26,7 @@ from trimtab.runtime import names
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "8192x2048"  # of the layers that the plots show
-OF_DOWN = ("cats", "lazy", "dejavu", "coreinfer")  # recipes whose gates are on the inputs of down alone
-ON_SOME = (*OF_DOWN, "chess", "polar")  # and on some layers, not all
+PLACES = {"all": "all", "*.down": "down"}  # of gates that are drawn together
 GATES = [s for s in SETTINGS if s.startswith("gates-")]
 NOT_YET = "Not measured yet.\n"
 KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
@@ -366,10 +365,14 @@ def llmcompressor_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[
     return table(["scheme", "our recipe", "samples", "what", "ours", "llmcompressor", "ratio", "wanted at most"], body) if body else NOT_YET
 
 
+def of_gates(every: list[Row], reg: dict[str, Method]) -> list[Row]:
+    versions = {k: m.version for k, m in reg.items()}
+    return [r for r in every if r["setting"] in GATES and not is_stale(r, versions)]
+
+
 def gates_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
     """One line a recipe: perplexity by what its gates were to skip, what they did in brackets, and the share that costs 1 %."""
-    versions = {k: m.version for k, m in reg.items()}
-    some = [r for r in every if r["setting"] in GATES and not is_stale(r, versions)]
+    some = of_gates(every, reg)
     if not some:
         return NOT_YET
     dense = Figure.of({r["seed"]: {**r, "value": r["dense"]} for r in some}.values())
@@ -388,11 +391,13 @@ def gates_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Met
 
 def gate_drawings(model: str, every: list[Row], reg: dict[str, Method]) -> dict[str, str]:
     """What gates cost a model, by where they are: on all layers, or on the inputs of down alone."""
-    versions = {k: m.version for k, m in reg.items()}
-    lines = gate_plots.points([r for r in every if r["model"] == model and r["setting"] in GATES and not is_stale(r, versions)])
-    places = {"all": lambda n: "*" not in n and n not in ON_SOME, "down": lambda n: n.startswith("*.down:") or n in OF_DOWN}
-    own = {where: {name: found for name, found in lines.items() if here(name)} for where, here in places.items()}
-    return {where: gate_plots.cost(some, f"{model}: perplexity against what gates skip") for where, some in own.items() if some}
+    places: dict[str, list[Row]] = {}
+    for r in of_gates([r for r in every if r["model"] == model], reg):
+        gated = [p for p in r["pipeline"].split(" ; ") if p.endswith("edit/gated")]
+        where = {p.split(": ")[0] if ": " in p else "all" for p in gated}  # a pass without a scope has them on every layer
+        for place in where & PLACES.keys() if len(where) == 1 else ():
+            places.setdefault(PLACES[place], []).append(r)
+    return {name: gate_plots.cost(gate_plots.points(some), f"{model}: perplexity against what gates skip") for name, some in places.items()}
 
 
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {

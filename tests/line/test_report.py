@@ -209,8 +209,8 @@ def gated(recipe: str, setting: str, seed: int, reached: float, value: float | N
 
 def test_what_gates_cost_is_drawn_and_read_between_the_measured_points():
     rows = [gated("a", "gates-25%", 0, 0.2, 10.05), gated("a", "gates-25%", 1, 0.3, 10.05), gated("a", "gates-50%", 0, 0.5, 10.32),
-            gated("b", "gates-25%", 0, 0.25, 20.0), gated("b", "gates-50%", 0, 0.5, None), gated("c", "gates-80%", 0, 0.8, 10.001),
-            {**gated("d", "gates-80%", 0, 0.8, 9.0), "skipped": None}]
+            gated("b", "gates-25%", 0, 0.25, 20.0), gated("b", "gates-50%", 0, 0.5, None), gated("b", "gates-50%", 1, 0.5, 10.0),
+            gated("c", "gates-80%", 0, 0.8, 10.001), {**gated("d", "gates-80%", 0, 0.8, 9.0), "skipped": None}]
     found = gate_plots.points(rows)
     assert found.keys() == {"a", "b", "c"} and len(found["b"]) == 1
     assert found["a"][0] == pytest.approx((0.25, 0.005)) and found["a"][1] == pytest.approx((0.5, 0.032))

@@ -8,7 +8,7 @@ namespace trimtab {
 
 // Outputs that lie side by side in a panel. Formats with blocks have panels as high as their blocks.
 constexpr int PANEL = 32;
-// columns: a column is filled up to as many outputs, which are what threads divide.
+// columns: a column is filled up to as many outputs, which are what threads divide where rows of x are many.
 constexpr int STRIPE = 128;
 // sell: outputs of a panel, entries that a step holds of each, and inputs of the window they lie in: as many as registers hold of x.
 constexpr int SELL_ROWS = 16, SELL_ENTRIES = 2, SELL_WINDOW = 128;

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from html import escape
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from trimtab.report.plots import COLOURS, DASHES, Axis, _grid, _ink, _line, _short, _svg, _text
@@ -49,10 +50,12 @@ def share_at(points: Points, more: float) -> str:
 
 
 def points(rows: list[dict[str, Any]]) -> dict[str, Points]:
-    """Of rows of one model, one a recipe, setting and seed: by recipe the means over the seeds."""
+    """Of rows of one model, one a recipe, setting and seed: by recipe the means over the seeds. One that broke the model breaks their mean,
+    which has no place."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for r in rows:
-        if r.get("skipped") and r["value"] is not None and math.isfinite(r["value"]):
-            found.setdefault(r["recipe"], {}).setdefault(r["setting"], []).append((r["skipped"]["reached"], r["value"] / r["dense"] - 1))
-    return {name: [(sum(s for s, _ in each) / len(each), sum(v for _, v in each) / len(each)) for each in by.values()]
-            for name, by in found.items()}
+        if r.get("skipped"):
+            more = math.nan if r["value"] is None else r["value"] / r["dense"] - 1
+            found.setdefault(r["recipe"], {}).setdefault(r["setting"], []).append((r["skipped"]["reached"], more))
+    means = {name: [(fmean(s for s, _ in each), fmean(v for _, v in each)) for each in by.values()] for name, by in found.items()}
+    return {name: whole for name, each in means.items() if (whole := [(s, v) for s, v in each if math.isfinite(v)])}
