@@ -5,7 +5,7 @@
 
 Table mlp is a SwiGLU MLP of three such layers (the last one turned around) as one operation. Table gates is of rows of x in which a
 gate left some inputs, other ones in every row, by columns, beside our own maps that read everything: so much of the ideal, one over what
-the rows meet. Bytes are those of the columns that some row meets.
+the rows meet; and of such an MLP with gates before all three. Bytes are those of the columns that some row meets.
 
 The kernels' tests run first, and nothing is timed when they are red. Each candidate owns enough copies of its layer to cover
 more than four times the last-level cache, and every call takes the next one; results go to memory that all copies of a
@@ -72,6 +72,7 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import VECTORS, Packed
 from trimtab.methods.format.sell import sell
+from trimtab.methods.gates import Gate, met_gated
 from trimtab.methods.grid.fp import fp
 from trimtab.methods.grid.nf import nf
 from trimtab.methods.grid.sign import sign
@@ -210,6 +211,30 @@ def gated(w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
     return found
 
 
+def gated_mlps(w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
+    """The same of a SwiGLU MLP: one threshold for the inputs of gate and up, one for what they give, each passing such a share."""
+    found, one, ws = [], len(x) == 1, [w, w.flip(0), w.T.contiguous()]
+    for name, change, narrowest, part in (("bf16", lambda t: Change(t.bfloat16()), "bf16", 0.85), ("int8 by row, x int8", lambda t: nearest(t, 8).change(), "i8", 0.75),
+                                          ("int4 g128, x int8", lambda t: nearest(t, 4, 128).change(), "i8", 0.75)):
+        whole = our_mlp(f"mlp {name}", [dense(change(t)) for t in ws], x, narrowest, threads, ())
+        found.append(whole)
+        by_columns = [columns(change(t)) for t in ws]
+        for kept in (0.5, 0.35):
+            passed, thresholds, met = x, [], []
+            for ends in (False, True):
+                if ends:
+                    passed = torch.nn.functional.silu(passed @ ws[0].T) * (passed @ ws[1].T)
+                thresholds.append(passed.abs().flatten().kthvalue(round(passed.numel() * (1 - kept))).values.view(1))
+                passed = torch.where(passed.abs() > thresholds[-1], passed, 0)
+                met.append(float((passed != 0).any(0).float().mean()))
+            ps = [met_gated(p, Gate(thresholds[k == 2])) for k, p in enumerate(by_columns)]
+            share = (2 * met[0] + met[1]) / 3
+            its = our_mlp(f"columns mlp {name}, {kept:.0%} of each row", ps, x, narrowest, threads, (Goal(round(part / share, 3), whole.name),) if one else ())
+            its.bytes, its.flops = round(its.bytes * share), round(its.flops * kept)
+            found.append(its)
+    return found
+
+
 def low_rank(w: Tensor, x: Tensor, threads: int) -> Candidate:
     """Two dense bfloat16 maps one after the other, between them a quarter of the inputs."""
     rank = w.shape[1] // 4
@@ -273,7 +298,7 @@ def candidates(table: str, w: Tensor, x: Tensor, threads: int, sparse: Path | No
     if table == "mlp":
         return mlps(w, x, threads, sparse)
     if table == "gates":
-        return gated(w, x, threads)
+        return gated(w, x, threads) + gated_mlps(w, x, threads)
     found: list[Candidate] = []
     batch = len(x)
     one, exact = batch == 1, (x @ w.T).double()

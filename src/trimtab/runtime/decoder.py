@@ -24,7 +24,8 @@ from trimtab.network import graph
 from trimtab.network.checkpoint import Checkpoint, finite, read_json
 from trimtab.runtime import native, packed
 
-CHUNK = 256  # tokens of prompts that pass through the layers together
+CHUNK = 256    # tokens of prompts that pass through the layers together
+COLUMNS = 512  # where weights lie by columns: each time tokens do, what they meet is laid out anew, and once for twice as many costs less
 DTYPES = {"float32": "f32", "bfloat16": "bf16"}
 CACHES = {"f32": "f32", "bf16": "bf16", "int8": "i8", "int4": "i4"}  # what keys and values may be kept as
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")  # of a sublayer
@@ -155,14 +156,15 @@ class Decoder:
             raise BadInput(str(e)) from None
         self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in _packed(w).buffers.items()}
         self._session, self.narrowest, self.cache = core.Session, narrowest, cache
+        self.chunk = COLUMNS if any(_by_columns(_packed(w)) for w in linears.values()) else CHUNK
         self.weight_bytes = sum(_packed(w).nbytes for w in linears.values())  # that every step reads
         self.context: int = description["context"]
         self.vocabulary: int = description["vocabulary"]
 
-    def logits(self, ids: Sequence[int] | Tensor, *, narrowest: str = "", chunk: int = CHUNK, cache: str = "") -> Tensor:
+    def logits(self, ids: Sequence[int] | Tensor, *, narrowest: str = "", chunk: int | None = None, cache: str = "") -> Tensor:
         """What comes after each of `ids`: [len(ids), vocabulary] float32."""
         prompt = self._prompts([ids])[0]
-        check_chunk(chunk)
+        chunk = self._chunk(chunk)
         session = self._begin(1, narrowest, cache)
         out = torch.empty(len(prompt), self.vocabulary)
         for part, to in zip(prompt.split(chunk), out.split(chunk), strict=True):
@@ -175,20 +177,25 @@ class Decoder:
 
     def generate_batch(self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int = 64, *, temperature: float = 0.0,
                        top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (), narrowest: str = "",
-                       chunk: int = CHUNK, cache: str = "") -> Iterator[list[int | None]]:
+                       chunk: int | None = None, cache: str = "") -> Iterator[list[int | None]]:
         """One new id of every sequence at a time, None for those that ended with one of `stop` before.
 
-        Greedy at temperature 0; `top_k` 0: of all; `top_p` 1: of all. Equal seeds give equal ids on any number of threads. The
-        iterator ends when all sequences did, or the longest one fills the context. Dropping it frees its keys and values.
+        Greedy at temperature 0; `top_k` 0: of all; `top_p` 1: of all; `chunk`: tokens of prompts that pass through the layers
+        together, `self.chunk` of them if not said. Equal seeds give equal ids on any number of threads. The iterator ends when all
+        sequences did, or the longest one fills the context. Dropping it frees its keys and values.
         """
-        given = self._prompts(prompts)
-        check_chunk(chunk)
+        given, chunk = self._prompts(prompts), self._chunk(chunk)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         session = self._begin(len(given), narrowest, cache, temperature, top_k, top_p, seed,
                               [int(s) for s in stop if 0 <= s < self.vocabulary])
         # The last new token is not fed back, so it needs no position.
         steps = min(max_new_tokens, self.context - max(map(len, given)) + 1)
         return self._steps(session, given, steps, chunk)
+
+    def _chunk(self, asked: int | None) -> int:
+        if asked is not None and asked < 1:
+            raise BadInput(f"chunk is {asked}; it is at least 1 token")
+        return asked or self.chunk
 
     def _begin(self, batch: int, narrowest: str, cache: str, *options: Any) -> Any:
         try:
@@ -238,6 +245,10 @@ def _packed(w: Packed | native.Linear) -> Packed:
     return w.packed if isinstance(w, native.Linear) else w
 
 
+def _by_columns(p: Packed) -> bool:
+    return p.format == "columns" or any(map(_by_columns, p.factors))
+
+
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Exception:
     """What to raise where scores are not finite: BadInput names the tensor that is not either, Failed where they all are."""
     for name, t in tensors:
@@ -258,11 +269,6 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
         raise BadInput(f"top_p is {top_p}; it is above 0 and at most 1")
     if not 0 <= seed < 2**64:
         raise BadInput(f"the seed is {seed}; it is a whole number from 0 to 2**64 - 1")
-
-
-def check_chunk(chunk: int) -> None:
-    if chunk < 1:
-        raise BadInput(f"chunk is {chunk}; it is at least 1 token")
 
 
 def check_cache(cache: str) -> str:
