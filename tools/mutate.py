@@ -74,6 +74,9 @@ TRIM = ("tests/line/test_trim.py", "-k", "two_passes or global_budget or parts_h
 RESUME = ("tests/line/test_trim.py", "-k", "killed_at_random and sparsegpt")
 PLAN = ("tests/line/test_plan.py",)
 ROTATION = ("tests/line/test_rotation.py",)
+GATES = ("tests/test_laws.py", "tests/test_cases.py", "tests/line/test_gates.py", "tests/line/test_routers.py",
+         "-k", "gate or router or sentence or step")
+COLUMNS = ("tests/runtime/test_gates.py", "tests/runtime/test_kernels.py", "-k", "gate or columns")
 SUMMARY = ("tests/test_laws.py", "-k", "summary")
 
 BUGS = [
@@ -246,6 +249,43 @@ BUGS = [
     Bug("core/measured.py", "(name, keep) not in self._known", "name not in {n for n, _ in self._known}", "one share for all trials", PLAN),
     Bug("core/measured.py", "self.store[b] = y", "pass", "every block is tried on what the first one sees", PLAN),
     Bug("core/line.py", "if p.tries):  # whether", "if False):  # whether", "bad knobs are seen when the output is begun", PLAN),
+    # --- gates
+    Bug("methods/gates.py", "~(s <= self.threshold.to(s.device))", "s > self.threshold.to(s.device)",
+        "what is no number is left out", GATES),
+    Bug("methods/gates.py", "s = s if self.scale is None else s * self.scale.to(s.device)", "s = s", "no input has a scale", GATES),
+    Bug("methods/gates.py", "round((1 - keep) * len(flat))", "round(keep * len(flat))", "the share kept is left out", GATES),
+    Bug("methods/gates.py", "passed[..., self.prompt:, :]", "passed[..., 1:, :]", "the rest of the prompt is gated, too", GATES),
+    Bug("methods/gates.py", "far.argmin(1)", "far.argmax(1)", "the core of the least alike cluster", GATES),
+    Bug("methods/gates.py", "-(-CORE[0] * (v > 0)", "(CORE[0] * (v > 0)", "a share rounded down", GATES),
+    Bug("methods/gates.py", "self.counts[len(v) - 1]", "self.counts[0]", "as many for every number of sequences", GATES),
+    Bug("methods/gates.py", "s.clamp_min(0).sum(0)", "s.sum(0)", "what speaks against a neuron counts", GATES),
+    Bug("methods/gates.py", "repeat_interleave(self.group, -1)", "repeat(*[1] * (s.ndim - 1), self.group)",
+        "units are not side by side", GATES),
+    Bug("methods/gates.py", ".amax(-1)", ".mean(-1)", "the mean of pooled scores", GATES),
+    Bug("methods/gate/cats.py", "passing(hidden_gate.abs(), keep)", "passing(hidden_gate, keep)", "a threshold of signed values"),
+    Bug("methods/gate/chess.py", "hidden_gate.abs() * scale", "hidden_gate.abs()", "one threshold for all channels"),
+    Bug("methods/gate/wina.py", "norm(dim=0)", "abs().amax(0)", "the largest of a column for its norm"),
+    Bug("methods/gate/wina.py", "w.float().norm(dim=0)", "w.float().norm(dim=1)", "norms of rows"),
+    Bug("methods/gate/core.py", "top(seen, count)", "top(centres, count)", "the core of a cluster's sentences, not of their tokens"),
+    Bug("methods/gate/heads.py", "pool=count // groups", "pool=1", "a group's heads have one score"),
+    Bug("methods/gate/heads.py", "outputs.norm(dim=2)", "outputs.sum(2)", "heads by their sum"),
+    Bug("methods/gate/predictor.py", "passing(scores, keep)", "passing(scores, 1 - keep)", "as many as should be left out"),
+    Bug("methods/gate/polar.py", "stable=True).indices", "stable=True).indices.flip(1)", "the smallest scores first"),
+    Bug("methods/routers.py", "(torch.sigmoid(scores(mine)) - its)", "torch.sigmoid(scores(mine))",
+        "a router learns that nothing is active", GATES),
+    Bug("methods/routers.py", "h.abs() > passing(h.abs(), keep).clamp_min(0)", "h.abs() > passing(h.abs(), keep)",
+        "zeros are active", GATES),
+    Bug("methods/budget/teal.py", "if not best or found < least:", "if not best or found > least:", "what hurts most is dropped"),
+    Bug("methods/budget/teal.py", "shares[best] - drops[best] / sizes[best]), least", "shares[best] - drops[best] / total), least",
+        "a share of all weights"),
+    Bug("methods/format/columns.py", "low | high << 4", "high | low << 4", "halves of a byte swapped"),
+    Bug("methods/format/columns.py", "repeat_interleave(p.group, 0)[:inputs]", "repeat(p.group, 1)[:inputs]", "scales of groups in turn"),
+    Bug("runtime/decoder.py", '"count": g.count or None', '"count": None if g.threshold is None else g.count or None',
+        "a count is lost on the way", GATES),
+    Bug("runtime/native.py", "x = x * self.gate.mask(self._scored(x, hidden))", "pass", "a packed map reads everything", COLUMNS),
+    Bug("network/stream.py", "whole.split(g.together or len(whole))", "whole.split(1)", "every sequence decides for itself", GATES),
+    Bug("core/line.py", "if passes[-1] is not gates[0]:", "if False:", "a gate of weights that go on changing", GATES),
+    Bug("core/line.py", 'gate.method.facts["by"] != "token")', "False)", "what is packed has gates it cannot run", GATES),
     # --- network
     Bug("core/types.py", "w = w.T if self.transposed else w", "w = w", "a transposed site is read as it lies", FAMILIES),
     Bug("core/types.py", "else param.detach()[self.expert]\n        w = w.T", "else param.detach()[0]\n        w = w.T",
