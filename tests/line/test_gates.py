@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests import tiny
 from trimtab import cli
 from trimtab.core.types import BadInput
+from trimtab.methods.gates import Gate
 from trimtab.network.checkpoint import PARTS, SafeFile, write_safetensors
 from trimtab.network.stream import Network
 from trimtab.prove import quality
@@ -29,6 +30,11 @@ RECIPES = [
     "nm(n=2,m=4) | magnitude ; gate_magnitude(keep=0.6)",
     "int(bits=8,group=0) | rtn ; gate_magnitude(keep=0.5)",
     "row | magnitude(keep=0.5) ; *.up,*.gate,*.down: wina(keep=0.5,exact=false)",
+    "dejavu(keep=0.5)",
+    "dejavu(keep=0.4,exact=true,rank=0)",
+    "*.o: gate/heads(keep=0.5)",
+    "int(bits=8,group=0) | rtn ; *.o: heads(keep=0.5,rank=3) ; *.down: predictor(keep=0.5)",
+    "*.q,*.k,*.v,*.gate,*.up: gate_magnitude(keep=0.8) ; *.o: heads(keep=0.5) ; *.down: predictor(keep=0.5)",
 ]
 
 
@@ -88,7 +94,7 @@ def test_the_decoder_gates_as_the_packed_layers_do(capsys, wide_lm, tmp_path, ca
         assert float((agree[0] * agree[1]).sum(-1).mean()) < 2e-3, recipe
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("phi3", "wina(keep=0.5)"), ("phi3", "cats(keep=0.4)")])
+@pytest.mark.parametrize(("family", "recipe"), [("phi3", "wina(keep=0.5)"), ("phi3", "cats(keep=0.4)"), ("phi3", "dejavu(keep=0.4)")])
 def test_sites_of_one_weight_have_gates_of_their_own(capsys, tmp_path, calib, family, recipe):
     """Rows of a stored weight that score the same inputs by other columns: maps one after the other, each with its gate."""
     tiny.save(family, tmp_path / "model")
@@ -151,6 +157,92 @@ def test_a_family_without_a_gate_has_no_hidden_one(capsys, tmp_path, calib):
     assert code == 2 and "use gate_magnitude" in err and err.count("\n") == 1
 
 
-def test_a_gate_that_is_not_packed_is_told_before_anything_is_written(capsys, tiny_lm, tmp_path, calib):
-    code, _, err = trim(capsys, tiny_lm, "predictor", tmp_path / "out", calib, "--keep", "0.5", "--pack")
-    assert code == 2 and "leave --pack out" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+@pytest.mark.parametrize(("recipe", "gate", "whom"), [
+    ("*.down: gate/polar(batch=4)", "gate/polar(batch=4)", "step"),
+    ("polar(batch=4)", "gate/polar(batch=4)", "step"),
+    ("coreinfer(prompt=8)", "gate/core(prompt=8)", "sentence"),
+    ("coreinfer_similar(prompt=8,clusters=2)", "gate/core_similar(clusters=2,prompt=8)", "sentence"),
+])
+def test_a_gate_that_is_not_packed_is_told_before_anything_is_written(capsys, tiny_lm, tmp_path, calib, recipe, gate, whom):
+    code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "out", calib, "--keep", "0.5", "--pack")
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert err == (f"trimtab: 0.mlp.down: {gate} decides for a whole {whom}, which runs on plain files alone; what is packed is gated "
+                   "token by token: leave --pack out, or take gate_magnitude, wina, cats, chess, dejavu, or for heads *.o: gate/heads\n")
+
+
+@pytest.mark.parametrize("gate", ["*.down: predictor", "*.o: gate/heads", "*.q,*.k,*.v: gate_magnitude", "*.o: wina"])
+def test_what_a_shared_rotation_turns_under_a_gate_is_not_packed(capsys, tiny_lm, tmp_path, calib, gate):
+    recipe = f"quarot | int(bits=8,group=0) | rtn ; {gate}(keep=0.5)"
+    code, _, err = trim(capsys, tiny_lm, recipe, tmp_path / "out", calib, "--pack")
+    assert code == 2 and "in another basis than the one it was made for; leave --pack out" in err and err.count("\n") == 1
+    assert trim(capsys, tiny_lm, "quarot | int(bits=8,group=0) | rtn ; *.down: gate_magnitude(keep=0.5)", tmp_path / "out", calib, "--pack",
+                "--dry-run")[0] == 0
+
+
+ROUTED = "*.o: heads(keep=0.5) ; *.down: predictor(keep=0.4)"
+
+
+def test_what_routers_reach_packed_is_what_they_reach_on_plain_files(capsys, wide_lm, tmp_path, calib):
+    reached, sizes = {}, {}
+    for name, more in (("plain", []), ("packed", ["--pack", "--head", "keep"])):
+        code, out, err = trim(capsys, wide_lm, ROUTED, tmp_path / name, calib, *more)
+        assert code == 0, err
+        reached[name] = json.loads(out)["sparsity"]
+    assert reached["plain"] == reached["packed"] and 0.3 < reached["plain"]["reached"] < 0.7
+    model = packed.open(tmp_path / "packed", verify=True)
+    parts = SafeFile(tmp_path / "plain" / PARTS)
+    for i, leaf, site in ((0, "self_attn.o_proj", "attn.o"), (1, "mlp.down_proj", "mlp.down")):
+        p = model.linears[f"model.layers.{i}.{leaf}"]
+        mine = {n.rpartition(":")[2]: parts.read(n) for n in parts.names if n.startswith(f"{i}.{site}:")}
+        assert p.format == "columns" and Gate.among(p.buffers).same(Gate.among(mine))
+        sizes[site] = p.nbytes
+        assert p.nbytes > p.buffers["values"].nbytes + p.buffers["gate_second"].nbytes
+
+
+@pytest.mark.parametrize("family", ["opt", "phi3", "qwen2", "gemma2", "gpt_neox", "bert"])
+def test_transformers_runs_routers_wherever_their_sublayers_begin(capsys, tmp_path, family):
+    """Sublayers without a module of their own, stacked maps, blocks whose norms lie elsewhere."""
+    tiny.save(family, tmp_path / "model")
+    inputs = tiny.inputs(family, rows=6, length=32)
+    save_file(inputs, tmp_path / "seen.safetensors")
+    capsys.readouterr()
+    for name, more in (("plain", []), ("packed", ["--pack"])):
+        args = ("trim", tmp_path / "model", ROUTED, "-o", tmp_path / name, "--calib", tmp_path / "seen.safetensors", "--text",
+                tmp_path / "seen.safetensors", *FAST, "--json", *more)
+        code = cli.main([str(a) for a in args])
+        assert code == 0, capsys.readouterr().err
+
+    def by_blocks(path: Path) -> torch.Tensor:
+        net = Network.open(path)
+        with torch.no_grad():
+            hidden, context = net.embed(inputs)
+            for i in range(net.n_blocks):
+                module = net.block(i)
+                net.as_packed(module, i)
+                net.as_said(module, i, net.said(i))
+                hidden = net.run(module, i, hidden, context)
+            return net.finish(hidden, context, inputs)
+
+    auto = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        whole = auto.from_pretrained(tmp_path / "packed", dtype=torch.float32)(**inputs)[0]
+    plain, its = by_blocks(tmp_path / "plain"), by_blocks(tmp_path / "packed")
+    size = plain.abs().max()
+    assert float((by_blocks(tmp_path / "model") - plain).abs().max() / size) > 1e-3
+    for got in (its, whole):
+        assert float((got - plain).abs().max() / size) < 1e-4
+
+
+def test_a_damaged_router_is_told_when_the_directory_is_opened(capsys, wide_lm, tmp_path, calib):
+    assert trim(capsys, wide_lm, "dejavu(keep=0.5)", tmp_path / "out", calib, "--pack")[0] == 0
+    file = tmp_path / "out" / "model.safetensors"
+    name = "model.layers.0.mlp.down_proj.packed_gate_second"
+    f = SafeFile(file)
+    kept = {n: f.read(n) for n in f.names}
+    for t, why in ((None, "a gate has 3 of its 4 parts"), (kept[name][1:].clone(), "the router of its gate makes")):
+        changed = {n: v for n, v in {**kept, name: t}.items() if v is not None}
+        file.unlink()
+        write_safetensors(file, {n: (v.dtype, tuple(v.shape)) for n, v in changed.items()}, changed.__getitem__, f.metadata)
+        with pytest.raises(BadInput, match=f"packed layer model.layers.0.mlp.down_proj is corrupt: .*{why}") as e:
+            packed.open(tmp_path / "out")
+        assert "\n" not in str(e.value)

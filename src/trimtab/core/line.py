@@ -203,13 +203,17 @@ def check_gates(net: Network, s: Site, passes: list[Pass], packed: bool) -> None
         raise BadInput(f"{s.name}: {gate} and {more[0]} both decide which inputs are computed; keep one of them")
     if passes[-1] is not gates[0]:
         raise BadInput(f"{s.name}: {gate} is made for the weights as they end up; put it behind {passes[-1]}")
-    if packed and (gate.method.facts["of"] == "router" or gate.method.facts["by"] != "token"):
-        raise BadInput(f"{s.name}: {gate} is run on plain files alone; what is packed is gated token by token, by the inputs "
-                       "(gate_magnitude, wina) or the gate of an MLP (cats, chess); leave --pack out, or take one of these")
+    if packed and (by := gate.method.facts["by"]) != "token":
+        raise BadInput(f"{s.name}: {gate} decides for a whole {by}, which runs on plain files alone; what is packed is gated token by "
+                       "token: leave --pack out, or take gate_magnitude, wina, cats, chess, dejavu, or for heads *.o: gate/heads")
+    of = gate.method.facts["of"]
+    if packed and (of == "router" or (of == "input" and s.role != "down")) and (shared := [p for p in passes if p.shares]):
+        raise BadInput(f"{s.name}: packed, {shared[0]} leaves what {gate} looks at in another basis than the one it was made for; leave "
+                       "--pack out, or one of the two")
     if s.expert is not None:
         raise BadInput(f"{s.name}: {gate} decides for a linear layer, and an expert is none of its own; scope it to the others, such as "
                        "attn:")
-    if gate.method.facts["of"] == "hidden" and not (s.role == "down" and net.has_gate(s)):
+    if of == "hidden" and not (s.role == "down" and net.has_gate(s)):
         some = any(net.has_gate(o) for o in net.sites if o.role == "down")
         raise BadInput(f"{s.name}: {gate} scores the gate of an MLP, for what the MLP ends in; scope it to such sites: "
                        + ("*.mlp.down:" if some else "this network has none; use gate_magnitude"))

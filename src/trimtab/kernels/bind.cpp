@@ -33,13 +33,17 @@ namespace {
 
 struct BoundGate {
     Gate gate;
-    BoundGate(bool hidden, int64_t count, float threshold, const std::vector<float>& scale) : gate{hidden, count, threshold, scale} {
+    BoundGate(const std::string& of, int64_t count, float threshold, const std::vector<float>& scale, int64_t group, int64_t pool)
+        : gate{source_of(of), count, threshold, scale, {}, group, pool} {
         if (count < 0 || std::isnan(threshold)) throw std::invalid_argument("a gate has a threshold, or keeps 1 input or more");
+        if (group < 1 || pool < 1 || ((group > 1 || pool > 1) && gate.of != Source::router))
+            throw std::invalid_argument("the scores of a router alone are of several inputs, or several");
     }
     void run(In x, In scored, Out y) const {
-        if (x.shape(0) != scored.shape(0) || x.shape(1) != scored.shape(1) || x.shape(0) != y.shape(0) || x.shape(1) != y.shape(1) ||
-            (!gate.scale.empty() && gate.scale.size() != x.shape(1)))
-            throw std::invalid_argument("x, what is scored and y are of one shape, [batch, inputs of the gate]");
+        const int64_t n = int64_t(x.shape(1));
+        if (x.shape(0) != scored.shape(0) || n % gate.group || gate.scores(n) != int64_t(scored.shape(1)) || x.shape(0) != y.shape(0) ||
+            x.shape(1) != y.shape(1) || (!gate.scale.empty() && gate.scale.size() != x.shape(1)))
+            throw std::invalid_argument("x and y are [batch, inputs of the gate], what is scored is as wide as they, or of a router as its scores are");
         pass(gate, x.data(), scored.data(), int64_t(x.shape(0)), int64_t(x.shape(1)), y.data(), {Type::f32, 1, table().ops});
     }
 };
@@ -60,7 +64,8 @@ struct BoundMlp {
             throw std::invalid_argument("gate and up must be of one shape");
         const auto gated = [](Map& m, const std::optional<BoundGate>& of, bool last) {
             if (!of) return;
-            if (of->gate.hidden && !last) throw std::invalid_argument("a gate of hidden neurons is for what an MLP ends in");
+            if (of->gate.of == Source::router) throw std::invalid_argument("an MLP alone runs no gate of a router; a decoder does");
+            if (of->gate.of == Source::hidden && !last) throw std::invalid_argument("a gate of hidden neurons is for what an MLP ends in");
             if (!of->gate.scale.empty() && int64_t(of->gate.scale.size()) != m.in)
                 throw std::invalid_argument("a gate of " + std::to_string(of->gate.scale.size()) + " inputs, the map has " + std::to_string(m.in));
             m.terms[0].gate = of->gate;
@@ -68,7 +73,7 @@ struct BoundMlp {
         if (mlp.gate) gated(*mlp.gate, gates.at(0), false);
         gated(mlp.up, gates.at(1), false);
         gated(mlp.down, gates.at(2), true);
-        if (mlp.down.hidden() && !mlp.gate) throw std::invalid_argument("the gate of the MLP is scored, and it has none");
+        if (mlp.down.told() && !mlp.gate) throw std::invalid_argument("the gate of the MLP is scored, and it has none");
         if (mlp.down.in != mlp.up.out)
             throw std::invalid_argument("down takes " + std::to_string(mlp.down.in) + " features, up gives " + std::to_string(mlp.up.out));
         for (const Map* m : {&mlp.up, &mlp.down, mlp.gate ? &*mlp.gate : &mlp.up})
@@ -136,7 +141,8 @@ NB_MODULE(_trimtab_kernels, m) {
         .def("run", &Bound::run, "x"_a, "y"_a, "threads"_a, "kernel"_a = "", "narrowest"_a = "f32",
              "y = x W^T; `kernel` by name, or the best one here that rounds x to no less than `narrowest`.");
     nb::class_<BoundGate>(m, "Gate")
-        .def(nb::init<bool, int64_t, float, const std::vector<float>&>(), "hidden"_a, "count"_a, "threshold"_a, "scale"_a)
+        .def(nb::init<const std::string&, int64_t, float, const std::vector<float>&, int64_t, int64_t>(), "of"_a, "count"_a, "threshold"_a, "scale"_a,
+             "group"_a, "pool"_a)
         .def("run", &BoundGate::run, "x"_a, "scored"_a, "y"_a, "y = x where what is scored passes, and 0 elsewhere.");
     nb::class_<BoundMlp>(m, "Mlp")
         .def(nb::init<nb::object, nb::object, nb::object, const std::string&, const std::vector<std::optional<BoundGate>>&>(), "gate"_a.none(), "up"_a,

@@ -222,13 +222,22 @@ private:
     Gate gate(nb::handle o, const std::string& at, int64_t in) {
         Reader r(o, at);
         Gate g;
-        const std::string of = r.text_of("of");
-        if (of != "input" && of != "hidden") bad(r.at("of"), "unknown source " + of + "; there are input and hidden");
-        g.hidden = of == "hidden";
+        try {
+            g.of = source_of(r.text_of("of"));
+        } catch (const std::invalid_argument& e) {
+            bad(r.at("of"), e.what());
+        }
         if (r.has("count")) g.count = r.whole("count");
         if (r.has("threshold")) g.threshold = r.number_of("threshold");
         if ((g.count > 0) == r.has("threshold")) bad(at, "a gate has a threshold or a count, one of the two");
-        if (r.has("scale")) g.scale = vector(r.text_of("scale"), r.at("scale"), in);
+        if (g.of != Source::router && r.has("scale")) g.scale = vector(r.text_of("scale"), r.at("scale"), in);
+        if (g.of == Source::router) {
+            g.router = chain(r.get("router"), r.at("router"), p.hidden);
+            if (r.has("group")) g.group = r.whole("group");
+            if (r.has("pool")) g.pool = r.whole("pool");
+            if (const int64_t has = g.router.back().linear->weights().out; in % g.group || has != g.scores(in))
+                bad(r.at("router"), std::to_string(has) + " scores, " + std::to_string(g.pool) + " for every " + std::to_string(g.group) + " of " + std::to_string(in) + " inputs are wanted");
+        }
         r.done();
         return g;
     }
@@ -276,8 +285,11 @@ private:
             m.out = m.terms[0].out();
         }
         for (const Term& t : m.terms) {
-            if (t.gate && t.gate->hidden && std::string(key) != "down") bad(at, "a gate of hidden neurons is for what an MLP ends in");
-            if ((t.gate && t.gate->hidden) != (m.hidden() != nullptr) || (m.hidden() && *t.gate != *m.hidden())) bad(at, "one gate of hidden neurons is for all that is added");
+            const Source of = t.gate ? t.gate->of : Source::input;
+            const bool last = std::string(key) == "down", ends = last || std::string(key) == "o";
+            if (of == Source::hidden && !last) bad(at, "a gate of hidden neurons is for what an MLP ends in");
+            if (of == Source::router && !ends) bad(at, "a gate that looks at what a sublayer is given is for what the sublayer ends in");
+            if ((of != Source::input) != (m.told() != nullptr) || (m.told() && *t.gate != *m.told())) bad(at, "one gate of what is not x itself is for all that is added");
         }
         if (out && m.out != out) bad(at, "gives " + std::to_string(m.out) + " features, " + std::to_string(out) + " are wanted");
         return m;
@@ -334,7 +346,7 @@ private:
         f.mlp.up = map(r, "up", p.hidden);
         if (r.has("gate")) f.mlp.gate = map(r, "gate", p.hidden, f.mlp.up.out);
         f.mlp.down = map(r, "down", f.mlp.up.out, p.hidden);
-        if (f.mlp.down.hidden() && !f.mlp.gate) bad(r.at("down"), "its gate scores that of the MLP, which has none");
+        if (const Gate* told = f.mlp.down.told(); told && told->of == Source::hidden && !f.mlp.gate) bad(r.at("down"), "its gate scores that of the MLP, which has none");
         try {
             f.mlp.activation = activation_of(r.text_of("activation"));
         } catch (const std::invalid_argument& e) {

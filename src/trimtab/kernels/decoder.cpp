@@ -140,6 +140,7 @@ void Session::attention(const Attention& a, const float* x) {
         if (heads.bits) c.floats.forget(end - 1);
         if (a.window) (heads.bits ? c.codes : c.floats).forget(end - a.window + 1);
     }
+    if (const Gate* told = a.o.told()) pass(*told, mixed, routed(*told, normed_.data(), count_, with()), count_, wide, mixed, with());
     apply(std::array<Target, 1>{{{&a.o, sized(out_, count_ * p_.hidden)}}}, mixed, count_, with());
 }
 

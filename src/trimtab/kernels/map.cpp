@@ -4,6 +4,7 @@
 #include <cmath>
 #include <deque>
 #include <functional>
+#include <stdexcept>
 
 #include "pool.h"
 
@@ -34,7 +35,7 @@ struct Work {
 bool reads_alike(const Term& a, const Term& b) { return a.inside == b.inside && a.taken == b.taken && a.gate == b.gate; }
 
 const float* ready(const Term& t, const float* x, int64_t in, int64_t rows, const With& with, Between& between) {
-    if (t.gate && !t.gate->hidden) {  // a hidden one is for who has the MLP
+    if (t.gate && t.gate->of == Source::input) {  // others are for who runs the sublayer
         float* passed = between.next(rows * in);
         pass(*t.gate, x, x, rows, in, passed, with);
         x = passed;
@@ -62,27 +63,62 @@ void shift(const std::vector<float>& bias, float* y, int64_t rows, int64_t width
 
 void pass(const Gate& g, const float* x, const float* scored, int64_t rows, int64_t n, float* y, const With& with) {
     const float* scale = g.scale.empty() ? nullptr : g.scale.data();
-    each_row(rows, g.count ? 8 * n : n, with.threads, [&](int64_t r) {
-        const float *from = x + r * n, *its = scored + r * n;
+    const bool by_router = g.of == Source::router;
+    const int64_t units = n / g.group, wide = g.scores(n);
+    each_row(rows, g.count ? 8 * std::max(n, wide) : std::max(n, wide), with.threads, [&](int64_t r) {
+        const float *from = x + r * n, *its = scored + r * wide;
         float* to = y + r * n;
-        if (!g.count) return with.ops->pass(from, its, scale, g.threshold, n, to);
-        if (g.count >= n) {
+        if (!g.count && !by_router) return with.ops->pass(from, its, scale, g.threshold, n, to);
+        if (g.count >= units) {
             if (to != from) std::copy_n(from, n, to);
             return;
         }
         thread_local std::vector<float> scores, order;
-        sized(scores, n);
-        for (int64_t i = 0; i < n; ++i) {
-            const float s = std::abs(its[i]) * (scale ? scale[i] : 1.0f);
-            scores[size_t(i)] = s == s ? s : INFINITY;
+        sized(scores, units);
+        for (int64_t i = 0; i < units; ++i) {
+            float s = by_router ? its[i * g.pool] : std::abs(its[i]) * (scale ? scale[i] : 1.0f);
+            for (int64_t j = 1; j < g.pool && s == s; ++j)
+                if (const float other = its[i * g.pool + j]; !(other <= s)) s = other;  // what is no number too
+            scores[size_t(i)] = s;
         }
-        order.assign(scores.begin(), scores.begin() + n);
-        std::nth_element(order.begin(), order.begin() + g.count - 1, order.end(), std::greater<>());
-        const float least = order[size_t(g.count - 1)];
-        int64_t room = g.count;  // of equal ones the first
-        for (int64_t i = 0; i < n; ++i) room -= scores[size_t(i)] > least;
-        for (int64_t i = 0; i < n; ++i) to[i] = scores[size_t(i)] > least || (scores[size_t(i)] == least && room-- > 0) ? from[i] : 0.0f;
+        float least = g.threshold;
+        int64_t room = 0;
+        if (g.count) {
+            for (int64_t i = 0; i < units; ++i)
+                if (scores[size_t(i)] != scores[size_t(i)]) scores[size_t(i)] = INFINITY;
+            order.assign(scores.begin(), scores.begin() + units);
+            std::nth_element(order.begin(), order.begin() + g.count - 1, order.end(), std::greater<>());
+            least = order[size_t(g.count - 1)];
+            room = g.count;  // of equal ones the first
+            for (int64_t i = 0; i < units; ++i) room -= scores[size_t(i)] > least;
+        }
+        for (int64_t i = 0; i < units; ++i) {
+            const bool passes = !(scores[size_t(i)] <= least) || (scores[size_t(i)] == least && room-- > 0);
+            for (int64_t k = i * g.group; k < (i + 1) * g.group; ++k) to[k] = passes ? from[k] : 0.0f;
+        }
     });
+}
+
+const float* routed(const Gate& g, const float* x, int64_t rows, const With& with) {
+    thread_local std::vector<float> held[2];
+    size_t side = 0;
+    for (const Affine& a : g.router) {
+        const int64_t width = a.linear->weights().out;
+        float* y = sized(held[side], rows * width);
+        const Job job{&a.linear->weights(), a.linear->best(Type::f32, rows), y};
+        run({&job, 1}, x, rows, with.threads);
+        shift(a.bias, y, rows, width, with);
+        x = y;
+        side = 1 - side;
+    }
+    return x;
+}
+
+Source source_of(const std::string& name) {
+    if (name == "input") return Source::input;
+    if (name == "hidden") return Source::hidden;
+    if (name == "router") return Source::router;
+    throw std::invalid_argument("unknown source " + name + "; there are input, hidden and router");
 }
 
 const Linear* Map::alone() const {

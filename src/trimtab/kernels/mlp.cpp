@@ -19,7 +19,8 @@ void whole(const Mlp& m, const float* x, int64_t rows, float* y, const With& wit
     thread_local std::vector<float> gates, ups, passed;
     const int64_t width = m.up.out;
     float *up = sized(ups, rows * width), *gate = m.gate ? sized(gates, rows * width) : nullptr;
-    const Gate* hidden = m.down.hidden();
+    const Gate* told = m.down.told();
+    const bool hidden = told && told->of == Source::hidden;
     const auto activated = [&](int64_t r, int64_t begin, int64_t end) {
         float *g = gate ? gate + r * width : nullptr, *u = up + r * width;
         if (!hidden) return with.ops->activate(m.activation, g ? g + begin : nullptr, u + begin, end - begin);
@@ -42,7 +43,7 @@ void whole(const Mlp& m, const float* x, int64_t rows, float* y, const With& wit
         apply(targets, x, rows, with);
         each_row(rows, 2 * width, with.threads, [&](int64_t r) { activated(r, 0, width); });
     }
-    if (hidden) pass(*hidden, up, gate, rows, width, up, with);
+    if (told) pass(*told, up, hidden ? gate : routed(*told, x, rows, with), rows, width, up, with);
     apply(std::array<Target, 1>{{{&m.down, y}}}, up, rows, with);
 }
 

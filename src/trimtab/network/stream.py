@@ -205,7 +205,8 @@ class Network:
                 continue
             if gate.of == HIDDEN:
                 self.on_hidden(module, i, s, layer.scoring)
-
+            elif gate.of == ROUTER:
+                self.on_source(module, i, s, layer.scoring)
             if reached is not None:
                 layer.register_forward_pre_hook(lambda m, args, s=s, gate=gate: self._count(
                     reached, s, gate.mask(args[0] if gate.of == INPUT else m.scored)))

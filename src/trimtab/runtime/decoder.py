@@ -62,7 +62,8 @@ class _Made:
         terms = self.ungated(name, w)
         if any("gate" in t for t in terms):
             raise NoKernel(f"{name}: a decoder runs one gate of a map's inputs, not two")
-        return [{**t, "gate": self.gate(name, w.gate)} for t in terms]
+        gate = self.gate(name, w.gate)
+        return [{**t, "gate": gate} for t in terms]
 
     def ungated(self, name: str, w: native.Linear) -> list[dict[str, Any]]:
         if w.packed.format == SUM:
@@ -97,8 +98,16 @@ class _Made:
     def gate(self, name: str, g: Gate) -> dict[str, Any]:
         if g.scale is not None:
             self.tensors[f"{name}:gate"] = g.scale
-        own = {"threshold": None if g.threshold is None else float(g.threshold), "count": g.count or None,
-               "scale": None if g.scale is None else f"{name}:gate"}
+        own: dict[str, Any] = {"threshold": None if g.threshold is None else float(g.threshold), "count": g.count or None,
+                               "scale": None if g.scale is None else f"{name}:gate"}
+        if g.router is not None:  # its maps are linear maps like any other
+            maps = {"first": g.router.first, "second": g.router.second}
+            own["router"] = [f"{name}:gate:{k}" for k, t in maps.items() if t is not None]
+            self.maps |= {f"{name}:gate:{k}": native.Linear(dense(Change(t)))._native for k, t in maps.items() if t is not None}
+            if g.router.bias is not None:
+                self.tensors[f"{name}:gate:bias"] = g.router.bias
+                own["router"][-1] = {"linear": f"{name}:gate:second", "bias": f"{name}:gate:bias"}
+            own |= {"group": g.group, "pool": g.pool}
         return {"of": g.of, **{k: v for k, v in own.items() if v is not None}}
 
     def map(self, m: Any) -> Any:

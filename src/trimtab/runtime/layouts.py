@@ -18,7 +18,7 @@ from trimtab.methods.format.dense import dense
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.nm import nm
 from trimtab.methods.format.panels import PANEL, TYPES, VECTORS, Packed
-from trimtab.methods.gates import gate_of, ungated
+from trimtab.methods.gates import PREFIX, gate_of, ungated
 from trimtab.methods.rounding import rounding_bytes, weight_alone
 
 VERSION = 2  # of packed directories; 1 laid out n:m otherwise, and had csr
@@ -103,7 +103,7 @@ def _said(about: Any, buffers: Mapping[str, Tensor], depth: int = 0) -> Packed:
         raise BadInput(f"it should be described by {', '.join(sorted(keys))}")
     if not all(isinstance(about[k], str) for k in ("format", "type", "dim")):
         raise BadInput("its format, type and dim should be words")
-    own = {k: t.reshape(-1) for k, t in buffers.items()}
+    own = {k: t if PREFIX in k else t.reshape(-1) for k, t in buffers.items()}  # the maps of a router are matrices
     p = Packed(**{**about, "shape": tuple(about["shape"]), "buffers": own, "factors": ()})
     if (each := about.get("factors")) is None:
         if p.format in composite.FORMATS:

@@ -26,12 +26,12 @@ class PackedLinear(nn.Module):
         self.scored: Tensor | None = None
         self.register_buffer("bias", bias)
 
-    def scoring(self, gate: Tensor, up: Tensor | None = None) -> None:
-        """What the gate of its inputs scores in the next call: the gate of the MLP it ends, activated."""
-        self.scored = gate
+    def scoring(self, scored: Tensor, up: Tensor | None = None) -> None:
+        """What the gate of its inputs scores in the next call: the gate of the MLP it ends, activated, or what its sublayer is given."""
+        self.scored = scored
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x, narrowest=self.narrowest, hidden=self.scored)
+        y = self.linear(x, narrowest=self.narrowest, scored=self.scored)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype)

@@ -15,7 +15,7 @@ from trimtab.methods import composite
 from trimtab.methods.codes import e4m3_step
 from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.panels import BITS, DENSE, Packed
-from trimtab.methods.gates import INPUT, Gate, gate_of
+from trimtab.methods.gates import HIDDEN, INPUT, Gate, gate_of
 from trimtab.methods.rounding import rounding_of
 from trimtab.runtime import layouts
 
@@ -144,19 +144,19 @@ class Linear:
             return sum(f.weight_bytes for f in self.factors)
         return self.packed.nbytes if self._weight is None else self._weight.nbytes
 
-    def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "", hidden: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, kernel: str = "", threads: int = 0, narrowest: str = "", scored: Tensor | None = None) -> Tensor:
         """x [..., in]. `kernel`: one of `kernels`, the best if not said; `threads`: torch's number if 0.
 
         `narrowest`: what x may be rounded to before it is multiplied: f32 (not at all), bf16, or i8 (by groups of inputs where
         the weights are codes or vectors of a book, bf16 elsewhere); bf16 where x is bfloat16 and f32 elsewhere if not said. What the
-        weight itself says of its inputs goes before that. `hidden` [..., in]: what its gate scores, where that is not x. BadInput for what
-        does not run here.
+        weight itself says of its inputs goes before that. `scored`: what its gate scores, where that is not x: [..., in], the gate of the
+        MLP it ends, activated, or [..., width], what is given to its sublayer. BadInput for what does not run here.
         """
         if x.shape[-1] != self.packed.shape[1]:
             raise BadInput(f"x has {x.shape[-1]} features, the packed weight takes {self.packed.shape[1]}")
         narrowest = narrowest or ("bf16" if x.dtype == torch.bfloat16 else "f32")
         if self.gate is not None:
-            x = x * self.gate.mask(self._scored(x, hidden))
+            x = x * self.gate.mask(self._scored(x, scored))
         if self.factors:
             return self._composed(x, kernel, threads, narrowest)
         if self._weight is not None:
@@ -170,14 +170,15 @@ class Linear:
             raise BadInput(str(e)) from None
         return y.view(*x.shape[:-1], self.packed.shape[0])
 
-    def _scored(self, x: Tensor, hidden: Tensor | None) -> Tensor:
+    def _scored(self, x: Tensor, scored: Tensor | None) -> Tensor:
         assert self.gate is not None
         if self.gate.of == INPUT:
             return x
-        if hidden is None or hidden.shape != x.shape:
-            raise BadInput("which inputs are computed is decided by the gate of an MLP, and this map is run without it; run the whole "
-                           "model")
-        return hidden
+        hidden = self.gate.of == HIDDEN
+        if scored is None or scored.shape[:-1].numel() != x.shape[:-1].numel() or (hidden and scored.shape[-1] != x.shape[-1]):
+            who = "the gate of an MLP" if hidden else "what its sublayer is given"
+            raise BadInput(f"which inputs are computed is decided by {who}, and this map is run without it; run the whole model")
+        return scored.reshape(*x.shape[:-1], scored.shape[-1])
 
     def _composed(self, x: Tensor, kernel: str, threads: int, narrowest: str) -> Tensor:
         """What is made of several: one after the other, added, or with a change of inputs and outputs around it."""
@@ -199,11 +200,11 @@ class Linear:
 
 
 def _gate(g: Gate | None) -> Any | None:
-    """As the core has it."""
+    """As the core has it, without the maps of a router."""
     if g is None:
         return None
     threshold = 0.0 if g.threshold is None else float(g.threshold)
-    return core().Gate(g.of != INPUT, g.count, threshold, [] if g.scale is None else g.scale.tolist())
+    return core().Gate(g.of, g.count, threshold, [] if g.scale is None else g.scale.tolist(), g.group, g.pool)
 
 
 class Mlp:

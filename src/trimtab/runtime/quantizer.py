@@ -12,7 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.core.types import BadInput
 from trimtab.methods.format.panels import Packed
-from trimtab.methods.gates import HIDDEN
+from trimtab.methods.gates import INPUT, ROUTER
+from trimtab.network import graph
 from trimtab.runtime import packed
 from trimtab.runtime.layouts import VERSION
 from trimtab.runtime.modules import PackedLinear
@@ -21,11 +22,15 @@ METHOD = "trimtab"
 
 
 def _tell(model: Any) -> None:
-    """Where a map is gated by the gate of the MLP it ends, that gate's values reach it."""
+    """Where a map is gated by the gate of the MLP it ends, or by what its sublayer is given, these values reach it."""
     from transformers.activations import ACT2FN
 
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, PackedLinear) or layer.linear.gate is None or layer.linear.gate.of != HIDDEN:
+        if not isinstance(layer, PackedLinear) or layer.linear.gate is None or layer.linear.gate.of == INPUT:
+            continue
+        if layer.linear.gate.of == ROUTER:
+            first = model.get_submodule(_beginning(model, name))
+            first.register_forward_pre_hook(lambda m, args, layer=layer: layer.scoring(args[0]), prepend=True)
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         gate, act = getattr(owner, "gate_proj", None), getattr(model.config, "hidden_act", None)
@@ -33,6 +38,16 @@ def _tell(model: Any) -> None:
             raise BadInput(f"{name}: its gate scores that of the MLP, which {type(owner).__name__} has not by the name gate_proj; run the "
                            "directory with trimtab")
         gate.register_forward_hook(lambda m, args, y, layer=layer, f=ACT2FN[act]: layer.scoring(f(y)))
+
+
+def _beginning(model: Any, name: str) -> str:
+    """The name of a map that is given what the sublayer is that this one ends."""
+    family = graph.family_of(model.config.to_dict())
+    for roles in (family.attn, *family.mlp.values()):
+        for last, first in (("o", "q"), ("down", "gate"), ("down", "up")):
+            if first in roles and name.endswith(f".{roles.get(last)}"):
+                return name.removesuffix(roles[last]) + roles[first]
+    raise BadInput(f"{name}: its gate looks at what a sublayer is given, and it ends none that {family.name} has; pack the model again")
 
 
 @register_quantization_config(METHOD)
