@@ -37,17 +37,12 @@ class Router:
         if any(t.dtype != torch.float32 or not bool(torch.isfinite(t).all()) for t in maps):
             raise BadInput("the maps of a router are float32 and finite")
 
-    @property
-    def width(self) -> int:
-        """Of what it is given."""
-        return (self.second if self.first is None else self.first).shape[1]
-
     def __call__(self, x: Tensor) -> Tensor:
         """Of x [..., width]: [..., scores]."""
         x, linear = x.detach().float(), torch.nn.functional.linear
         second, first, bias = (None if t is None else t.to(x.device) for t in (self.second, self.first, self.bias))
-        if self.width != x.shape[-1]:
-            raise BadInput(f"a router of {self.width} inputs is given {x.shape[-1]}")
+        if (width := (self.second if self.first is None else self.first).shape[1]) != x.shape[-1]:
+            raise BadInput(f"a router of {width} inputs is given {x.shape[-1]}")
         assert second is not None
         return linear(x if first is None else linear(x, first), second, bias)
 
@@ -130,7 +125,7 @@ class Gate:
         if self.scale is not None and (self.scale.ndim != 1 or self.scale.dtype != torch.float32
                                        or not bool(torch.isfinite(self.scale).all() and (self.scale >= 0).all())):
             raise BadInput("the scales of a gate are float32, finite and not below 0, one an input")
-        if (self.of == ROUTER) != (self.router is not None) or (self.router is not None and self.scale is not None):
+        if (self.of == ROUTER) != (self.router is not None):
             raise BadInput("a gate scores by a router where it has one; trim the model again")
         if self.group < 1 or self.pool < 1 or (self.router is not None and len(self.router.second) % self.pool):
             raise BadInput(f"a gate of units of {self.group} inputs and {self.pool} scores each does not fit what it scores")
@@ -173,8 +168,8 @@ class Gate:
 
     @property
     def alone(self) -> bool:
-        """Whether it decides for every token alone, as packed maps do."""
-        return self.core is None and self.counts is None and (self.router is not None or self.group == self.pool == 1)
+        """Whether it decides for every token alone and by what is there when the map runs, as packed maps do."""
+        return self.router is None and self.core is None and self.counts is None and self.group == 1
 
     def same(self, other: Gate | None) -> bool:
         if other is None:
@@ -250,14 +245,16 @@ def gate_of(p: Packed) -> Gate | None:
     gate = Gate.among(p.buffers)
     if gate is None:
         return None
-    if not gate.alone:
+    if not (gate.alone or (gate.router is not None and gate.core is None and gate.counts is None)):
         raise BadInput(f"{p.format} {p.type}: its gate does not decide for every token alone")
     if gate.scale is not None and len(gate.scale) != p.shape[1]:
         raise BadInput(f"{p.format} {p.type}: its gate is of {len(gate.scale)} inputs, it has {p.shape[1]}")
     if (router := gate.router) is not None:
+        if gate.scale is not None:
+            raise BadInput(f"{p.format} {p.type}: its gate scores inputs by a router, which needs no scales of them; trim the model again")
         if gate.group * len(router.second) != gate.pool * p.shape[1]:
             raise BadInput(f"{p.format} {p.type}: the router of its gate makes {len(router.second)} scores, {gate.pool} for every "
                            f"{gate.group} of {p.shape[1]} inputs are wanted")
-        if router.width != p.shape[0]:  # a sublayer gives as many features as it is given
-            raise BadInput(f"{p.format} {p.type}: the router of its gate takes {router.width} features, its sublayer is given {p.shape[0]}")
+        if (given := (router.second if router.first is None else router.first).shape[1]) != p.shape[0]:  # as many features as it gives
+            raise BadInput(f"{p.format} {p.type}: the router of its gate takes {given} features, its sublayer is given {p.shape[0]}")
     return gate
