@@ -214,7 +214,8 @@ def gated(w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
 def gated_mlps(w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
     """The same of a SwiGLU MLP: one threshold for the inputs of gate and up, one for what they give, each passing such a share."""
     found, one, ws = [], len(x) == 1, [w, w.flip(0), w.T.contiguous()]
-    for name, change, narrowest, part in (("bf16", lambda t: Change(t.bfloat16()), "bf16", 0.85), ("int8 by row, x int8", lambda t: nearest(t, 8).change(), "i8", 0.75),
+    for name, change, narrowest, part in (("bf16", lambda t: Change(t.bfloat16()), "bf16", 0.85),
+                                          ("int8 by row, x int8", lambda t: nearest(t, 8).change(), "i8", 0.75),
                                           ("int4 g128, x int8", lambda t: nearest(t, 4, 128).change(), "i8", 0.75)):
         whole = our_mlp(f"mlp {name}", [dense(change(t)) for t in ws], x, narrowest, threads, ())
         found.append(whole)
@@ -229,7 +230,8 @@ def gated_mlps(w: Tensor, x: Tensor, threads: int) -> list[Candidate]:
                 met.append(float((passed != 0).any(0).float().mean()))
             ps = [met_gated(p, Gate(thresholds[k == 2])) for k, p in enumerate(by_columns)]
             share = (2 * met[0] + met[1]) / 3
-            its = our_mlp(f"columns mlp {name}, {kept:.0%} of each row", ps, x, narrowest, threads, (Goal(round(part / share, 3), whole.name),) if one else ())
+            goals = (Goal(round(part / share, 3), whole.name),) if one else ()
+            its = our_mlp(f"columns mlp {name}, {kept:.0%} of each row", ps, x, narrowest, threads, goals)
             its.bytes, its.flops = round(its.bytes * share), round(its.flops * kept)
             found.append(its)
     return found
