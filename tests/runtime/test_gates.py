@@ -203,7 +203,7 @@ def test_a_gate_decides_by_its_router():
         r = gate.router
         s = (v if r.first is None else v @ r.first.T) @ r.second.T + (0 if r.bias is None else r.bias)
         assert torch.equal(gate.mask(v), passes(gate, s))
-        assert gate.alone and Gate.among(gate.parts()).same(gate)
+        assert Gate.among(gate.parts()).same(gate)
 
 
 @pytest.mark.filterwarnings("ignore::trimtab.runtime.native.RunsInTorch")
