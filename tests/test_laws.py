@@ -46,6 +46,7 @@ SHARES = (0.3, 0.7)  # not symmetric, so that kept and dropped cannot be mistake
 # Knobs larger than the sites below; 8 leaves a remainder of 4.
 SMALL = {"b": 4, "block": 8, "group": 8, "limit": 0.1, "iters": 100, "vector": 2, "prompt": 8}
 TINY = 1e-12
+HEADS = torch.tensor([4, 2])  # what inputs are: four query heads, two of which share a key
 
 # --- a small world: five unequal sites in three unequal blocks ------------------------------------------------------
 SITES = {s.name: s for s in (
@@ -94,7 +95,7 @@ def batches(name: str, of: str, poor: bool = False) -> list[tuple[Tensor, ...]]:
         for k, n in enumerate(sizes):
             x = torch.randn(n, 20, generator=generator(seed + k))
             out.append((x, made(name, x) * torch.randn(n, site.shape[1], generator=generator(seed + 60 + k)).exp()))
-    elif of == "sublayer":
+    elif of in ("sublayer", "block"):
         out = []
         for k, n in enumerate(sizes):
             x = heavy(seed + k, n, 20)
@@ -104,7 +105,7 @@ def batches(name: str, of: str, poor: bool = False) -> list[tuple[Tensor, ...]]:
         mix = torch.randn(width, width, generator=generator(seed)) * 0.5 / width ** 0.5 + 0.3 * torch.eye(width)
         gain = (0.8 * torch.randn(width, generator=generator(seed + 1))).exp()
         out = [((heavy(seed + 2 + k, n, width) + 0.2) @ mix * gain,) for k, n in enumerate(sizes)]
-    if poor and of not in ("sublayer", "hidden", "fed"):
+    if poor and of not in ("sublayer", "block", "hidden", "fed"):
         for (x,) in out:
             x[..., 1] = 0
     return out
@@ -134,7 +135,7 @@ class Unit:
         self.period: int | None = m.facts["period"](self.knobs) if m.facts["period"] else None
 
     def __call__(self, s: Tensor, keep: float) -> Tensor:
-        return self.m.fn(s, keep, **self.knobs)
+        return self.m({"s": s, "keep": keep, "heads": HEADS}, **self.knobs)
 
     def __repr__(self) -> str:
         return f"{self.m.name}({','.join(f'{k}={v}' for k, v in self.knobs.items())})"
@@ -172,7 +173,7 @@ def small(m: Method) -> dict[str, Any]:
 def units() -> list[Unit]:
     """What edits and repairs are tried with: every unit that decides nothing else, in its first two variants."""
     return [Unit(m, **knobs) for m in REG.values() if m.axis == "unit" and not m.joint and (m.facts["free"] or not m.facts["whole"])
-            for knobs in variants(m)[:2]]
+            and not m.facts["ends"] for knobs in variants(m)[:2]]
 
 
 def variants(m: Method) -> list[dict[str, Any]]:
@@ -259,7 +260,7 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
         new = nearest(new.w, 3, 8).change(pattern) if "mask" in m.facts["keeps"] else nearest(w, 3, 8).change()
         new = replace(new, w=new.w.to(dtype))
     return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask, "grid": OnGrid(get("grid/int"), stats(name)),
-            "new": new, "rounded": Rounding(4).of, "heads": torch.tensor([4, 2]),
+            "new": new, "rounded": Rounding(4).of, "heads": HEADS, "depth": torch.tensor(0.25),
             "gate": lambda w, keep: Gate(w.new_full((1,), 1 - keep, dtype=torch.float32)), **have, **given}
 
 
@@ -462,8 +463,9 @@ def law_uses_data(m: Method) -> None:
             if (d == "keep" and m.axis == "unit" and not m.facts["free"]) or (d == "w" and m.facts.get("basis")):
                 continue  # a basis may be one of so many inputs, whatever the weights
             changed = False
-            for name in THREE:
-                at = env(m, name)
+            alone = [{}, {"heads": torch.tensor([1, 1])}] if "heads" in m.data and m.axis == "score" else [{}]
+            for name, given in itertools.product(THREE, alone):
+                at = env(m, name, **{k: v * SITES[name].shape[1] for k, v in given.items()})
                 halved = m.axis == "input" or (m.axis == "gate" and d in ("sample", "hidden_gate"))  # a range, a threshold: of all inputs
                 other = at[d] / 2 if halved else fresh.get(d, jumbled)(at[d])
                 beside = {"exact": False} if "exact" in m.knobs else {}  # where every token keeps as many, nothing was found by calibration
@@ -475,7 +477,7 @@ def jumbled(t: Any) -> Any:
     """Another statistic of the same kind: the entries of its last dimension reversed, a square one on both sides."""
     if isinstance(t, dict):
         return dict(zip(t, reversed(t.values()), strict=True))
-    t = t.flip(-1)
+    t = t.flip(-1) if t.numel() > 1 else t / 2
     return t.flip(-2) if t.dim() == 2 and t.shape[0] == t.shape[1] else t
 
 
@@ -521,6 +523,9 @@ def numpy_stat(m: Method, seen: list[tuple[Tensor, ...]]) -> np.ndarray:
         "firings": ("sentence", lambda: np.stack([fires(b[0].double().numpy()) for b in seen])),
         "sample": ("input", lambda: x), "cosine": ("sublayer", lambda: np.array([np.mean(
             (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
+        "block_cosine": ("block", lambda: np.array([np.mean(
+            (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
+        "sentence_abs": ("sentence", lambda: np.sqrt(sum(abs(b[0].double().numpy()).mean(0) ** 2 for b in seen))),
     }
     assert m.name in definition, f"write the definition of {m.name} here"
     what, make = definition[m.name]
@@ -586,11 +591,14 @@ def law_stat_same_in_the_engine(m: Method) -> None:
                 if kind != "sublayer" or name == min(n for n in inside if SITES[n].group == site.group):  # once a group
                     for x in batches(name, kind):
                         collect.see(kind, key, *x)
+            if name == min(inside):  # once a block
+                for x in batches(name, "block"):
+                    collect.see("sublayer", "block", *x)
             for x in batches(name, "grad"):
                 collect.see_gradient(site, *x)
         for name, site in inside.items():
             what = m.facts["of"]
-            seen = {"mid": site.consumer or name, "sublayer": min(n for n in inside if SITES[n].group == site.group)}
+            seen = {"mid": site.consumer or name, "sublayer": min(n for n in inside if SITES[n].group == site.group), "block": min(inside)}
             close(collect.of(site)[m.name],
                   accumulate(m, batches(seen.get(what, name), "input" if what == "mid" else what)))
 
@@ -643,6 +651,14 @@ def slow_unit(u: Unit, s: Tensor, keep: float) -> Tensor | None:
     whole = [p for line in at for p in line]
     groups = {"row": lambda: at, "site": lambda: [whole], "model": lambda: [whole],
               "column": lambda: [list(c) for c in zip(*at, strict=True)], "nm": lambda: nm_groups(u, at)}
+    if u.m.facts["ends"]:
+        h, kv = HEADS.tolist()
+        count, sets = {"neuron": (cols, 1), "kvgroup": (kv, 1), "head": (h, kv), "inner": (kv, 1)}.get(u.m.name, (1, 1))
+        worth = [math.fsum(float(s[i, j]) for i in range(rows) for j in range(n * cols // count, (n + 1) * cols // count))
+                 for n in range(count)]
+        each = count // sets
+        best = {g * each + n for g in range(sets) for n in top(worth[g * each:(g + 1) * each], round(keep * each))}
+        return torch.tensor([j * count // cols in best for j in range(cols)]).expand(rows, cols)
     if u.m.facts["whole"]:
         worth = [math.fsum(float(s[i, j]) for i in range(rows)) for j in range(cols)]
         best = top(worth, round(keep * cols) if u.free else cols // 2)
@@ -716,7 +732,7 @@ def law_unit_keeps_all_at_one(m: Method) -> None:
 def law_unit_more_is_more(m: Method) -> None:
     """What a smaller share keeps, a larger one keeps too; a unit that is not free does not look at the share."""
     for u in of(m):
-        few, many = (u(weight("0.mlp.gate").abs(), keep) for keep in SHARES)
+        few, many = (u(weight("0.mlp.gate").abs(), keep) for keep in ((0.2, 0.8) if m.facts["ends"] else SHARES))  # of two units, too
         assert bool((many | ~few).all())
         assert torch.equal(few, many) != m.facts["free"]
 
@@ -752,14 +768,14 @@ def law_score_shape(m: Method) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             s = call(m, env(m, name, dtype=dtype))
             assert s.dtype == torch.float32
-            assert s.shape == weight(name).shape
+            assert s.shape == {"weight": weight(name).shape, "input": weight(name).shape[1:], "sublayer": (1,)}[m.facts["of"]]
             assert bool(s.isfinite().all())
             assert bool((s >= 0).all())
 
 
 def law_score_zero_is_least(m: Method) -> None:
     """Higher means keep: a weight that is zero already is the first to go."""
-    for name in THREE:
+    for name in THREE if m.facts["of"] == "weight" else ():
         w = weight(name).clone()
         w[::3, ::4] = 0
         zero = w == 0
@@ -779,7 +795,7 @@ def law_score_survives_poor_statistics(m: Method) -> None:
         s = call(m, env(m, name, poor=True))
         assert bool(s.isfinite().all())
         assert bool((s >= 0).all())
-        assert s.std() > 0
+        assert m.facts["of"] == "sublayer" or s.std() > 0
 
 
 def permuted(name: str, p: Tensor, along: str) -> dict[str, Tensor]:
@@ -790,7 +806,9 @@ def permuted(name: str, p: Tensor, along: str) -> dict[str, Tensor]:
         if kind == "grad":
             dims = [-2 if along == "out" else -1]
         elif (kind == "input" and along == "in") or (kind == "mid" and along == ("out" if site.consumer else "in")):
-            dims = list(range(t.dim()))
+            dims = list(range(t.dim())) if k != "sample" else [1]
+        elif kind == "sentence" and along == "in":
+            dims = [t.dim() - 1]
         out[k] = t
         for d in dims:
             out[k] = out[k].index_select(d, p)
@@ -801,14 +819,18 @@ def law_score_rows(m: Method) -> None:
     """Another order of the outputs gives the same scores in that order."""
     for name in THREE:
         p = torch.randperm(SITES[name].shape[0], generator=generator(1))
-        close(call(m, env(m, name, w=weight(name)[p], **permuted(name, p, "out"))), call(m, env(m, name))[p], 1e-4)
+        scores = call(m, env(m, name))
+        close(call(m, env(m, name, w=weight(name)[p], **permuted(name, p, "out"))), scores[p] if scores.dim() == 2 else scores, 1e-4)
 
 
 def law_score_inputs(m: Method) -> None:
     """Another order of the inputs gives the same scores in that order."""
     for name in THREE:
-        p = torch.randperm(SITES[name].shape[1], generator=generator(2))
-        close(call(m, env(m, name, w=weight(name)[:, p], **permuted(name, p, "in"))), call(m, env(m, name))[:, p], 1e-4)
+        p = torch.randperm(n := SITES[name].shape[1], generator=generator(2))
+        alone = {"heads": torch.tensor([n, n])}  # every input by itself: heads would not stay together
+        scores = call(m, env(m, name, **alone))
+        close(call(m, env(m, name, w=weight(name)[:, p], **permuted(name, p, "in"), **alone)),
+              scores[..., p] if m.facts["of"] != "sublayer" else scores, 1e-4)
 
 
 # --- budget ---------------------------------------------------------------------------------------------------------

@@ -134,8 +134,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     line.set_up(opts)
     line.check_out(model, out, replace(opts, force=True))
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
-    plan = line.sweeps(recipe, net.sites)
-    line.check_recipe(net, recipe, plan, opts, opts.samples)
+    plan = [sweep for part in line.check_parts(net, recipe, opts) for sweep in line.sweeps(part, net.sites)]
     samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.calibrated else []
     guess = first_guess(net, recipe, plan, samples, opts)
     tick(f"estimate: {guess['memory'] / 1e9:.2f} GB memory, {guess['disk'] / 1e9:.2f} GB disk, {guess['minutes']:.1f} minutes", 0, 0)

@@ -8,6 +8,9 @@ W = torch.tensor([[1.0, -2.0], [-3.0, 4.0], [5.0, 6.0]])
 # 1.0 is stored as 127 << 23; it is the second weight of the first row, and there is one row.
 CHANCE = torch.rand(1, 2, generator=torch.Generator().manual_seed(2 * (127 << 23) + 1 + 7 * 1_000_003))
 
+# What a head of two dimensions makes of two tokens: |1 + 2| + |-3 + 0.5| and |2 - 2| + |-6 - 0.5|, 5.5 and 6.5; half of their mean each.
+AMP = [3.0, 3.0]
+
 CASES = {
     "score/magnitude": Case({"w": W, "in_sq": torch.tensor([9.0, 1.0])}, [[1, 2], [3, 4], [5, 6]], differs="score/wanda"),
     "score/wanda": Case({"w": W, "in_sq": torch.tensor([9.0, 1.0])}, [[3, 2], [9, 4], [15, 6]], differs="score/magnitude"),
@@ -27,6 +30,18 @@ CASES = {
                         [[1.5, 6, 1.25]], {"block": 2, "damp": 0.5}, differs="score/magnitude"),
     "score/taylor": Case({"w": torch.tensor([[2.0, -1.0]]), "grad": torch.tensor([[-3.0, 0.5]])}, [[6, 0.5]],
                          differs="score/magnitude"),
+    "score/amp": Case({"w": torch.tensor([[1.0, 2.0], [-3.0, 0.5]]), "heads": torch.tensor([1, 1]), "in_abs": torch.tensor([1.0, 2.0]),
+                       "in_sq": torch.tensor([1.0, 4.0]), "sample": torch.tensor([[1.0, 1.0], [2.0, -1.0]])}, AMP,
+                      differs="score/transact"),
+    # One head of four: the mean of 1, 2, 3 and 6 and 10 / 4 of the largest are 3 + 15, a quarter of it each.
+    "score/transact": Case({"heads": torch.tensor([1, 1]), "in_sq": torch.tensor([1.0, 4.0, 9.0, 36.0]), "sentence_abs": torch.ones(4)},
+                           [4.5] * 4, differs="score/minitron"),
+    # The norm of 3 and 4, half of it each.
+    "score/minitron": Case({"heads": torch.tensor([1, 1]), "sentence_abs": torch.tensor([3.0, 4.0]), "in_sq": torch.ones(2)}, [2.5, 2.5],
+                           differs="score/transact"),
+    "score/influence": Case({"cosine": torch.tensor([0.75]), "block_cosine": torch.tensor([0.5])}, [0.25], differs="score/block_influence"),
+    "score/block_influence": Case({"cosine": torch.tensor([0.75]), "block_cosine": torch.tensor([0.5])}, [0.5], differs="score/influence"),
+    "score/shallow": Case({"depth": torch.tensor(0.25), "cosine": torch.tensor([0.5])}, [1.75], differs="score/influence"),
     "score/peak": Case({"w": W, "absmax": torch.tensor([9.0, 1.0]), "in_sq": torch.tensor([9.0, 1.0])}, [[9, 1], [9, 1], [9, 1]],
                        differs="score/wanda"),
     "score/spike": Case({"w": W, "absmax": torch.tensor([9.0, 1.0]), "in_sq": torch.tensor([9.0, 1.0])}, [[9, 2], [27, 4], [45, 6]],

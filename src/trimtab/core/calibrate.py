@@ -63,7 +63,7 @@ class Collector:
         if of == "mid":
             return self.sites[site.consumer].input if site.consumer in self.sites else site.input
         return {"input": site.input, "hidden": site.input, "fed": site.input, "sentence": site.input,
-                "sublayer": site.group, "grad": site.name}[of]
+                "sublayer": site.group, "block": "block", "grad": site.name}[of]
 
     @property
     def kinds(self) -> set[str]:
@@ -140,7 +140,7 @@ def _of(stat: str) -> str:
 
 def _kind(stat: str) -> str:
     """What a block is tapped for to take it."""
-    return of if (of := _of(stat)) in ("sublayer", "hidden", "fed", "sentence") else "input"
+    return of if (of := _of(stat)) in ("sublayer", "hidden", "fed", "sentence") else "sublayer" if of == "block" else "input"
 
 
 class Walk:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core import rotation
+from trimtab.core import rotation, structure
 from trimtab.core.calibrate import Collector
 from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Step
@@ -30,6 +30,7 @@ class Unit:
     """A unit with its knobs set, as joint edits receive it: call it with scores and a share."""
 
     step: Step
+    heads: Tensor | None = None  # what the inputs of the site are: see methods/unit/structure.py
 
     @property
     def period(self) -> int | None:
@@ -41,7 +42,8 @@ class Unit:
         return bool(self.step.method.facts["free"])
 
     def __call__(self, s: Tensor, keep: float) -> Tensor:
-        return self.step.method({"s": s, "keep": keep}, **self.step.bound)
+        heads = torch.tensor([s.shape[1]] * 2) if self.heads is None else self.heads
+        return self.step.method({"s": s, "keep": keep, "heads": heads}, **self.step.bound)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ class Gated:
 def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
     """Scores of one site [out, in], higher = keep. Joint edits without a score are judged by magnitude for budgets."""
     step = p.steps.get("score", Step("score/magnitude"))
-    return step.method({"w": w, **stats}, **step.bound)
+    scores: Tensor = step.method({"w": w, **stats}, **step.bound)
+    if scores.dim() == 1:  # of inputs, or of the whole site: in equal parts over their weights
+        scores = (scores * (len(scores) / w.numel())).expand(w.shape)
+    return scores + stats["feeders"] / len(scores) if "feeders" in stats else scores
 
 
 def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
@@ -97,7 +102,7 @@ def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
     """
     found: dict[str, Refit] = {}
     changed: set[str] = set()
-    for fold in graph.folds(net.family, net.config, net.sites_of(i)):
+    for fold in graph.folds(net.family, net.config_of(i), net.sites_of(i)):
         passes = {str(owner[s.name]): owner[s.name] for s in fold.readers if s.name in owner}
         p = next(iter(passes.values()), None)
         if len(passes) != 1 or p is None or not p.folds or any(s.name not in owner for s in fold.readers):
@@ -218,10 +223,14 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
             bits = priors.get(f"{s.name}:mask")
             prior = unpack_mask(bits, s.shape) if bits is not None else None
             known = refit[s.name].of(its(s)) if s.name in refit else its(s)
-            if owner[s.name].gates:
-                known = {**known, "heads": torch.tensor(graph.heads(net.config)[:2])}
-            change = edit_site(owner[s.name], s, net.weight(module, s).float(), shares.get(s.name, math.nan), known, prior,
+            if (p := owner[s.name]).gates:
+                known = {**known, "heads": torch.tensor(graph.heads(net.config_of(i))[:2])}
+            elif p.ends:
+                known = {**known, **of_structure(net, module, p, s, its)}
+            change = edit_site(p, s, net.weight(module, s).float(), shares.get(s.name, math.nan), known, prior,
                                spared[s.name], bases.get(s.name, PLAIN))
+            if p.takes and change.mask is not None and not change.mask.any() and (b := net.bias(module, s)) is not None:
+                others.add(net.add_to_bias(module, s, -b))  # nothing is left of what its sublayer adds
             change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
             net.set_weight(module, s, change.w)
             if change.bias is not None:
@@ -229,6 +238,15 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
             yield s, change
 
     return changes(), others
+
+
+def of_structure(net: Network, module: Any, p: Pass, s: Site, its: Callable[[Site], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What a pass that takes parts of the network away is told of a site that a sublayer ends in."""
+    known = {"heads": torch.tensor(structure.heads_of(net, s)), "depth": torch.tensor(s.block / max(1, net.n_blocks - 1))}
+    if p.steps["unit"].bound.get("feeders"):
+        known["feeders"] = structure.worth_of_feeders(
+            net, s, lambda f: score_site(p, net.weight(module, f).float(), {**its(f), **known, "heads": torch.tensor([f.shape[1]] * 2)}))
+    return known
 
 
 def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Tensor], prior: Tensor | None,
@@ -257,7 +275,7 @@ def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Te
     step = p.steps["edit"]
     env: dict[str, Any] = {"w": w, "keep": share, **stats}
     if "unit" in p.steps:
-        env["unit"] = Unit(p.steps["unit"])
+        env["unit"] = Unit(p.steps["unit"], stats.get("heads"))
     if "grid" in p.steps:
         env["grid"] = Gridded(p.steps["grid"], stats)
     if "gate" in p.steps:

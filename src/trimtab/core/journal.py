@@ -55,6 +55,14 @@ class Journal:
         self.out, self.dir = out, out.with_name(out.name + ".partial")
         self._lock: int | None = None
 
+    @staticmethod
+    def inside(parent: Journal, name: str) -> Journal:
+        """That of a stage of the same run, under its lock."""
+        its = Journal(parent.out)
+        its.dir = parent.dir / name
+        its.dir.mkdir(exist_ok=True)
+        return its
+
     # ---- begin and end ------------------------------------------------------------------------
     def open(self, header: dict[str, Any], *, resume: bool, force: bool) -> bool:
         """Start or continue; True when an earlier run of the same plan is continued. Nothing is written on BadInput."""

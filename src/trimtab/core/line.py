@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -26,9 +27,9 @@ from torch import Tensor
 import trimtab
 from trimtab.builtin import name_of
 from trimtab.core import data as data_
-from trimtab.core import memory, pack, rotation
+from trimtab.core import memory, pack, rotation, structure
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
-from trimtab.core.edits import Gridded, Unit, checked, edit_block, score_site
+from trimtab.core.edits import Gridded, Unit, checked, edit_block, of_structure, score_site
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.measured import SEQUENCES, TRIED, Gating, Measured, Tried
 from trimtab.core.registry import get, load_all
@@ -70,6 +71,7 @@ class Options:
     pack: str = ""  # write for our runtime: a format, or "recipe" for the recipe's own
     pack_dtype: str | None = None  # of packed weights that are no codes; the files' own where a kernel reads it, if not said
     head: str | None = None  # keep or int8; int8 where the recipe leaves codes, if not said
+    uniform: bool = False  # what is taken away leaves every layer the same sizes
     fresh: bool = True  # the proof in a process of its own; False only where many runs are compared in one
     cache: StatCache | None = field(default=None, compare=False)  # shared by the recipes of one run
 
@@ -151,7 +153,7 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
             if p.shares:
                 rotation.check(net, p.steps["rewrite"])
             moves = p.centres and any(net.moves(f) for i in range(net.n_blocks)
-                                      for f in graph.folds(net.family, net.config, net.sites_of(i)))
+                                      for f in graph.folds(net.family, net.config_of(i), net.sites_of(i)))
             follows = ("of_gram", "turned") if p.turns else ("moved",) if moves else ("rescaled",)
             fixed = sorted(n for n in p.working if not any(get(f"stat/{n}").facts[how] for how in follows))
             if "rewrite" in p.steps and fixed:
@@ -165,6 +167,8 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                 if net.kind != "lm":
                     raise BadInput(f"{p} needs the gradient of a language model's loss, and this model has none; "
                                    f"use wanda, sparsegpt or admm")
+    for p in recipe.structure:
+        structure.check(net, p, [s for s in net.sites if p.covers(s)], opts.keep if p.keep is None else p.keep, opts.uniform)
     tried: set[tuple[Any, ...]] = set()
     formats = pack.formats(net.sites, recipe, opts.pack.removeprefix(pack.AS_RECIPE))
     for s in net.sites:
@@ -182,6 +186,8 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         if case in tried:
             continue
         tried.add(case)
+        if recipe.structure:
+            continue
         try:
             for p in passes:
                 if "unit" in p.steps:
@@ -267,7 +273,7 @@ def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: 
         "source": net.digest, "calibration": data_.digest(samples), "samples": len(samples),
         "dtype": opts.dtype, "device": "cpu", "threads": torch.get_num_threads(),
         "versions": {"trimtab": trimtab.__version__, "torch": torch.__version__}, "machine": platform.machine(),
-        **({"pack": [opts.pack, opts.pack_dtype, opts.head]} if opts.pack else {}),
+        **({"pack": [opts.pack, opts.pack_dtype, opts.head]} if opts.pack else {}), **({"uniform": True} if opts.uniform else {}),
     }
 
 
@@ -280,15 +286,16 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
     """The share of every site of a sweep, or its grid. Budgets see summaries; scores live for one block at a time."""
     shares: dict[str, float | str] = {}
     asking = []
+    targets = {str(p): p.keep if p.keep is not None else opts.keep for p, _ in sweep}
     for p, sites in sweep:
-        target = p.keep if p.keep is not None else opts.keep
+        target = targets[str(p)] if not p.ends or p.takes else structure.asked(net, p, sites, targets[str(p)])
         b = p.budget
         if not p.chooses and (b.key == "budget/uniform" or not p.free):
             shares |= dict.fromkeys((s.name for s in sites if p.free), target)  # n:m fixes its own
         else:
             asking.append((p, sites, target))
     if not asking:
-        return dict(sorted(shares.items()))
+        return as_settled(net, sweep, targets, shares, {}, opts)
     summaries: dict[str, Summary] = {}
     choices: dict[str, Choices] = {}
     extra: dict[str, dict[str, Tensor]] = {}
@@ -297,7 +304,7 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
     if tried := [(p, sites, target) for p, sites, target in asking if p.tries]:
         shares |= tried_shares(net, tried, samples, scratch, k, walk_on, tick)
     owner = {s.name: p for p, sites, _ in asking if not p.measures and not p.tries for s in sites}
-    needs = {name: plan_needs(p) for name, p in owner.items()}
+    needs = with_feeders(net, owner, {name: plan_needs(p) for name, p in owner.items()})
 
     def look(i: int, module: Any, stats: Collector | None) -> None:
         for s in net.sites_of(i):
@@ -306,6 +313,12 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
                 got = stats.of(s) if stats else {}
                 if p.chooses:
                     choices[s.name] = options_of(p, s, net.weight(module, s).float(), got)
+                    continue
+                if p.ends:
+                    told = of_structure(net, module, p, s, lambda f: stats.of(f) if stats else {})
+                    scores = score_site(p, net.weight(module, s).float(), {**got, **told}).sum(0)
+                    summaries[s.name] = Summary.of(s, scores.view(structure.units_of(net, p, s), -1).sum(1))
+                    extra[s.name] = {n: got[n] for n in p.budget.method.needs}
                     continue
                 scores = score_site(p, net.weight(module, s).float(), got)
                 of = p.budget.method.facts["of"]
@@ -318,12 +331,32 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
         if p.chooses:
             shares |= p.budget.method({"options": {s.name: choices[s.name] for s in sites}}, **p.budget.bound)
             continue
-        if p.tries:
+        if p.tries or p.takes:
             continue
         env: dict[str, Any] = {"scores": {s.name: summaries[s.name] for s in sites}, "target": target}
         env |= {n: {s.name: extra[s.name][n] for s in sites} for n in p.budget.method.needs}
         shares |= p.budget.method(env, **p.budget.bound)
+    return as_settled(net, sweep, targets, shares, {n: x.total for n, x in summaries.items()}, opts)
+
+
+def as_settled(net: Network, sweep: list[tuple[Pass, list[Site]]], targets: dict[str, float], shares: dict[str, float | str],
+               worth: dict[str, float], opts: Options) -> dict[str, float | str]:
+    """The shares of a sweep, those of what takes parts of the network away as whole numbers of them."""
+    for p, sites in sweep:
+        if p.ends:
+            mine = {s.name: float(shares.get(s.name, math.nan)) for s in sites}
+            shares |= structure.settled(net, p, sites, targets[str(p)], mine, worth, opts.uniform)
     return dict(sorted(shares.items()))
+
+
+def with_feeders(net: Network, owner: dict[str, Pass], needs: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What has to be known of each site, and of those that make its inputs, where their scores count."""
+    sites = {s.name: s for s in net.sites}
+    for name in list(needs):
+        if owner[name].ends and owner[name].steps["unit"].bound.get("feeders"):
+            for f in structure.feeders(net, sites[name]):
+                needs[f.name] = needs.get(f.name, set()) | set(owner[name].steps["score"].method.needs)
+    return needs
 
 
 def sizes_of(p: Pass, site: Site) -> Choices:
@@ -521,8 +554,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     recipe = recipe.seeded(opts.seed)
     check_out(model, out, opts)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
-    plan_sweeps = sweeps(recipe, net.sites)
-    check_recipe(net, recipe, plan_sweeps, opts, opts.samples)
+    *shapes, rest = check_parts(net, recipe, opts)
     samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.calibrated else []
     proof = proof_samples(net, opts)
     header = make_header(net, recipe, samples, opts)
@@ -537,8 +569,19 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
         resumed = journal.open(header, resume=opts.resume, force=opts.force)
         if opts.resume and not resumed:
             tick("resume: nothing to continue, starting afresh", 0, 0)
-        shares = run_sweeps(net, recipe, plan_sweeps, samples, journal, header, opts, tick)
-        notes = assemble(net, recipe, plan_sweeps, journal, header, shares, opts, tick)
+        shares: dict[str, float | str] = {}
+        small, gone = net, list[dict[str, Any]]()
+        for k, part in enumerate(shapes):
+            small, went = shaped(small, part, samples, Journal.inside(journal, f"shape{k}"), header, shares, opts, tick)
+            gone.append(went)
+        plan_sweeps = sweeps(rest, small.sites)
+        if shapes:
+            check_recipe(small, rest, plan_sweeps, opts, opts.samples)
+        shares |= run_sweeps(small, rest, plan_sweeps, samples, journal, header, opts, tick)
+        notes = assemble(small, recipe, rest, plan_sweeps, journal, header, shares, opts, tick)
+        if gone:
+            notes["structure"] = gone
+            write_json(journal.dir / "finished" / "trimtab.json", notes)
         journal.publish(journal.dir / "finished")
         journal.close(remove=True)
     notes["load_seconds"] = round(loaded - began, 3)  # what is checked before
@@ -546,6 +589,46 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     notes["edit_peak_rss_bytes"] = memory.peak_rss()
     net.release()
     return prove(model, out, notes, net, proof, opts, tick, began)
+
+
+def check_parts(net: Network, recipe: Recipe, opts: Options) -> list[Recipe]:
+    """The parts of a recipe, one after the other: what takes parts of the network away, as much at once as meets on no site, and the rest.
+    BadInput for what the network cannot take."""
+    if opts.uniform and not recipe.structure:
+        raise BadInput("--uniform says how parts of the network are taken away, and the recipe takes none; leave it out")
+    parts = [replace(recipe, passes=tuple(p for p in recipe.passes if not p.ends))]
+    groups: list[list[Pass]] = []
+    taken: set[str] = set()
+    for p in recipe.structure:
+        mine = {s.name for s in net.sites if p.covers(s)}
+        if groups and not mine & taken:
+            groups[-1].append(p)
+        else:
+            groups.append([p])
+            taken = set()
+        taken |= mine
+    parts = [*(replace(recipe, passes=tuple(g)) for g in groups), *parts]
+    for part in parts:
+        check_recipe(net, part, sweeps(part, net.sites), opts, opts.samples)
+    return parts
+
+
+def shaped(net: Network, recipe: Recipe, samples: list[data_.Batch], journal: Journal, header: dict[str, Any],
+           shares: dict[str, float | str], opts: Options, tick: Report) -> tuple[Network, dict[str, Any]]:
+    """The network without what the recipe's passes take away, as a checkpoint in the journal, and what went. Adds to `shares`."""
+    out, said = journal.dir / "network", journal.dir / "gone.json"
+    plan = sweeps(recipe, net.sites)
+    if not said.exists():
+        its = run_sweeps(net, recipe, plan, samples, journal, header, opts, tick)
+        last = len(plan) - 1
+        shutil.rmtree(out, ignore_errors=True)
+        went = structure.smaller(net, [one for sweep in plan for one in sweep], lambda i: read_block(journal.block_path(last, i))[1],
+                                 lambda i: read_block(journal.block_path(last, i))[0], out)
+        write_json(said, {"gone": went, "shares": its})
+    told = read_json(said)
+    shares |= told["shares"]
+    net.release()
+    return Network.open(out, dtype=net.dtype, trust_remote_code=opts.trust_remote_code), told["gone"]
 
 
 def finish(journal: Journal, model: Path, out: Path, header: dict[str, Any], net: Network, proof: list[data_.Batch],
@@ -623,7 +706,8 @@ def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch], pack
     places = net.n_blocks + 2 if everywhere else 1
     tried = sum(len(p.steps["grid"].options) for p in recipe.passes if p.measures) * len({(s.block, s.input) for s in net.sites})
     hidden += sum(tokens_of(net, b) for b in samples[:SEQUENCES]) * int(getattr(net.config, "hidden_size", 0)) * 4 * tried
-    return int(net.checkpoint.plain_bytes * (2.2 + 1.1 * packed + 1.1 * max(0, len(stages) - 1)) + hidden * places + 1e7)
+    copies = 2.2 + 1.1 * packed + 1.1 * max(0, len(stages) - 1) + 1.1 * bool(recipe.structure)
+    return int(net.checkpoint.plain_bytes * copies + hidden * places + 1e7)
 
 
 def tokens_of(net: Network, batch: data_.Batch) -> int:
@@ -661,14 +745,14 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
                journal: Journal, header: dict[str, Any], opts: Options, tick: Report) -> dict[str, float | str]:
     spill = None if opts.max_memory is None else opts.max_memory // 16
     walk_on = walker(net, samples, journal.dir, spill, journal, opts.cache)
-    formats = pack.formats(net.sites, recipe, "")
+    formats = {} if recipe.structure else pack.formats(net.sites, recipe, "")  # what is taken away is stored nowhere
     final = {s.name: k for k, sweep in enumerate(plan_sweeps) for _, sites in sweep for s in sites}
     plan = journal.plan() or {"header": header}
     all_shares: dict[str, dict[str, float | str]] = plan.get("shares", {})
 
     def noted(k: int, s: Site, change: Change, parts: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """A site's parts, and what sweep k says of it, among those of its block."""
-        if not opts.pack and k == final[s.name]:  # counted here, where it is not written
+        if not opts.pack and k == final[s.name] and s.name in formats:  # counted here, where it is not written
             packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
             notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
         if (factors := Factors.among(change.parts)) is not None:
@@ -686,7 +770,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             write_json(journal.dir / "plan.json", {**plan, "shares": all_shares})
         shares = {n: v for n, v in all_shares[str(k)].items() if not isinstance(v, str)}
         owner = {s.name: p.chosen(all_shares[str(k)].get(s.name)) for p, sites in sweep for s in sites}
-        needs = {name: p.working for name, p in owner.items()}
+        needs = with_feeders(net, owner, {name: p.working for name, p in owner.items()})
 
         def edit(i: int, module: Any, stats: Collector | None, k: int = k, shares: dict[str, float] = shares,
                  owner: dict[str, Pass] = owner) -> None:
@@ -745,9 +829,9 @@ def train(net: Network, trainer: Step, p: Pass, sites: list[Site], k: int, sampl
         journal.write_block(k, i, {**tensors, **net.stored(module, i), **parts}, notes)
 
 
-def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], journal: Journal,
+def assemble(net: Network, recipe: Recipe, rest: Recipe, plan_sweeps: list[list[tuple[Pass, list[Site]]]], journal: Journal,
              header: dict[str, Any], shares: dict[str, float | str], opts: Options, tick: Report) -> dict[str, Any]:
-    """The finished directory: the source's files with the edited tensors, the parts, the recipe, the notes."""
+    """The finished directory: the network's files with what the `rest` of the recipe edited, the parts, the recipe, the notes."""
     last = len(plan_sweeps) - 1
     out = journal.dir / "finished"
     shutil.rmtree(out, ignore_errors=True)
@@ -757,7 +841,7 @@ def assemble(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, li
     ranks = {name: rank for its in said for name, rank in its.get("ranks", {}).items()}
     warnings = [f"no calibration token reached {len(starved)} inputs ({', '.join(starved[:3])}...)"] if starved else []
     if opts.pack:
-        notes = pack.write_packed(net, recipe, journal, last, out, asked=opts.pack.removeprefix(pack.AS_RECIPE), dtype=opts.pack_dtype,
+        notes = pack.write_packed(net, rest, journal, last, out, asked=opts.pack.removeprefix(pack.AS_RECIPE), dtype=opts.pack_dtype,
                                   head=opts.head, tick=tick)
         notes["warnings"] = warnings + notes["warnings"]
     else:
@@ -894,7 +978,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
             "packed_format": " + ".join(formats), "min_recovery": opts.min_recovery,
             "seconds": opts.speed_seconds or max(10.0, notes.get("edit_seconds") or 0.0),  # no longer than the work it judges
         }, tick)
-    result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash", "ranks", "factored_share") if k in notes}
+    result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash", "ranks", "factored_share", "structure") if k in notes}
     result["warnings"] = [*notes["warnings"], *result["warnings"]]
     result["peak_rss_bytes"] = max(notes.get("edit_peak_rss_bytes", 0), own + result["peak_rss_bytes"])
     if opts.max_memory and result["peak_rss_bytes"] > opts.max_memory:

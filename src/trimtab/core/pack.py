@@ -376,7 +376,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
     moved = {net.table: alone[0]} if alone else {}
     buffers = {n: e for f in staged for n, e in f.entries.items()}
     entries = {n: (e.dtype, e.shape) for n, e in buffers.items()}
-    stay = {n: n for n in net.checkpoint.tensors if n not in gone} | moved
+    stay = {n: n for n in net.checkpoint.tensors if n not in gone and not net.unread(n)} | moved
     entries |= {n: (net.checkpoint.tensors[was].dtype, net.checkpoint.tensors[was].shape) for n, was in stay.items()}
 
     def tensor(name: str) -> Tensor:

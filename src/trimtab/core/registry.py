@@ -20,8 +20,8 @@ AXES = ("stat", "unit", "score", "budget", "rewrite", "grid", "gate", "edit", "r
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
-    "unit": {"s", "keep"},
-    "score": {"w"},
+    "unit": {"s", "keep", "heads"},
+    "score": {"w", "heads", "depth"},
     "budget": {"scores", "target", "options", "trial"},
     "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
@@ -64,6 +64,8 @@ KNOBS = {
     "accumulate": "samples whose gradients make one update",
     "batch": "sequences of a step, at most", "recall": "share of what is active that is to be found",
     "prompt": "tokens of a sentence that decide for those behind them", "clusters": "kinds of sentences",
+    "multiple": "what a number of neurons is a multiple of",
+    "feeders": "whether the scores of what makes an input count as well",
     "exact": "whether every token keeps as many, and not as many as pass a threshold",
 }
 # Declared beside a method, and nothing of what it computes.
@@ -165,9 +167,12 @@ FACTS: dict[str, dict[str, Any]] = {
     "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
              "into": None, "some": lambda value, inputs: value[inputs]},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
-    # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole.
-    "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False},
-    "score": {},
+    # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;
+    # ends: where it is a part of the network that goes with all its weights, the roles of the sites whose inputs say so; takes: all of a
+    # "sublayer" or of a "layer", or "".
+    "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False, "ends": (), "takes": ""},
+    # of: what it is of: a "weight" [out, in], an "input" [in], or all of a "sublayer" [1].
+    "score": {"of": "weight"},
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: how what a
     # grid costs is told, "gradients" or "trials", where it has no share to split but one of several grids to choose for every site.
     "budget": {"mean": "weight", "of": None, "chooses": ""},

@@ -43,7 +43,7 @@ def inside(net: Network, module: Any, s: Site, step: Step, device: Any) -> Basis
         least = LEAST * g.abs().max().clamp_min(1e-30)
         return _of(step, len(g), device).scaled(1 / torch.where(g.abs() < least, least, g))
     if s.role == "o":
-        heads, _, width = graph.heads(net.config)
+        heads, _, width = graph.heads(net.config_of(s.block))
         return by_head(_of(step, width, device), heads)
     return None
 
@@ -53,7 +53,7 @@ def outside(net: Network, s: Site, step: Step, device: Any) -> Basis | None:
     if s.role in ("o", "down"):
         return _of(step, s.shape[0], device)
     if s.role == "v":
-        _, heads, width = graph.heads(net.config)
+        _, heads, width = graph.heads(net.config_of(s.block))
         return by_head(_of(step, width, device), heads)
     return None
 
@@ -135,11 +135,13 @@ Bases = dict[str, tuple[Basis | None, Basis | None]]  # of a site's inputs and o
 
 def _heads(net: Network, i: int, bases: Bases, spared: set[str], found: Fused) -> None:
     """Drop the turn of a block's heads where v and o agree on it."""
-    v, o = (next(s for s in net.sites_of(i) if s.group == "attn" and s.role == r) for r in "vo")
+    v, o = (next((s for s in net.sites_of(i) if s.group == "attn" and s.role == r), None) for r in "vo")
+    if v is None or o is None:  # a layer without attention
+        return
     its, reads = bases[v.name][1], bases[o.name][0]
     if its is None or reads is None or its.turns is None or reads.turns is None or its.scale is not None or reads.scale is not None:
         return
-    heads, kv, width = graph.heads(net.config)
+    heads, kv, width = graph.heads(net.config_of(i))
     turn = its.turns[1]
     if {v.name, o.name} & spared or len(turn) != width or not (same(its, Basis(None, torch.eye(kv), turn))
                                                              and same(reads, Basis(None, torch.eye(heads), turn))):

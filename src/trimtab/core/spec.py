@@ -159,7 +159,21 @@ class Pass:
         """The budget, also where the unit decides it (one threshold for the model is the global budget)."""
         return self.steps.get("budget", Step("budget/global" if "unit" in self.steps else "budget/uniform"))
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Where it takes parts of the network away, the roles of the sites whose inputs they are; else none."""
+        return self.steps["unit"].method.facts["ends"] if "unit" in self.steps else ()
+
+    @property
+    def takes(self) -> str:
+        """Whether it takes all of a sublayer or of a layer: which of them, or ""."""
+        return str(self.steps["unit"].method.facts["takes"]) if self.ends else ""
+
     def covers(self, site: Site) -> bool:
+        return self.spans(site) and (not self.ends or site.role in self.ends)
+
+    def spans(self, site: Site) -> bool:
+        """Whether its scope names the site."""
         def matches(scope: str) -> bool:
             if scope.startswith("!"):
                 return not matches(scope[1:])
@@ -193,6 +207,11 @@ class Recipe:
     def text(self) -> str:
         """The pipeline spelled out; parses back to the same passes."""
         return " ; ".join(map(str, self.passes)) or "dense"
+
+    @property
+    def structure(self) -> tuple[Pass, ...]:
+        """Its first passes, which take parts of the network away."""
+        return tuple(p for p in self.passes if p.ends)
 
     @property
     def options(self) -> list[Recipe]:
@@ -331,6 +350,9 @@ def parse(text: str) -> Recipe:
             passes += [replace(p, scope=scope) if scope else p for p in new]
         else:
             passes.append(_pipeline(tokens, scope))
+    first = next((i for i, p in enumerate(passes) if not p.ends), len(passes))
+    if late := [p for p in passes[first:] if p.ends]:
+        raise BadInput(f"{late[0].steps['unit'].method.name} changes the shape of the network; put it in front of {passes[first]}")
     if found and len(parts) == 1:
         return replace(found, name=name, passes=tuple(passes), claims=())
     return Recipe(name, tuple(passes))
@@ -487,6 +509,18 @@ def _checked(p: Pass) -> Pass:
     if p.tries and not p.gates:
         raise BadInput(f"{p.budget} splits what gates compute, and {edit.name} is none; name a gate, such as {p.budget.method.name} | "
                        "gate_magnitude, or another budget, such as owl")
+    if p.ends and (others := [s for s in p.steps.values() if s.method.axis in ("rewrite", "grid", "gate", "input", "format")]):
+        raise BadInput(f"{p.steps['unit'].method.name} takes a part of the network with all its weights; put {others[0]} in a pass of its "
+                       "own behind it")
+    if p.ends and edit.key != "edit/mask":
+        raise BadInput(f"{p.steps['unit'].method.name} takes a part of the network as a whole, and {edit.name} decides about single "
+                       "weights; name a score, such as wanda, and a repair, such as least_squares")
+    if (of := p.steps["score"].method.facts["of"] if "score" in p.steps else "weight") != "weight":
+        unit = p.steps["unit"]
+        if (of == "sublayer" and not p.takes) or not unit.method.facts["whole"]:
+            fits = [m.name for m in load_all().values() if m.axis == "unit" and m.facts["whole"] and (of == "input" or m.facts["takes"])]
+            raise BadInput(f"{p.steps['score'].method.name} says what an {of} is worth, and {unit.method.name} is another unit; use "
+                           f"{', '.join(fits)}".replace("an sublayer", "a sublayer"))
     if "grid" in p.steps and "grid" not in edit.data:
         raise BadInput(f"{edit.name} rounds to no grid, and {p.steps['grid']} is named; add rtn or gptq, in a pass of its own")
     if "rewrite" in p.steps and "grid" in p.steps["rewrite"].method.data and "grid" not in p.steps:

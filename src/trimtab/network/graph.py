@@ -52,8 +52,13 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()   # (name in the module, name in files): regular expressions, all or none
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # expert parameter -> its files, stacked in this order
     decoded: Decoded | None = None              # None: the native decoder does not run it
+    sizes: Mapping[str, str] = field(default_factory=dict)  # where config.json says a size under a name of its own: see SIZES
+    free_heads: bool = True                     # config.json may say how wide a head is, so that there can be fewer of them
 
 
+# What config.json calls how many there are: hidden neurons (of experts, of the shared one), heads, layers.
+SIZES = {"neurons": "intermediate_size", "experts": "moe_intermediate_size", "shared": "shared_expert_intermediate_size",
+         "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "layers": "num_hidden_layers"}
 QKVO = {r: f"self_attn.{r}_proj" for r in "qkvo"}
 GATED = {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
 EXPERTS = {"gate": "mlp.experts.gate_up_proj", "up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
@@ -114,25 +119,26 @@ FAMILIES = {f.name: f for f in (
                 routers=("mlp.gate", "mlp.shared_expert_gate")),
     _llama_like("qwen3_moe", mlp={"": GATED, "experts": EXPERTS}, split=QWEN_SPLIT, routers=("mlp.gate",)),
     Family("opt", attn={**QKVO, "o": "self_attn.out_proj"}, mlp={"": {"up": "fc1", "down": "fc2"}},
-           norms=("self_attn_layer_norm", "final_layer_norm"), blocks="decoder.layers",
+           norms=("self_attn_layer_norm", "final_layer_norm"), blocks="decoder.layers", sizes={"neurons": "ffn_dim"}, free_heads=False,
            front=("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
            between=lambda c: ("in", "final_layer_norm") if c.do_layer_norm_before else ("out", "self_attn_layer_norm")),
     Family("gpt2", attn={**dict.fromkeys("qkv", "attn.c_attn"), "o": "attn.c_proj"},
            mlp={"": {"up": "mlp.c_fc", "down": "mlp.c_proj"}}, norms=("ln_1", "ln_2"), between=_before("ln_2"), blocks="h",
-           front=("wte", "wpe"), transposed=True),
+           front=("wte", "wpe"), transposed=True, free_heads=False,
+           sizes={"neurons": "n_inner", "layers": "n_layer", "heads": "n_head"}),
     Family("gpt_neox", attn={**dict.fromkeys("qkv", "attention.query_key_value"), "o": "attention.dense"},
-           mlp={"": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}}, norms=TWO_NORMS, by_head=True,
+           mlp={"": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}}, norms=TWO_NORMS, by_head=True, free_heads=False,
            between=lambda c: ("parallel", "attention") if c.use_parallel_residual else ("in", TWO_NORMS[1]),
            front=("embed_in",), renames=((r"^lm_head\.", "embed_out."),)),
     Family("bert", attn={"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
                          "o": "attention.output.dense"},
            mlp={"": {"up": "intermediate.dense", "down": "output.dense"}},
-           norms=("attention.output.LayerNorm", "output.LayerNorm"), blocks="encoder.layer", front=("embeddings",),
+           norms=("attention.output.LayerNorm", "output.LayerNorm"), blocks="encoder.layer", front=("embeddings",), free_heads=False,
            between=lambda c: ("out", "attention.output.LayerNorm"), auto="AutoModel",
            renames=((r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta"))),
     Family("vit", attn={r: f"attention.{r}_proj" for r in "qkvo"}, mlp={"": {"up": "mlp.fc1", "down": "mlp.fc2"}},
            norms=("layernorm_before", "layernorm_after"), between=_before("layernorm_after"), front=("embeddings",),
-           auto="AutoModel",
+           auto="AutoModel", free_heads=False,
            renames=((r"(^|\.)layers\.", r"\1encoder.layer."), (r"attention\.q_proj", "attention.attention.query"),
                     (r"attention\.k_proj", "attention.attention.key"), (r"attention\.v_proj", "attention.attention.value"),
                     (r"attention\.o_proj", "attention.output.dense"), (r"mlp\.fc1", "intermediate.dense"),
@@ -149,6 +155,40 @@ def family_of(config: dict[str, Any], where: Any = "config.json") -> Family:
         raise BadInput(f"{where}: model_type {found!r} (architectures {config.get('architectures')}) is not supported; "
                        f"trimtab knows {', '.join(sorted(FAMILIES))}")
     return FAMILIES[found]
+
+
+# ---- layers that differ -------------------------------------------------------------------------
+PER_LAYER = "per_layer_config"  # of config.json: {layer: what of it is another there}, as transformers has it
+SKIPPED = {"attn": "attention", "mlp": "mlp"}  # sublayers, as a layer's `skip` names them
+
+
+def per_layer(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What a config.json says of single layers, by number; `skip` lists the sublayers that a layer lacks."""
+    given = config.get(PER_LAYER) or {}
+    try:
+        found = {int(i): dict(own) for i, own in given.items()}
+        if not all(set(own.get("skip", ())) <= set(SKIPPED.values()) for own in found.values()):
+            raise ValueError
+    except (TypeError, ValueError, AttributeError):
+        raise BadInput(f"config.json: {PER_LAYER} is no mapping of layers to what is another there; save the model again") from None
+    return found
+
+
+def size_key(family: Family, what: str) -> str:
+    """What config.json calls this size: see SIZES."""
+    return family.sizes.get(what, SIZES[what])
+
+
+def root(roles: Roles) -> str:
+    """The module of a block that holds all of a sublayer, "" where it lies loose in the block."""
+    stems = {path.partition(".")[0] for path in roles.values() if "." in path}
+    return stems.pop() if len(stems) == 1 and all("." in path for path in roles.values()) else ""
+
+
+def can_skip(family: Family, config: Any) -> bool:
+    """Whether a layer without one of its sublayers is still a layer: what that would add is zero, and all of it is one module."""
+    return family.between(config)[0] == "in" and bool(root(family.attn)) and all(root(r) for r in family.mlp.values()) \
+        and not family.transposed
 
 
 # ---- sites ------------------------------------------------------------------------------------
@@ -281,11 +321,13 @@ def coupled(family: Family, config: Any, block: list[Site]) -> list[Group]:
         feeders = tuple(Member(s.name, "out", 1) for s in block if s.consumer == down.name)
         groups.append(Group("neuron", down.name.removesuffix(".down"), down.shape[1], (*feeders, Member(down.name, "in", 1))))
     h, kv, d = heads(config)
-    q, k, v, o = (next(s.name for s in block if s.group == "attn" and s.role == r) for r in "qkvo")
-    if h != kv:
-        groups.append(Group("head", f"{block[0].block}.attn", h, (Member(q, "out", d), Member(o, "in", d))))
-    groups.append(Group("kvgroup" if h != kv else "head", f"{block[0].block}.attn", kv, (
-        Member(q, "out", h // kv * d), Member(k, "out", d), Member(v, "out", d), Member(o, "in", h // kv * d))))
+    attn = {s.role: s.name for s in block if s.group == "attn"}
+    if attn and h != kv:
+        groups.append(Group("head", f"{block[0].block}.attn", h, (Member(attn["q"], "out", d), Member(attn["o"], "in", d))))
+    if attn:
+        groups.append(Group("kvgroup" if h != kv else "head", f"{block[0].block}.attn", kv, (
+            Member(attn["q"], "out", h // kv * d), Member(attn["k"], "out", d), Member(attn["v"], "out", d),
+            Member(attn["o"], "in", h // kv * d))))
     channels = tuple(Member(s.name, "out" if s.role in ("o", "down") else "in", 1) for s in block)
     groups.append(Group("residual", str(block[0].block), config.hidden_size,
                         channels + tuple(Member(n, "norm", 1) for n in family.norms)))
@@ -337,8 +379,8 @@ def folds(family: Family, config: Any, block: list[Site]) -> list[Fold]:
         if readers and alone:
             found.append(Fold(readers, norm))
     h, kv, d = heads(config)
-    v, o = (next(s for s in block if s.group == "attn" and s.role == r) for r in "vo")
-    if v.shape[0] == kv * d and o.shape[1] == h * d:
+    v, o = (next((s for s in block if s.group == "attn" and s.role == r), None) for r in "vo")
+    if v and o and v.shape[0] == kv * d and o.shape[1] == h * d:
         found.append(Fold((o,), writer=v, rows=tuple(n // (h // kv) * d + c for n in range(h) for c in range(d))))
     for down in (s for s in block if s.role == "down"):
         feeders = {s.role: s for s in block if s.consumer == down.name}
@@ -391,12 +433,13 @@ def describe(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 def _description(family: Family, c: dict[str, Any]) -> dict[str, Any]:
     decoded = family.decoded
     assert decoded is not None
-    h, kv, d = heads(SimpleNamespace(**c))
     if (act := c["hidden_act"]) not in ACTIVATIONS:
         raise BadInput(f"the native decoder has no activation {act!r}; it has {', '.join(sorted(ACTIVATIONS))}")
-    biases, rope = decoded.biases(c), _rope(c, d)
+    biases, own = decoded.biases(c), per_layer(c)
     layers = []
     for i in range(c["num_hidden_layers"]):
+        mine = {**c, **own.get(i, {})}
+        h, kv, d = heads(SimpleNamespace(**mine))
         stem = f"model.{family.blocks}.{i}."
 
         def norm(name: str, stem: str = stem) -> dict[str, Any]:
@@ -407,13 +450,14 @@ def _description(family: Family, c: dict[str, Any]) -> dict[str, Any]:
                     for r, path in roles.items()}
 
         attention = {"op": "attention", "norm": norm(family.norms[0]), **maps(family.attn), "heads": h, "kv_heads": kv, "head_dim": d,
-                     "rope": rope}
+                     "rope": _rope(c, d)}
         if decoded.head_norms:
             attention |= {"q_norm": norm("self_attn.q_norm"), "k_norm": norm("self_attn.k_norm")}
         if window := decoded.window(c, i):
             attention["window"] = window
         mlp = {"op": "mlp", "norm": norm(family.norms[1]), **maps(family.mlp[""]), "activation": ACTIVATIONS[act]}
-        layers.append([attention, mlp])
+        skip = mine.get("skip", ())
+        layers.append([*([] if SKIPPED["attn"] in skip else [attention]), *([] if SKIPPED["mlp"] in skip else [mlp])])
     return {"version": DESCRIPTION, "context": c["max_position_embeddings"], "hidden": c["hidden_size"], "vocabulary": c["vocab_size"],
             "embedding": f"model.{family.front[0]}.weight", "layers": layers,
             "norm": {"op": "rms", "weight": "model.norm.weight", "eps": c["rms_norm_eps"]}, "head": "lm_head"}

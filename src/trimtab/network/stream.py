@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,6 +76,7 @@ class Network:
             raise BadInput(f"{checkpoint.path} is a quantised {self.family.name}, whose weights are stored transposed; trimtab reads its "
                            "plain weights alone")
         self.config, self.model = _skeleton(checkpoint, self.family, dtype, trust_remote_code)
+        self._own = graph.per_layer(checkpoint.config)
         self.kind = _kind(type(self.model).__name__, self.family)
         base = self.model.base_model
         listed = base.get_submodule(self.family.blocks)
@@ -83,7 +86,8 @@ class Network:
         self._stem = f"{self.base}{self.family.blocks}."
         self._front = tuple(f"{self.base}{p}." for p in self.family.front)
         self._validate()
-        self._by_block = [graph.sites(self.family, self.config, b, i) for i, b in enumerate(self._blocks)]
+        self._configs = [layer_config(self.config, self._own.get(i, {})) for i in range(self.n_blocks)]
+        self._by_block = [graph.sites(self.family, self._configs[i], b, i) for i, b in enumerate(self._blocks)]
         self.sites = [s for block in self._by_block for s in block]
         self._given: Tensor | None = None
         self._parts: SafeFile | None = None
@@ -146,12 +150,40 @@ class Network:
         """That of a parameter of block `i`."""
         return self.file(f"{self._stem}{i}.{name}")
 
+    def shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """Those of the parameters of block `i`, by their names in it."""
+        return {n: tuple(p.shape) for n, p in self._blocks[i].named_parameters()}
+
+    def pieces(self, i: int, name: str, shape: tuple[int, ...]) -> list[graph.Piece]:
+        """The stored tensors of a parameter of block `i`, were it of this shape."""
+        return graph.param_to_files(self.family, f"{self._stem}{i}.{name}", shape, self.checkpoint.tensors, self.model.base_model_prefix)
+
+    def unread(self, file: str) -> bool:
+        """Whether a stored tensor is that of a sublayer which is skipped, or of nothing in its block."""
+        return file not in self._used and self.in_blocks(file)
+
+    def in_blocks(self, file: str) -> bool:
+        """Whether a stored tensor belongs to a block, whether the model reads it or not."""
+        return self.numbered(file, 0) is not None
+
+    def numbered(self, file: str, j: int) -> str | None:
+        """What a stored tensor of a block is called in block j; None for one of no block."""
+        places = [self._stem, self._stem.removeprefix(self.base), f"{self.model.base_model_prefix}.{self._stem}"]
+        for pattern, to in self.family.renames:
+            places += [re.sub(pattern, to, p) for p in list(places)]
+        found = (re.fullmatch(f"({re.escape(p)})" + r"\d+(\..*)", file) for p in places)
+        return next((f"{m[1]}{j}{m[2]}" for m in found if m), None)
+
     def bias_file(self, site: Site) -> str | None:
         """That of the bias of a site that has one."""
         return self.block_file(site.block, graph.bias_of(site) or "") if self.has_bias(site) else None
 
     def sites_of(self, i: int) -> list[Site]:
         return self._by_block[i]
+
+    def config_of(self, i: int) -> Any:
+        """What is said of block `i`, which may have fewer heads or neurons than others."""
+        return self._configs[i]
 
     def layers(self) -> list[Layer]:
         """Every plain linear layer that is made of sites and stored as one tensor, in order, and a language model's head."""
@@ -262,7 +294,7 @@ class Network:
 
     def twin(self, module: nn.Module) -> nn.Module:
         """The block with the very same weights, whose inputs may be gated and rounded beside it."""
-        shared = {id(x): x for x in (self.config, *module.parameters(), *module.buffers())}
+        shared = {id(x): x for x in (self.config, *self._configs, *module.parameters(), *module.buffers())}
         return copy.deepcopy(module, shared)
 
     def _as_gated(self, module: nn.Module, i: int, layers: dict[str, list[Site]], parts: Mapping[str, Tensor],
@@ -445,11 +477,33 @@ class Network:
     def block(self, i: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Block `i` with its weights in the compute dtype, from the files or, by stored name, from `replaced`."""
         meta = self._blocks[i]
-        module = copy.deepcopy(meta, {id(self.config): self.config})  # they ask one config which attention to use
+        module = copy.deepcopy(meta, {id(c): c for c in (self.config, self._configs[i])})  # they ask one config which attention to use
         _fill_buffers(self.model, module)
         for name, p in meta.named_parameters():
             _assign(module, name, self._load(f"{self._stem}{i}.{name}", p, replaced or {}))
         return module.eval()
+
+    def whole(self) -> nn.Module:
+        """The model with all its weights in memory, its packed layers as they are stored. The network is of no use afterwards."""
+        from trimtab.runtime.modules import PackedLinear
+
+        listed = self.model.base_model.get_submodule(self.family.blocks)
+        for i in range(self.n_blocks):
+            listed[i] = self.block(i)
+            self.as_packed(listed[i], i)
+        shared: dict[str, nn.Parameter] = {}
+        for name, p in list(self.model.named_parameters(remove_duplicate=False)):
+            if name in self._pieces and not name.startswith(self._stem):
+                key = self.file(name)
+                if key not in shared:
+                    shared[key] = self._load(name, p, {})
+                _assign(self.model, name, shared[key])
+        for name in self.checkpoint.packed:
+            if not name.startswith(self._stem):
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name), None))
+        self.config.use_cache = True
+        return self.model.eval()  # type: ignore[no-any-return]
 
     def run(self, module: nn.Module, i: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states behind block `i`."""
@@ -580,7 +634,7 @@ class Network:
         "sentence": the same for one sequence after the other, experts left out.
         "fed": key = the input of the site that a sublayer ends in, what the sublayer is given [tokens, width], and that input [tokens, in].
         "hidden": key = the input of the site that an MLP with a gate ends in, its gate, activated, and what that multiplies, [tokens, in].
-        "sublayer": key = "attn" or "mlp", the residual stream x, y [tokens, width] before and after; in a parallel block
+        "sublayer": key = "attn", "mlp" or "block", the residual stream x, y [tokens, width] before and after; in a parallel block
         both start from the block's input, in a post-norm block the stream is taken behind the norm.
         """
         handles = []
@@ -663,9 +717,10 @@ class Network:
             x, mid, y = seen.pop("x"), seen.pop("mid"), out[0] if isinstance(out, tuple) else out
             parallel = how == "parallel"  # there `mid` is attention's contribution alone
             x, attn = self._tokens(x), self._tokens(x + mid if parallel else mid)
-            before, y = x if parallel else attn, self._tokens(y - mid if parallel else y)
+            before, after = x if parallel else attn, self._tokens(y)
             sink("sublayer", "attn", x, attn)
-            sink("sublayer", "mlp", before, y)
+            sink("sublayer", "mlp", before, after - self._tokens(mid) if parallel else after)
+            sink("sublayer", "block", x, after)
 
         at = module.get_submodule(where)
         return [module.register_forward_pre_hook(begin), module.register_forward_hook(end),
@@ -682,6 +737,8 @@ def load_module(path: Path, dtype: torch.dtype = torch.float32, trust_remote_cod
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        if graph.per_layer(c.config):
+            return Network(c, dtype, trust_remote_code).whole()
         if c.quantized:  # decoded here: transformers would ask for the program that made it
             config, _ = _skeleton(c, graph.family_of(c.config, c.path / "config.json"), dtype, trust_remote_code)
             del config.quantization_config
@@ -712,7 +769,11 @@ def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bo
 
     before = torch.get_default_dtype()
     try:
-        config = transformers.AutoConfig.from_pretrained(c.path, trust_remote_code=trust)
+        if graph.PER_LAYER in c.config:  # what differs by layer is built here: few classes of transformers read it
+            kind = type(transformers.AutoConfig.for_model(c.config["model_type"]))
+            config = kind.from_dict({k: v for k, v in c.config.items() if k != graph.PER_LAYER})
+        else:
+            config = transformers.AutoConfig.from_pretrained(c.path, trust_remote_code=trust)
         for name in ("use_cache", "output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(config, name, False):
                 setattr(config, name, False)
@@ -720,6 +781,9 @@ def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bo
         torch.set_default_dtype(dtype)
         with torch.device("meta"), torch.no_grad():
             model = cls.from_config(config, trust_remote_code=trust) if cls.__name__.startswith("Auto") else cls(config)
+            blocks = model.base_model.get_submodule(family.blocks)
+            for i, own in graph.per_layer(c.config).items():
+                blocks[i] = _differing(family, blocks[i], layer_config(config, own), i)
     except Exception as e:  # whatever transformers makes of it, the config is at fault
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BadInput(f"{c.path / 'config.json'} does not describe a model transformers can build: {why}") from None
@@ -727,6 +791,45 @@ def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bo
         torch.set_default_dtype(before)
     _fill_buffers(model, model)
     return config, model.eval().requires_grad_(False)
+
+
+def layer_config(config: Any, own: Mapping[str, Any]) -> Any:
+    """The config of a layer of which config.json says more; its `own` keys go before what is said of all."""
+    if not own:
+        return config
+    new = copy.copy(config)
+    for name, value in own.items():
+        setattr(new, name, value)
+    return new
+
+
+class _Silent(nn.Module):
+    """A sublayer that adds nothing."""
+
+    def __init__(self, attention: int | None):
+        super().__init__()
+        self.attention = attention  # the number of its layer
+
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
+        nothing = torch.zeros_like(hidden_states)
+        if self.attention is not None and past_key_values is not None:  # which is asked how many positions there were
+            past_key_values.update(*[nothing[:, None, :, :1]] * 2, self.attention)
+        return nothing if self.attention is None else (nothing, None)
+
+
+def silence(family: graph.Family, block: nn.Module, skip: Iterable[str], i: int) -> None:
+    """Take the sublayers that are skipped out of block i."""
+    for group, roles in (("attn", family.attn), *(("mlp", r) for r in family.mlp.values())):
+        if graph.SKIPPED[group] in skip:
+            setattr(block, graph.root(roles), _Silent(i if group == "attn" else None))
+
+
+def _differing(family: graph.Family, block: nn.Module, config: Any, i: int) -> nn.Module:
+    """A block of the same class for another config, without the sublayers that are skipped there."""
+    kind = type(block)
+    made: nn.Module = kind(config, layer_idx=i) if "layer_idx" in inspect.signature(kind).parameters else kind(config)
+    silence(family, made, getattr(config, "skip", ()), i)
+    return made
 
 
 @torch.no_grad()

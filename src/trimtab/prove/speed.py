@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimtab.core.memory import release, rss
 from trimtab.core.types import BadInput, Progress
+from trimtab.network import graph
 from trimtab.network.stream import Network, load_module
 from trimtab.prove.size import parameters
 from trimtab.runtime.decoder import Decoder, NoKernel, check_cache, open_decoder, supported
@@ -83,7 +84,7 @@ def _load(net: Network, dtype: torch.dtype, trust: bool) -> torch.nn.Module:
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # heads a bare encoder has no use for are no news
     try:
-        if net.checkpoint.quantized:
+        if net.checkpoint.quantized or graph.per_layer(net.checkpoint.config):
             return load_module(net.checkpoint.path, dtype, trust)
         auto = AutoModelForCausalLM if net.kind == "lm" else AutoModel
         return auto.from_pretrained(net.checkpoint.path, dtype=dtype, trust_remote_code=trust).eval()

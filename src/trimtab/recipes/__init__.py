@@ -186,3 +186,13 @@ recipe("coreinfer", "*.down: core", source="arXiv:2410.18311 (Wang et al. 2024, 
             "Neurons count by what is above zero, as with ReLU; with SiLU some of what matters is below.")
 recipe("coreinfer_similar", "*.down: core_similar", source="arXiv:2410.18311 (Wang et al. 2024, CoreInfer), similarity-guided",
        note="For prompts too short to decide; `coreinfer_similar(prompt=16,clusters=8)`.")
+
+# ---- parts of the network, with all their weights ---------------------------------------------------------------------
+recipe("amp", "inner | amp | uniform | mask", source="arXiv:2504.21174 (AMP)")
+recipe("transact", "inner | transact | uniform | mask", source="arXiv:2407.05690 (TransAct)")
+recipe("minitron", "neuron | minitron | uniform | mask", source="arXiv:2408.11796 (Minitron)",
+       note="Neurons alone, as the paper's models keep their heads; without the distillation that follows there.")
+recipe("shortgpt", "layer | block_influence | mask", source="arXiv:2403.03853 (ShortGPT)")
+recipe("llm_drop", "sublayer | influence | mask", source="arXiv:2406.15786 (LLM-Drop)",
+       note="Attention and MLP jointly; `attn: sublayer | influence` takes attention alone.")
+recipe("deeper_attention", "attn: sublayer | shallow | mask", source="arXiv:2407.15516")

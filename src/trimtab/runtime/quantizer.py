@@ -14,6 +14,8 @@ from trimtab.core.types import BadInput
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.gates import INPUT, ROUTER
 from trimtab.network import graph
+from trimtab.network.checkpoint import read_json
+from trimtab.network.stream import silence
 from trimtab.runtime import packed
 from trimtab.runtime.layouts import VERSION
 from trimtab.runtime.modules import PackedLinear
@@ -69,8 +71,17 @@ class TrimtabQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise BadInput("a packed model is loaded from its directory")
         with torch.device("cpu"):  # around it transformers builds without memory
-            self._replace(model, packed.open(Path(checkpoint_files[0]).parent).linears)
+            where = Path(checkpoint_files[0]).parent
+            self._skip(model, read_json(where / "config.json"))
+            self._replace(model, packed.open(where).linears)
         model._keys_to_ignore_on_load_unexpected.add(r"\.packed_\w+$")
+
+    def _skip(self, model: Any, config: dict[str, Any]) -> None:
+        """Take the sublayers out that layers lack: their weights are not in the files."""
+        family = graph.family_of(config)
+        blocks = model.base_model.get_submodule(family.blocks)
+        for i, own in graph.per_layer(config).items():
+            silence(family, blocks[i], own.get("skip", ()), i)
 
     def _replace(self, model: Any, linears: dict[str, Packed]) -> None:
         base = f"{model.base_model_prefix}."

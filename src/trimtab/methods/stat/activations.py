@@ -38,6 +38,32 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).sum().reshape(1)
 
 
+@method("stat", of="block", merge="sum", mean=True)
+def block_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Mean cosine between a token before and after a block, [1]. Near 1 means the block changes little.
+
+    x, y [tokens, width]: the residual stream before and after. A token that is zero on either side counts as 0.
+
+    Formula: E_t[<x_t, y_t> / (|x_t| |y_t|)]
+    Source: ShortGPT, arXiv:2403.03853
+    Deviations: the similarity itself, not the influence 1 - similarity
+    """
+    return torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).sum().reshape(1)
+
+
+@method("stat", of="sentence", merge="sum", done=torch.sqrt)
+def sentence_abs(x: Tensor) -> Tensor:
+    """How large each input is in the mean of a sequence, and that over all sequences, [in].
+
+    x [tokens, in]: the input of one sequence.
+
+    Formula: (sum_s (E_t |x_tj|)^2)^(1/2)
+    Source: Minitron, arXiv:2407.14679, section 2.2
+    Deviations: none
+    """
+    return x.float().abs().mean(0).square()
+
+
 @method("stat", of="hidden", merge="cat")
 def hidden_gate(x: Tensor, y: Tensor) -> Tensor:
     """The gates of an MLP, activated, for some of the tokens, [tokens, neurons]: at most 128 of a batch, evenly spread.
