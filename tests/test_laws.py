@@ -525,6 +525,7 @@ def numpy_stat(m: Method, seen: list[tuple[Tensor, ...]]) -> np.ndarray:
             (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
         "block_cosine": ("block", lambda: np.array([np.mean(
             (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
+        "stream_sq": ("sublayer", lambda: np.stack([(x ** 2).mean(0), (rest[0] ** 2).mean(0)])),
         "sentence_abs": ("sentence", lambda: np.sqrt(sum(abs(b[0].double().numpy()).mean(0) ** 2 for b in seen))),
     }
     assert m.name in definition, f"write the definition of {m.name} here"
@@ -653,7 +654,8 @@ def slow_unit(u: Unit, s: Tensor, keep: float) -> Tensor | None:
               "column": lambda: [list(c) for c in zip(*at, strict=True)], "nm": lambda: nm_groups(u, at)}
     if u.m.facts["ends"]:
         h, kv = HEADS.tolist()
-        count, sets = {"neuron": (cols, 1), "kvgroup": (kv, 1), "head": (h, kv), "inner": (kv, 1)}.get(u.m.name, (1, 1))
+        counts = {"neuron": (cols, 1), "channel": (cols, 1), "kvgroup": (kv, 1), "head": (h, kv), "inner": (kv, 1)}
+        count, sets = counts.get(u.m.name, (1, 1))
         worth = [math.fsum(float(s[i, j]) for i in range(rows) for j in range(n * cols // count, (n + 1) * cols // count))
                  for n in range(count)]
         each = count // sets

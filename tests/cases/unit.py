@@ -26,6 +26,7 @@ CASES = {
     "unit/inputs": Case(HALF, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/column"),
     # Sums of the columns: 9, 6, 10, 15. Of two neighbours: 15 and 25.
     "unit/neuron": Case({**HALF, "heads": TWO}, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/head"),
+    "unit/channel": Case({**HALF, "heads": TWO}, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/head"),
     "unit/kvgroup": Case({**HALF, "heads": TWO}, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/head"),
     # The better one of each pair.
     "unit/head": Case({**HALF, "heads": TWO}, [[1, 0, 0, 1], [1, 0, 0, 1]], differs="unit/kvgroup"),

@@ -15,7 +15,7 @@ from trimtab import cli
 from trimtab.core.registry import get
 from trimtab.core.types import BadInput
 from trimtab.network import graph
-from trimtab.network.checkpoint import SafeFile
+from trimtab.network.checkpoint import SafeFile, write_like
 from trimtab.network.stream import Network, load_module
 from trimtab.network.surgery import Cut, apply
 from trimtab.prove.proof import answer
@@ -158,6 +158,29 @@ def test_layers_that_differ_run_in_torch_and_in_the_decoder(saved, name, tmp_pat
         getattr(transformers, tiny.MODELS[name][0]).from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2", "qwen3"])
+def test_fewer_channels_of_the_stream(saved, name, tmp_path):
+    """Channels that nobody writes and nobody reads go without a trace but for the norms' mean, which the scale makes up for."""
+    net, batch = Network.open(saved(name)), tiny.inputs(name)
+    stay = some(32, 16, 3)
+    zeros, norms = {}, [f"model.layers.{i}.{n}.weight" for i in range(2) for n in net.family.norms] + ["model.norm.weight"]
+    for file in net.checkpoint.tensors:
+        t = net.checkpoint.read(file).clone()
+        if "embed" in file or "lm_head" in file:
+            t[:, ~stay] = 0
+        elif file.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
+            t[~stay] = 0
+        zeros[file] = t
+    write_like(net.checkpoint, tmp_path / "zeros", zeros.get)
+    dead = Network.open(tmp_path / "zeros")
+    apply(dead, Cut(channels=stay, scales=dict.fromkeys(norms, 2 ** 0.5)), tmp_path / "out", lambda i: {})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["hidden_size"] == 16 and config["head_dim"] == graph.heads(net.config)[2]
+    want = plain(tmp_path / "zeros", batch)
+    torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=2e-3, rtol=2e-3)  # the norms' epsilon is worth more
+    assert float((want - plain(saved(name), batch)).abs().max()) > 0.01
+
+
 def test_cut_reload_cut_again(saved, tmp_path):
     net, batch = Network.open(saved("llama")), tiny.inputs("llama")
     first = Cut({"0.mlp.down": some(48, 32, 0)}, skips={1: frozenset({"mlp"})})
@@ -203,7 +226,8 @@ RECIPES = [
     ("mlp: neuron(feeders=true) | magnitude | uniform | mask | least_squares", 0.6),
     ("mlp: neuron | wanda | global", 0.6), ("mlp: neuron(order=dense) | taylor", 0.5), ("attn: kvgroup | wanda", 0.5),
     ("attn: head(feeders=true) | transact", 0.7), ("amp", 0.6), ("transact", 0.7), ("shortgpt", 0.5), ("llm_drop", 0.7),
-    ("deeper_attention", 0.5), ("layer(keep=0.5) | block_influence ; mlp: neuron(keep=0.5) | wanda", None),
+    ("deeper_attention", 0.5), ("channel | minitron", 0.7), ("channel(scaled=false) | magnitude", 0.5),
+    ("layer(keep=0.5) | block_influence ; mlp: neuron(keep=0.5) | wanda", None),
     ("mlp: neuron(keep=0.6) | wanda ; int(bits=8,group=0) | rtn", None),
     ("mlp: neuron(keep=0.6) | wanda ; attn: kvgroup(keep=0.5) | amp", None),
 ]
@@ -266,7 +290,7 @@ def test_uniform_is_uniform_and_opens_in_transformers(tiny_lm, calib, tmp_path, 
     ("mlp: neuron | sparsegpt", (), "takes a part of the network as a whole"),
     ("mlp: neuron | wanda | bitmask", (), "put format/bitmask in a pass of its own"),
     ("nm(n=2,m=4) | wanda ; neuron | wanda", (), "put it in front of"),
-    ("attn: layer | block_influence", (), "takes blocks as a whole"),
+    ("attn: layer | block_influence", (), "takes blocks as a whole"), ("mlp: channel | minitron", (), "leave the scope out"),
     ("wanda", ("--uniform",), "--uniform says how parts"),
     ("llm_drop", ("--uniform",), "take whole layers"),
     ("attn: neuron | wanda", (), "matches no site"), ("attn: head | wanda", ("--keep", "0.5"), "more than a share of"),

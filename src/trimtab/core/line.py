@@ -601,12 +601,13 @@ def check_parts(net: Network, recipe: Recipe, opts: Options) -> list[Recipe]:
     taken: set[str] = set()
     for p in recipe.structure:
         mine = {s.name for s in net.sites if p.covers(s)}
-        if groups and not mine & taken:
+        alone = p.takes == "channel"  # of every layer at once, with no site's inputs masked for it
+        if groups and not alone and not mine & taken:
             groups[-1].append(p)
         else:
             groups.append([p])
             taken = set()
-        taken |= mine
+        taken |= {s.name for s in net.sites} if alone else mine
     parts = [*(replace(recipe, passes=tuple(g)) for g in groups), *parts]
     for part in parts:
         check_recipe(net, part, sweeps(part, net.sites), opts, opts.samples)
@@ -617,13 +618,19 @@ def shaped(net: Network, recipe: Recipe, samples: list[data_.Batch], journal: Jo
            shares: dict[str, float | str], opts: Options, tick: Report) -> tuple[Network, dict[str, Any]]:
     """The network without what the recipe's passes take away, as a checkpoint in the journal, and what went. Adds to `shares`."""
     out, said = journal.dir / "network", journal.dir / "gone.json"
-    plan = sweeps(recipe, net.sites)
     if not said.exists():
-        its = run_sweeps(net, recipe, plan, samples, journal, header, opts, tick)
-        last = len(plan) - 1
         shutil.rmtree(out, ignore_errors=True)
-        went = structure.smaller(net, [one for sweep in plan for one in sweep], lambda i: read_block(journal.block_path(last, i))[1],
-                                 lambda i: read_block(journal.block_path(last, i))[0], out)
+        if (p := recipe.passes[0]).takes == "channel":
+            target, spill = opts.keep if p.keep is None else p.keep, None if opts.max_memory is None else opts.max_memory // 16
+            walk_on = walker(net, samples, journal.dir, spill, None, opts.cache)
+            went = structure.narrower(net, p, target, lambda needs, look: walk_on(needs, look, "dense", lambda d, n: tick("edit", d, n), 0),
+                                      out)
+            its: dict[str, float | str] = {"channels": structure.channels(net, p, target) / int(net.config.hidden_size)}
+        else:
+            plan = sweeps(recipe, net.sites)
+            its, last = run_sweeps(net, recipe, plan, samples, journal, header, opts, tick), len(plan) - 1
+            went = structure.smaller(net, [one for sweep in plan for one in sweep], lambda i: read_block(journal.block_path(last, i))[1],
+                                     lambda i: read_block(journal.block_path(last, i))[0], out)
         write_json(said, {"gone": went, "shares": its})
     told = read_json(said)
     shares |= told["shares"]

@@ -65,6 +65,7 @@ KNOBS = {
     "batch": "sequences of a step, at most", "recall": "share of what is active that is to be found",
     "prompt": "tokens of a sentence that decide for those behind them", "clusters": "kinds of sentences",
     "multiple": "what a number of neurons is a multiple of",
+    "scaled": "whether what is left makes up for the size of what went",
     "feeders": "whether the scores of what makes an input count as well",
     "exact": "whether every token keeps as many, and not as many as pass a threshold",
 }
@@ -169,7 +170,7 @@ FACTS: dict[str, dict[str, Any]] = {
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;
     # ends: where it is a part of the network that goes with all its weights, the roles of the sites whose inputs say so; takes: all of a
-    # "sublayer" or of a "layer", or "".
+    # "sublayer" or of a "layer", a "channel" of all of them, or "".
     "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False, "ends": (), "takes": ""},
     # of: what it is of: a "weight" [out, in], an "input" [in], or all of a "sublayer" [1].
     "score": {"of": "weight"},

@@ -129,6 +129,8 @@ class Pass:
     def working(self) -> set[str]:
         """Statistics that sites are edited by, once the plan is made."""
         named = {n for axis, s in self.steps.items() if axis != "budget" for n in s.method.needs}
+        if self.takes == "channel" and self.steps["unit"].bound["scaled"]:
+            named |= {"stream_sq"}
         if named and self.turns:
             named |= {"gram"}  # which tells the others in another basis
         if self.centres:

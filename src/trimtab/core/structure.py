@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.spec import Pass
+from trimtab.core.spec import Pass, Step
 from trimtab.core.types import BadInput, Site
 from trimtab.methods.format.panels import unpack_mask
+from trimtab.methods.select import top
 from trimtab.network import graph
 from trimtab.network.stream import Network
 from trimtab.network.surgery import Cut, apply
@@ -73,6 +74,14 @@ def check(net: Network, p: Pass, sites: list[Site], target: float, uniform: bool
         raise BadInput("--uniform: a network that has lost sublayers is not uniform; take whole layers: layer")
     if takes == "sublayer" and not graph.can_skip(net.family, net.config):
         raise BadInput(f"a block of a {net.family.name} cannot do without one of its sublayers; take whole layers: layer")
+    if takes == "channel":
+        if graph.stream(net.family) is None or net.kind != "lm":
+            raise BadInput(f"channel: more than norms and plain layers meets the residual stream of a {net.family.name}, or its heads "
+                           "are as wide as it is; take neurons: neuron")
+        if {s.name for s in sites} != {s.name for s in net.sites if s.role in p.ends}:
+            raise BadInput("channel takes channels of every block; leave the scope out")
+        channels(net, p, target)
+        return
     if takes == "layer" and any(s not in sites for s in net.sites if s.role in p.ends):
         raise BadInput("layer takes blocks as a whole; leave the scope out, or take sublayers: sublayer")
     if not takes and not net.family.free_heads and any(s.role == "o" for s in sites):
@@ -97,6 +106,21 @@ def asked(net: Network, p: Pass, sites: list[Site], target: float) -> float:
     return share
 
 
+def channels(net: Network, p: Pass, target: float) -> int:
+    """How many channels of the residual stream stay, for a share of all weights. BadInput where none do."""
+    width, _ = int(net.config.hidden_size), graph.heads(net.config)
+    step = min(p.steps["unit"].bound["multiple"], max(1, width // FEW))
+    fits = [n for n in range(step, width + 1, step) if n <= target * width * (1 + 1e-9) and valid_width(net, n)]
+    if not fits:
+        raise BadInput(f"channel: a share of {target:g} leaves no width that the config of a {net.family.name} allows; raise --keep")
+    return max(fits)
+
+
+def valid_width(net: Network, width: int) -> bool:
+    """Whether a config of this class may be so wide."""
+    return allowed(net.config, {"hidden_size": width, graph.size_key(net.family, "head_dim"): graph.heads(net.config)[2]})
+
+
 def counts(net: Network, p: Pass, s: Site, uniform: bool) -> list[int]:
     """How many units of the heads that end in a site may stay: those a config of the family may have, where all layers are to be alike."""
     h, kv = heads_of(net, s)
@@ -108,11 +132,17 @@ def counts(net: Network, p: Pass, s: Site, uniform: bool) -> list[int]:
 
 def valid(net: Network, i: int, heads: int, kv_heads: int) -> bool:
     """Whether a config of this class may have so many heads."""
-    family, config = net.family, net.config_of(i)
+    config = net.config_of(i)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": graph.heads(config)[2]}
+    return allowed(config, {graph.size_key(net.family, k): n for k, n in sizes.items()})
+
+
+def allowed(config: Any, changes: Mapping[str, int]) -> bool:
+    """Whether its class takes a config with these changes."""
     new = copy.copy(config)
     try:
-        for what, n in (("heads", heads), ("kv_heads", kv_heads), ("head_dim", graph.heads(config)[2])):
-            setattr(new, graph.size_key(family, what), n)
+        for key, n in changes.items():
+            setattr(new, key, n)
         if (check := getattr(new, "validate", None)) is not None:
             check()
     except Exception:  # whatever its class raises
@@ -179,6 +209,37 @@ def lowest(net: Network, p: Pass, sites: list[Site], target: float, worth: Mappi
     if left <= 0:
         raise BadInput(f"{p.steps['unit'].method.name}: a share of {target:g} leaves nothing of the network; raise --keep")
     return shares
+
+
+def narrower(net: Network, p: Pass, target: float, walk: Callable[..., None], out: Path) -> dict[str, Any]:
+    """Write into `out` the checkpoint with the channels that are worth most of the residual stream. `walk`(needs, look) takes `look`(i,
+    module, statistics) over all blocks. Returns what went."""
+    stream, scaled = graph.stream(net.family), p.steps["unit"].bound["scaled"]
+    assert stream is not None
+    width, kept = int(net.config.hidden_size), channels(net, p, target)
+    step = p.steps.get("score", Step("score/magnitude"))
+    worth = torch.zeros(width, dtype=torch.float64)
+    before: dict[str, Tensor] = {}  # mean squares [width] of what norms are given, by their stored names
+
+    def look(i: int, module: Any, stats: Any) -> None:
+        seen: set[str] = set()
+        for s in net.sites_of(i):
+            if s.role in p.ends and not (step.method.facts["of"] == "input" and s.input in seen):
+                seen.add(s.input)
+                known = {**(stats.of(s) if stats else {}), "heads": torch.tensor([width, width])}
+                scores = step.method({"w": net.weight(module, s).float(), **known}, **step.bound).double()
+                worth.add_(scores if scores.dim() == 1 else scores.sum(0))
+            elif scaled and s.role in ("o", "down"):
+                x, y = stats.of(s)["stream_sq"]
+                before[net.block_file(i, f"{stream.norms['attn.in' if s.role == 'o' else 'mlp.in']}.weight")] = x
+                before[net.file(f"{net.base}{stream.last}.weight")] = y
+
+    needs = {s.name: set(step.method.needs) if s.role in p.ends else {"stream_sq"} if scaled else set() for s in net.sites}
+    walk({n: its for n, its in needs.items() if its}, look)
+    stay = top(worth[None], kept)[0]
+    scales = {name: float((sq[stay].mean() / sq.mean()).sqrt()) for name, sq in before.items()}
+    apply(net, Cut(channels=stay, scales=scales), out, lambda i: {})
+    return {"units": {"channels": {"kind": "channel", "of": width, "went": (~stay).nonzero().flatten().tolist()}}}
 
 
 # ---- the smaller network -----------------------------------------------------------------------

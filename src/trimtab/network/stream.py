@@ -158,6 +158,17 @@ class Network:
         """The stored tensors of a parameter of block `i`, were it of this shape."""
         return graph.param_to_files(self.family, f"{self._stem}{i}.{name}", shape, self.checkpoint.tensors, self.model.base_model_prefix)
 
+    def around(self) -> dict[str, int]:
+        """The stored tensors outside the blocks that have the channels of the residual stream, and in which dimension: of a family whose
+        stream is `graph.stream`."""
+        stream = graph.stream(self.family)
+        assert stream is not None
+        found = {self.file(self.table): 1, self.file(f"{self.base}{stream.last}.weight"): 0}
+        head = self.model.get_output_embeddings() if self.kind == "lm" else None
+        if head is not None and not self.tied_head:
+            found[self.file(next(n for n, m in self.model.named_modules() if m is head) + ".weight")] = 1
+        return found
+
     def unread(self, file: str) -> bool:
         """Whether a stored tensor is that of a sublayer which is skipped, or of nothing in its block."""
         return file not in self._used and self.in_blocks(file)

@@ -24,11 +24,14 @@ BY_NUMBER = ("mlp_only_layers",)                                 # lists of laye
 class Cut:
     """What stays of a network. `inputs`: of a site that ends a sublayer, by name, which of its inputs [in] do, bool: those of a
     sublayer's sites that make the others go with them; all, where it is not named. `layers`: which of the blocks stay, all where it is
-    empty. `skips`: sublayers ("attn", "mlp") that a block loses, by its number."""
+    empty. `skips`: sublayers ("attn", "mlp") that a block loses, by its number. `channels`: of the residual stream those that stay,
+    bool [width]; `scales`: what the weights of norms are multiplied by, by their stored names."""
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
     skips: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    channels: Tensor | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
 
 
 class Cutter:
@@ -49,6 +52,11 @@ class Cutter:
                 raise ValueError(f"{end.name}: heads stay or go as a whole")
             groups = stay[:, 0].view(kv, h // kv).any(1).repeat_interleave(d)
             self.rows |= {s.name: kept if s.role == "q" else groups for s in self.sites if s.group == "attn" and s.role != "o"}
+        self.norms: dict[str, Tensor] = {}
+        if cut.channels is not None:
+            for s in self.sites:
+                (self.rows if s.role in ("o", "down") else self.columns)[s.name] = cut.channels
+            self.norms = {f"{n}.{k}": cut.channels for n in net.family.norms for k in ("weight", "bias")}
 
     def _index(self, sites: list[Site], total: int) -> Tensor | None:
         """Rows that stay of a parameter that is these sites; None for all."""
@@ -63,6 +71,8 @@ class Cutter:
 
     def _of(self, name: str, shape: tuple[int, ...]) -> list[tuple[Tensor | None, Tensor | None]]:
         """Of parameter `name`, the indices of the first and of the second dimension that stay, one pair for each expert."""
+        if name in self.norms:
+            return [(self.norms[name].nonzero().flatten(), None)]
         if biased := [s for s in self.sites if graph.bias_of(s) == name]:
             return [(self._index(biased, shape[0]), None)]
         mine: dict[int | None, list[Site]] = {}
@@ -141,6 +151,8 @@ def config_of(net: Network, cut: Cut) -> dict[str, Any]:
                 del own[k]
     if differing := {str(j): own for j, own in enumerate(each) if own}:
         config[graph.PER_LAYER] = differing
+    if cut.channels is not None:
+        config |= {graph.size_key(net.family, "head_dim"): graph.heads(net.config)[2], "hidden_size": int(cut.channels.sum())}
     if len(stay) < net.n_blocks:
         config |= _shorter(net, config, stay)
     return config
@@ -175,8 +187,13 @@ def apply(net: Network, cut: Cut, out: Path, edited: Callable[[int], Mapping[str
     source, stay = net.checkpoint, cut.layers or tuple(range(net.n_blocks))
     config = config_of(net, cut)
     config.pop("quantization_config", None)
+    around = {} if cut.channels is None else net.around()
     entries = {n: (e.dtype, e.shape) for n, e in source.tensors.items() if not net.in_blocks(n)}
     where: dict[str, tuple[int, str, graph.Piece]] = {}  # of a tensor, the block it was in, its parameter, and which part of that it is
+    for n, dim in around.items():
+        dtype, shape = entries[n]
+        assert cut.channels is not None
+        entries[n] = dtype, (*shape[:dim], int(cut.channels.sum()), *shape[dim + 1:])
     for j, i in enumerate(stay):
         cutter = Cutter(net, i, cut)
         for name, shape in net.shapes(i).items():
@@ -188,15 +205,20 @@ def apply(net: Network, cut: Cut, out: Path, edited: Callable[[int], Mapping[str
 
     def tensor(file: str) -> Tensor:
         if file not in where:
-            return source.read(file)
+            whole = source.read(file)
+            if cut.channels is not None and file in around:
+                whole = whole.index_select(around[file], cut.channels.nonzero().flatten())
+            return whole if file not in cut.scales else (whole.float() * cut.scales[file]).to(whole.dtype)
         i, name, piece = where[file]
         if i not in held:
             held.clear()
             held[i] = Cutter(net, i, cut), dict(net.block(i, edited(i)).named_parameters())
         cutter, params = held[i]
+        own = net.pieces(i, name, tuple(params[name].shape))[0].file
         if any(s.group in cut.skips.get(i, ()) for s in cutter.sites if name in (s.param, graph.bias_of(s))):
             return torch.zeros(entries[file][1], dtype=entries[file][0])
-        return piece.of(cutter.of(name, params[name].detach())).to(entries[file][0]).contiguous()  # type: ignore[no-any-return]
+        new: Tensor = piece.of(cutter.of(name, params[name].detach())) * cut.scales.get(own, 1.0)
+        return new.to(entries[file][0]).contiguous()
 
     write_sharded(out, entries, tensor, lambda _: {"format": "pt"})
     copy_others(source, out, without=("config.json",))

@@ -131,8 +131,8 @@ def compare(before: Network, after: Network | None, batches: list[dict[str, Tens
     Language models: perplexity = exp(mean nll) over all predicted tokens, KL(before || after) in nats per token,
     top-1 agreement. Others: mean cosine of the pooled outputs. Figures may be NaN or inf: the caller judges.
     `block_error`[i] = |after - before| / |before| (Frobenius) of the stream behind block i, each network on its own
-    stream; empty when the numbers of blocks differ. Of the last network given `zeros`, {site: share of its weights that are zero}, and
-    `computed`, {site: share of its inputs that its gate let pass}, of those that have one.
+    stream; empty when the numbers of blocks or their widths differ. Of the last network given `zeros`, {site: share of its weights that
+    are zero}, and `computed`, {site: share of its inputs that its gate let pass}, of those that have one.
     """
     nets = [before] if after is None else [before, after]
     limit = math.inf if max_memory is None else max_memory / 8 / len(nets)
@@ -152,7 +152,8 @@ def compare(before: Network, after: Network | None, batches: list[dict[str, Tens
             stack.callback(streams[-1].hidden.close)
         zeros: dict[str, tuple[int, int]] = {}
         errors: list[float] = []
-        paired = len(nets) == 2 and nets[0].n_blocks == nets[1].n_blocks
+        paired = len(nets) == 2 and all(a == b for a, b in zip(*((n.n_blocks, streams[k].hidden[0].shape[-1]) for k, n in enumerate(nets)),
+                                                               strict=True))
         for i in range(depth):
             for s in streams:
                 if i < s.net.n_blocks:

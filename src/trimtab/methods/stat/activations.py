@@ -51,6 +51,17 @@ def block_cosine(x: Tensor, y: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).sum().reshape(1)
 
 
+@method("stat", of="sublayer", merge="sum", mean=True)
+def stream_sq(x: Tensor, y: Tensor) -> Tensor:
+    """Mean square of every channel of the residual stream before a sublayer and after it, [2, width].
+
+    Formula: E_t[x_tc^2], E_t[y_tc^2]
+    Source: textbook
+    Deviations: none
+    """
+    return torch.stack([t.float().square().sum(0) for t in (x, y)])
+
+
 @method("stat", of="sentence", merge="sum", done=torch.sqrt)
 def sentence_abs(x: Tensor) -> Tensor:
     """How large each input is in the mean of a sequence, and that over all sequences, [in].

@@ -71,6 +71,20 @@ def inner(s: Tensor, keep: float, heads: Tensor, *, multiple: int = 32, feeders:
     return columns(s, keep, int(heads[1]))
 
 
+@method("unit", joint=("budget",), whole=True, ends=("q", "k", "v", "gate", "up"), takes="channel", xfail=PLANNED)
+def channel(s: Tensor, keep: float, *, multiple: int = 32, scaled: bool = True) -> Tensor:
+    """Channels of the residual stream, the same in every block: what writes them, what reads them, the norms, the embeddings, the head.
+
+    `multiple`: as many stay as are a multiple of it. `scaled`: the weights of the norms take what their inputs lose of their size.
+
+    Formula: the channels with the largest sum of S_ij over all sites that read them, a score of inputs once for each norm; a norm's weight
+        times sqrt(mean_kept E[x_c^2] / mean_all E[x_c^2])
+    Source: Minitron, arXiv:2407.14679, section 2.2 (embedding channels)
+    Deviations: `scaled` is of this program: the source distils instead; the last norm's output does not count
+    """
+    return columns(s, keep, s.shape[1])
+
+
 @method("unit", joint=("budget",), whole=True, ends=("o", "down"), takes="sublayer", xfail=ONE)
 def sublayer(s: Tensor, keep: float) -> Tensor:
     """An attention or an MLP as a whole; the network's lowest go, jointly ranked.
