@@ -261,6 +261,7 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
         new = replace(new, w=new.w.to(dtype))
     return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask, "grid": OnGrid(get("grid/int"), stats(name)),
             "new": new, "rounded": Rounding(4).of, "heads": HEADS, "depth": torch.tensor(0.25),
+            "feeders": {r: heavy(60 + k, SITES[name].shape[1], 20) for k, r in enumerate(("gate", "up"))}, "act": torch.nn.functional.silu,
             "gate": lambda w, keep: Gate(w.new_full((1,), 1 - keep, dtype=torch.float32)), **have, **given}
 
 
@@ -469,6 +470,7 @@ def law_uses_data(m: Method) -> None:
                 halved = m.axis == "input" or (m.axis == "gate" and d in ("sample", "hidden_gate"))  # a range, a threshold: of all inputs
                 other = at[d] / 2 if halved else fresh.get(d, jumbled)(at[d])
                 beside = {"exact": False} if "exact" in m.knobs else {}  # where every token keeps as many, nothing was found by calibration
+                beside |= {"refit": True} if "refit" in m.knobs else {}
                 changed |= not same(call(m, at, **beside), call(m, {**at, d: other}, **beside))
             assert changed, f"{d} makes no difference"
 
@@ -1358,7 +1360,9 @@ def law_edit_hits_the_share(m: Method) -> None:
         for name in THREE:
             for keep in SHARES:
                 new = pruned(m, name, plain(), keep)
-                assert int(new.mask.sum()) == round(keep * new.mask.numel()), (name, keep)
+                out, n = new.mask.shape  # of what is fused, whole inputs
+                want = round(keep * n) * out if m.facts["fuses"] else round(keep * n * out)
+                assert int(new.mask.sum()) == want, (name, keep)
         return
     for unit in units():
         for name in THREE:

@@ -58,7 +58,12 @@ def site(w: list[list[float]], gram: list[list[float]], **more: Any) -> dict:
 PAIR = site([[1.0, 2.0], [2.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]])
 EVEN = site([[1.0, 2.0]], [[4.0, 2.0], [2.0, 4.0]])
 
+THREE = {"up": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 9.0]])}  # neurons, two of them alike
+
 CASES = {
+    # The first two become one that counts twice.
+    "edit/fuse": Case({"w": torch.tensor([[1.0, 1.0, 5.0]]), "keep": 2 / 3, "feeders": THREE, "act": torch.relu,
+                       "source": torch.eye(2), "fed": torch.eye(3)[:2]}, [[2, 0, 5]], differs="edit/svd"),
     # The weight is as it was; what passes is the gate's to say.
     "edit/gated": Case({"w": torch.tensor([[1.0, 2.0]]), "keep": 0.5, "mask": torch.ones(1, 2, dtype=torch.bool),
                         "gate": lambda w, keep: Gate(torch.tensor([0.5]))}, [[1.0, 2.0]]),

@@ -204,6 +204,35 @@ def test_a_config_that_says_nonsense_of_a_layer(said):
         graph.per_layer({"per_layer_config": said})
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "bert", "phi3", "gpt2"])
+def test_neurons_that_are_there_twice_are_fused_without_a_trace(saved, name, tmp_path):
+    net, batch = Network.open(saved(name)), tiny.inputs(name)
+    n = next(s.shape[1] for s in net.sites if s.role == "down") // 2
+    twice = torch.cat([torch.arange(n), torch.randperm(n, generator=torch.Generator().manual_seed(1))])
+    zeroed: dict[int, dict[str, Tensor]] = {}
+    tensors = {}
+    for i in range(net.n_blocks):
+        module = net.block(i)
+        biases = set()
+        for s in net.sites_of(i):
+            if s.role == "down":
+                net.set_weight(module, s, net.weight(module, s)[:, twice])
+            elif s.consumer:
+                net.set_weight(module, s, net.weight(module, s)[twice])
+                if (b := net.bias(module, s)) is not None:
+                    biases.add(net.set_bias(module, s, b[twice]))
+        zeroed[i] = net.stored(module, i, biases)
+        tensors |= zeroed[i]
+    write_like(net.checkpoint, tmp_path / "twice", tensors.get)
+    from safetensors.torch import save_file
+
+    save_file(tiny.inputs(name), tmp_path / "in.safetensors")
+    assert cli.main(["trim", str(tmp_path / "twice"), "mlp: neuron(multiple=1) | fuse(keep=0.5)", "-o", str(tmp_path / "out"), "--calib",
+                     str(tmp_path / "in.safetensors"), "--text", str(tmp_path / "in.safetensors"), *FAST]) == 0
+    assert next(s.shape[1] for s in Network.open(tmp_path / "out").sites if s.role == "down") == n
+    torch.testing.assert_close(plain(tmp_path / "out", batch), plain(tmp_path / "twice", batch), atol=1e-5, rtol=1e-5)
+
+
 # ---- on the line ------------------------------------------------------------------------------
 @pytest.fixture
 def proof_in_this_process(monkeypatch):
@@ -222,7 +251,7 @@ def of_blocks(path: Path) -> int:
 
 
 RECIPES = [
-    ("mlp: neuron | wanda", 0.5), ("neuron | minitron", 0.6),
+    ("mlp: neuron | wanda", 0.5), ("neuron | minitron", 0.6), ("mlp_fusion", 0.5), ("mlp: neuron | fuse(refit=true)", 0.5),
     ("mlp: neuron(feeders=true) | magnitude | uniform | mask | least_squares", 0.6),
     ("mlp: neuron | wanda | global", 0.6), ("mlp: neuron(order=dense) | taylor", 0.5), ("attn: kvgroup | wanda", 0.5),
     ("attn: head(feeders=true) | transact", 0.7), ("amp", 0.6), ("transact", 0.7), ("shortgpt", 0.5), ("llm_drop", 0.7),
@@ -241,7 +270,7 @@ def test_recipes_leave_at_most_the_share_and_pass_their_proof(tiny_lm, calib, re
     assert result["structure"] and result["proof"] == "passed" and result["after"]["perplexity"] > 1
     if keep:
         scope = recipe.partition(":")[0] if ":" in recipe else "all"
-        scope = "attn" if recipe == "deeper_attention" else scope
+        scope = {"deeper_attention": "attn", "mlp_fusion": "mlp"}.get(recipe, scope)
         total = sum(s.size for s in Network.open(tiny_lm).sites if scope in ("all", s.group))
         went = of_blocks(tiny_lm) - of_blocks(tmp_path / "out")
         assert 0 < went <= total and total - went <= keep * total * (1 + 1e-9)

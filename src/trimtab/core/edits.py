@@ -90,7 +90,7 @@ def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
     scores: Tensor = step.method({"w": w, **stats}, **step.bound)
     if scores.dim() == 1:  # of inputs, or of the whole site: in equal parts over their weights
         scores = (scores * (len(scores) / w.numel())).expand(w.shape)
-    return scores + stats["feeders"] / len(scores) if "feeders" in stats else scores
+    return scores + stats["worth"] / len(scores) if "worth" in stats else scores  # that of the feeders, by input
 
 
 def rewrite_block(net: Network, module: Any, i: int, owner: dict[str, Pass],
@@ -233,6 +233,10 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
                 others.add(net.add_to_bias(module, s, -b))  # nothing is left of what its sublayer adds
             change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
             net.set_weight(module, s, change.w)
+            for f in (f for f in structure.feeders(net, s) if f.role in change.feeders):
+                net.set_weight(module, f, change.feeders[f.role])
+                if (b := change.feeders.get(f"{f.role}.bias")) is not None:
+                    others.add(net.set_bias(module, f, b))
             if change.bias is not None:
                 others.add(net.add_to_bias(module, s, change.bias))
             yield s, change
@@ -240,11 +244,15 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
     return changes(), others
 
 
-def of_structure(net: Network, module: Any, p: Pass, s: Site, its: Callable[[Site], dict[str, Tensor]]) -> dict[str, Tensor]:
+def of_structure(net: Network, module: Any, p: Pass, s: Site, its: Callable[[Site], dict[str, Tensor]]) -> dict[str, Any]:
     """What a pass that takes parts of the network away is told of a site that a sublayer ends in."""
-    known = {"heads": torch.tensor(structure.heads_of(net, s)), "depth": torch.tensor(s.block / max(1, net.n_blocks - 1))}
+    known: dict[str, Any] = {"heads": torch.tensor(structure.heads_of(net, s)), "depth": torch.tensor(s.block / max(1, net.n_blocks - 1))}
+    if p.steps["edit"].method.facts["fuses"]:
+        mine = structure.feeders(net, s)
+        biases = {f"{f.role}.bias": b for f in mine if (b := net.bias(module, f)) is not None}
+        known |= {"feeders": {f.role: net.weight(module, f) for f in mine} | biases, "act": graph.activation(net.config)}
     if p.steps["unit"].bound.get("feeders"):
-        known["feeders"] = structure.worth_of_feeders(
+        known["worth"] = structure.worth_of_feeders(
             net, s, lambda f: score_site(p, net.weight(module, f).float(), {**its(f), **known, "heads": torch.tensor([f.shape[1]] * 2)}))
     return known
 

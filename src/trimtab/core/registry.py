@@ -26,7 +26,7 @@ DATA: dict[str, set[str]] = {
     "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
     "gate": {"w", "keep", "heads"},
-    "edit": {"w", "keep", "mask", "unit", "grid", "gate"},
+    "edit": {"w", "keep", "mask", "unit", "grid", "gate", "feeders", "act"},
     "repair": {"w", "new", "net"},
     "input": set(),
     "format": {"new"},
@@ -66,6 +66,7 @@ KNOBS = {
     "prompt": "tokens of a sentence that decide for those behind them", "clusters": "kinds of sentences",
     "multiple": "what a number of neurons is a multiple of",
     "scaled": "whether what is left makes up for the size of what went",
+    "refit": "whether the map behind is solved for again",
     "feeders": "whether the scores of what makes an input count as well",
     "exact": "whether every token keeps as many, and not as many as pass a threshold",
 }
@@ -197,9 +198,10 @@ FACTS: dict[str, dict[str, Any]] = {
     # codebooks, which no later pass could keep; spares: whether what the share says is
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
     # grid; either: whether its groups may lie along the outputs; based: whether what it leaves is in a basis of its own;
+    # fuses: whether what it leaves of parts of the network is made of those that go, and it changes what makes the site's inputs;
     # gates: whether it leaves the weight and decides which inputs of a token meet it, for a share that is its own.
     "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False,
-             "based": False, "gates": False},
+             "based": False, "gates": False, "fuses": False},
     # keeps: what of an edit, and of repairs before it, it leaves as it is: "mask", "codes", "factors", "books"; leaves: what it adds:
     # "factors", or a "bias", for sites that have one; level: what it sees at once, "site" or "net": there it is given the network behind
     # the sweep, trains, and returns what mends a site: f(name, change) -> change.

@@ -514,7 +514,9 @@ def _checked(p: Pass) -> Pass:
     if p.ends and (others := [s for s in p.steps.values() if s.method.axis in ("rewrite", "grid", "gate", "input", "format")]):
         raise BadInput(f"{p.steps['unit'].method.name} takes a part of the network with all its weights; put {others[0]} in a pass of its "
                        "own behind it")
-    if p.ends and edit.key != "edit/mask":
+    if edit.facts["fuses"] and (p.steps["unit"].key != "unit/neuron" if "unit" in p.steps else True):
+        raise BadInput(f"{edit.name} makes hidden neurons one; put neuron in front of it: neuron | {edit.name}")
+    if p.ends and edit.key != "edit/mask" and not edit.facts["fuses"]:
         raise BadInput(f"{p.steps['unit'].method.name} takes a part of the network as a whole, and {edit.name} decides about single "
                        "weights; name a score, such as wanda, and a repair, such as least_squares")
     if (of := p.steps["score"].method.facts["of"] if "score" in p.steps else "weight") != "weight":

@@ -24,7 +24,8 @@ class Change:
 
     `w` [out, in] is what the parts decode to; `mask` (bool, True = kept) is the pattern it must respect;
     `parts` are the codes, scales, factors a format stores; `pre` are operations on the site's input, in order; `bias` [out] is to be
-    added to the bias of the site.
+    added to the bias of the site. `feeders` is what becomes of the sites whose outputs are its inputs: weights by role, biases by
+    "<role>.bias".
     """
 
     w: Tensor
@@ -32,6 +33,7 @@ class Change:
     mask: Tensor | None = None
     pre: tuple[Any, ...] = ()
     bias: Tensor | None = None
+    feeders: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

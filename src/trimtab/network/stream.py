@@ -572,7 +572,7 @@ class Network:
                 by = s
             self.set_weight(module, v, self.weight(module, v).float() / by[:, None])
             if (b := self.bias(module, v)) is not None:
-                changed.add(self._set_bias(module, v, b / by))
+                changed.add(self.set_bias(module, v, b / by))
         for r in fold.readers:
             self.set_weight(module, r, self.weight(module, r).float() * s)
         return s, changed
@@ -610,7 +610,7 @@ class Network:
         rows = None if site.rows is None else slice(*site.rows) if len(site.rows) == 2 else torch.tensor(site.rows)
         return None if b is None else b.detach()[slice(None) if rows is None else rows].clone()
 
-    def _set_bias(self, module: nn.Module, site: Site, b: Tensor) -> str:
+    def set_bias(self, module: nn.Module, site: Site, b: Tensor) -> str:
         """Give a site that has one this bias [out], and return its parameter's name in the block."""
         name, at = graph.bias_of(site) or "", site.row_index()
         module.get_parameter(name).data[slice(None) if at is None else at] = b
@@ -623,7 +623,7 @@ class Network:
         """Add `delta` [out] to the bias of a site that has one, rounded to its type in the files; its parameter's name in the block."""
         b, file = self.bias(module, site), self.bias_file(site)
         assert b is not None and file is not None
-        return self._set_bias(module, site, (b.float() + delta).to(self.checkpoint.tensors[file].dtype).to(b.dtype))
+        return self.set_bias(module, site, (b.float() + delta).to(self.checkpoint.tensors[file].dtype).to(b.dtype))
 
     def stored(self, module: nn.Module, i: int, others: Iterable[str] = ()) -> dict[str, Tensor]:
         """The tensors of block `i` that hold sites, and `others` of its parameters, under their names and in the layout and dtype of the
