@@ -245,10 +245,11 @@ def test_sublayers_start_and_end_where_the_block_does(saved, name):
     net = Network.open(saved(name))
     hidden, out, module, seen = tap(net, name, i=1)
     taps = {key: t for kind, key, *t in seen if kind == "sublayer"}
-    assert set(taps) == {"attn", "mlp"} and sum(kind == "sublayer" for kind, *_ in seen) == 2
+    assert set(taps) == {"attn", "mlp", "block"} and sum(kind == "sublayer" for kind, *_ in seen) == 3
     (a, b), (c, d) = taps["attn"], taps["mlp"]
     x, y = tokens(name, hidden), tokens(name, out)
     torch.testing.assert_close(a, x)
+    assert torch.equal(taps["block"][0], x) and torch.equal(taps["block"][1], y)
     if name == PARALLEL:
         torch.testing.assert_close(c, x)
         torch.testing.assert_close(x + (b - a) + (d - c), y, atol=1e-5, rtol=1e-5)

@@ -274,6 +274,7 @@ def test_recipes_leave_at_most_the_share_and_pass_their_proof(tiny_lm, calib, re
         total = sum(s.size for s in Network.open(tiny_lm).sites if scope in ("all", s.group))
         went = of_blocks(tiny_lm) - of_blocks(tmp_path / "out")
         assert 0 < went <= total and total - went <= keep * total * (1 + 1e-9)
+        assert result["removed"]["blocks"] == pytest.approx(went / of_blocks(tiny_lm), abs=1e-5)
     packed = tmp_path / "packed"
     code, again, err = trim(capsys, tiny_lm, recipe, packed, calib, "--pack", *(["--keep", keep] if keep else []))
     assert code == 0, err

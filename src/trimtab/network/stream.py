@@ -225,6 +225,12 @@ class Network:
         return f"{next(n for n, m in self.model.named_modules() if m is table)}.weight"
 
     @property
+    def head_size(self) -> int:
+        """Weights of a language model's head, 0 where there is none."""
+        head = self.model.get_output_embeddings() if self.kind == "lm" else None
+        return 0 if head is None else int(head.weight.numel())
+
+    @property
     def tied_head(self) -> bool:
         """Whether the head's weight is the table of embeddings."""
         return self.kind == "lm" and bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))

@@ -22,6 +22,7 @@ from trimtab.core.memory import peak_rss, rss, strict
 from trimtab.core.types import BadInput, Failed, Progress, Site
 
 WARN_BELOW = 0.95  # recovery under this is a warning when nothing was asked
+KEYS = ("decode_tok_s", "prefill_tok_s")
 PAIRS, CLEARLY = 5, 1.02  # fewer pairs prove nothing; the median pair must be at least this much faster
 ROWS_OF = 2048  # tokens run together
 OFF = 0.03  # what gates skip may differ by from what they were to
@@ -106,6 +107,19 @@ def verdict(result: dict[str, Any], min_recovery: float | None) -> tuple[bool, l
     return True, []
 
 
+def removed(nets: list[Any], timed: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a network with fewer weights in its blocks: the share of those that is gone (`blocks`), the share of what a token is multiplied
+    with (`work`, the head with them), and how much of the latter became time (`became_time`: 1 is all of it). None where none is gone."""
+    blocks = [sum(s.size for s in n.sites) for n in nets]
+    if len(nets) < 2 or blocks[1] >= blocks[0]:
+        return None
+    whole = [b + n.head_size for b, n in zip(blocks, nets, strict=True)]
+    work = 1 - whole[1] / whole[0]
+    pairs = (timed or {}).get("ratio") or {}
+    saved = {key.removesuffix("_tok_s"): round((1 - 1 / pairs[key]["median"]) / work, 4) for key in KEYS if key in pairs}
+    return {"blocks": round(1 - blocks[1] / blocks[0], 6), "work": round(work, 6), "became_time": saved}
+
+
 def _plain(x: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(x, dict):
@@ -169,6 +183,8 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
         result["smaller"] = smaller_line(result["before"], result["after"], result["packed"])
         masked = size[1]["nonzero"] < size[0]["nonzero"] and size[1]["params"] == size[0]["params"] and not nets[1].checkpoint.packed
         result["faster"] = faster_line(timed, masked)
+        if (gone := removed(nets, timed)) is not None:
+            result["removed"] = gone
         met, lines = verdict(result, min_recovery)
         result |= {"warnings": [*lines, *noted], "proof": "passed" if met else "failed"}
     return _plain(result | {"seconds": perf_counter() - start, "peak_rss_bytes": peak_rss()})

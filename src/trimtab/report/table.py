@@ -93,6 +93,10 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
     out = [r for r in out if r[1:] != ("—", "—")]
     if run.get("packed"):
         out.append((f"bytes as {run['packed']['format']}", "", mb(run["packed"]["bytes"])))
+    if gone := run.get("removed"):
+        out.append(("weights of the blocks removed", "", percent(gone["blocks"])))
+        if gone["became_time"]:
+            out.append(("of the work removed, became time", "", ", ".join(f"{percent(v, 0)} {k}" for k, v in gone["became_time"].items())))
     if run.get("ranks"):
         out += [("rank", "", ranks(run)), ("parameters left in factors", "", percent(run["factored_share"]))]
     out += [(what, "", f) for what, f in (
