@@ -21,13 +21,14 @@ from trimtab.builtin import NAMES
 from trimtab.core.registry import AXES, FACTS, KNOBS, Method, load_all
 from trimtab.core.spec import Recipe, rows
 from trimtab.evidence import BETTER, SETTINGS, Figure, is_stale, judged
-from trimtab.report import gate_plots, speed_plots
+from trimtab.report import cost_plots, speed_plots
 from trimtab.runtime import names
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "8192x2048"  # of the layers that the plots show
 PLACES = {"all": "all", "*.down": "down"}  # of gates that are drawn together
 GATES = [s for s in SETTINGS if s.startswith("gates-")]
+SHAPES = [s for s in SETTINGS if s.startswith("shapes-")]
 NOT_YET = "Not measured yet.\n"
 KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
 QUESTION = {
@@ -366,8 +367,40 @@ def llmcompressor_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[
 
 
 def of_gates(every: list[Row], reg: dict[str, Method]) -> list[Row]:
+    return fresh(every, GATES, reg)
+
+
+def fresh(every: list[Row], settings: list[str], reg: dict[str, Method]) -> list[Row]:
     versions = {k: m.version for k, m in reg.items()}
-    return [r for r in every if r["setting"] in GATES and not is_stale(r, versions)]
+    return [r for r in every if r["setting"] in settings and not is_stale(r, versions)]
+
+
+def shapes_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """One line a recipe: perplexity by the share of the blocks' weights that was to go, what went in brackets; the best of each in bold."""
+    some = fresh(every, SHAPES, reg)
+    if not some:
+        return NOT_YET
+    dense = Figure.of({r["seed"]: {**r, "value": r["dense"]} for r in some}.values())
+    best = {s: min((Figure.of([r for r in some if (r["recipe"], r["setting"]) == (name, s)]).mean, name)
+                   for name in {r["recipe"] for r in some if r["setting"] == s})[1] for s in {r["setting"] for r in some}}
+    body = []
+    for name in SETTINGS[SHAPES[0]].recipes:
+        cells = []
+        for setting in SHAPES:
+            own = [r for r in some if (r["recipe"], r["setting"]) == (name, setting)]
+            figure = f"**{Figure.of(own)}**" if best.get(setting) == name else str(Figure.of(own)) if own else ""
+            cells.append(f"{figure} ({sum(r['removed']['reached'] for r in own) / len(own):.0%})" if own else "")
+        if any(cells):
+            body.append((code(name), *cells))
+    head = ["recipe", *(f"{s.removeprefix('shapes-')} gone" for s in SHAPES)]
+    return table(head, [(f"dense: {dense}", *[""] * (len(head) - 1)), *body])
+
+
+def shape_drawing(model: str, every: list[Row], reg: dict[str, Method]) -> str | None:
+    """What smaller shapes cost a model."""
+    some = fresh([r for r in every if r["model"] == model], SHAPES, reg)
+    found = cost_plots.points(some, "removed")
+    return cost_plots.cost(found, f"{model}: perplexity against weights removed", "removed", 0.6) if found else None
 
 
 def gates_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
@@ -376,7 +409,7 @@ def gates_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Met
     if not some:
         return NOT_YET
     dense = Figure.of({r["seed"]: {**r, "value": r["dense"]} for r in some}.values())
-    shares, body = gate_plots.points(some), []
+    shares, body = cost_plots.points(some), []
     for name in SETTINGS[GATES[0]].recipes:
         cells = []
         for setting in GATES:
@@ -384,7 +417,7 @@ def gates_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Met
             reached = [r["skipped"]["reached"] for r in own if r.get("skipped")]
             cells.append(f"{Figure.of(own)} ({sum(reached) / len(reached):.0%})" if reached else "")
         if any(cells):
-            body.append((code(name), *cells, gate_plots.share_at(shares[name], 0.01) if name in shares else ""))
+            body.append((code(name), *cells, cost_plots.share_at(shares[name], 0.01) if name in shares else ""))
     head = ["recipe", *(s.removeprefix("gates-") for s in GATES), "at 1 % more"]
     return table(head, [(f"dense: {dense}", *[""] * (len(head) - 1)), *body])
 
@@ -397,13 +430,14 @@ def gate_drawings(model: str, every: list[Row], reg: dict[str, Method]) -> dict[
         where = {p.split(": ")[0] if ": " in p else "all" for p in gated}  # a pass without a scope has them on every layer
         for place in where & PLACES.keys() if len(where) == 1 else ():
             places.setdefault(PLACES[place], []).append(r)
-    return {name: gate_plots.cost(gate_plots.points(some), f"{model}: perplexity against what gates skip") for name, some in places.items()}
+    return {name: cost_plots.cost(cost_plots.points(some), f"{model}: perplexity against what gates skip") for name, some in places.items()}
 
 
 TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], str]] = {
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
     "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table, "gates": gates_table,
+    "shapes": shapes_table,
 }
 
 
@@ -440,6 +474,8 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     for model in NAMES:
         for where, drawing in gate_drawings(model, every, reg).items():
             out[root / f"docs/gates-{where}-{model.removeprefix('builtin:')}.svg"] = speed_plots.standalone(drawing)
+        if (shapes := shape_drawing(model, every, reg)) is not None:
+            out[root / f"docs/shapes-{model.removeprefix('builtin:')}.svg"] = speed_plots.standalone(shapes)
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if path not in out and path.parent != root / "docs/catalogue":
             out[path] = filled(path.read_text(encoding="utf-8"), str(path.relative_to(root)), every, recipes, reg)

@@ -88,6 +88,13 @@ SETTINGS = {
         "*.o&!0.*: gate_magnitude", "*.o&!0.*: gated | heads", "polar", "gptq ; gate_magnitude", "gptq ; teal | gate_magnitude",
         "nm(n=2,m=4) | sparsegpt ; teal | gate_magnitude"),
         f"gates that leave out {dropped} % of the inputs of what they are on") for dropped in (25, 40, 50, 65, 80)},
+    **{f"shapes-{gone}%": Setting(1 - gone / 100, None, (
+        *(f"neuron{feeders} | {score}{end}" for score in ("magnitude", "wanda") for feeders in ("", "(feeders=true)")
+          for end in ("", " | mask | least_squares")), "neuron | random", "neuron(order=dense) | taylor", "minitron",
+        "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse",
+        "neuron | fuse(refit=true)", "amp", "transact", "inner | amp | mask | least_squares", "inner | transact | mask | least_squares",
+        "llm_drop", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude"),
+        f"{gone} % of the weights of the blocks gone, with neurons, heads, sublayers, layers or channels") for gone in (10, 20, 30, 50)},
 }
 
 
@@ -122,6 +129,7 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                     "dense": r["before"]["perplexity"] if r["metric"] == "perplexity" else 1.0,
                     "recovery": r["recovery"], "kl": r.get("kl"), "top1_agreement": r.get("top1_agreement"),
                     **({"skipped": {k: round(v, 4) for k in ("target", "reached") if (v := gated[k]) is not None}} if gated else {}),
+                    **({"removed": {"target": round(1 - (s.keep or 1), 4), "reached": r["removed"]["blocks"]}} if r.get("removed") else {}),
                     "edit_seconds": r["edit_seconds"], "plan_hash": r["plan_hash"], "methods": recipe.methods,
                     "machine": machine(), "date": time.strftime("%Y-%m-%d"),
                 }

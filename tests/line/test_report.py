@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from trimtab.report import gate_plots
+from trimtab.report import cost_plots
 from trimtab.report.card import card
 from trimtab.report.page import page, sentence
 from trimtab.report.plots import SKIPPED, Axis, _spread, block_error, heat_map, heat_maps, quality_size
@@ -211,11 +211,11 @@ def test_what_gates_cost_is_drawn_and_read_between_the_measured_points():
     rows = [gated("a", "gates-25%", 0, 0.2, 10.05), gated("a", "gates-25%", 1, 0.3, 10.05), gated("a", "gates-50%", 0, 0.5, 10.32),
             gated("b", "gates-25%", 0, 0.25, 20.0), gated("b", "gates-50%", 0, 0.5, None), gated("b", "gates-50%", 1, 0.5, 10.0),
             gated("c", "gates-80%", 0, 0.8, 10.001), {**gated("d", "gates-80%", 0, 0.8, 9.0), "skipped": None}]
-    found = gate_plots.points(rows)
+    found = cost_plots.points(rows)
     assert found.keys() == {"a", "b", "c"} and len(found["b"]) == 1
     assert found["a"][0] == pytest.approx((0.25, 0.005)) and found["a"][1] == pytest.approx((0.5, 0.032))
-    shares = {name: gate_plots.share_at(points, 0.01) for name, points in found.items()}
+    shares = {name: cost_plots.share_at(points, 0.01) for name, points in found.items()}
     assert shares == {"a": "34%", "b": "below 25%", "c": "above 80%"}
-    drawn = ElementTree.fromstring(gate_plots.cost(found, "gates").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+    drawn = ElementTree.fromstring(cost_plots.cost(found, "gates").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
     tips = [e.text for e in drawn.iter() if e.tag.endswith("title")]
     assert len(tips) == 4 and "a: 50.0% skipped, 3.20% more" in tips
