@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +18,12 @@ from trimtab.network import graph
 from trimtab.network.checkpoint import PARTS, Checkpoint, SafeFile, finite, not_finite
 
 
+def without_skips(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json for those who know no layer without a sublayer: the files hold zeros for it."""
+    own = {str(i): said for i, it in graph.per_layer(config).items() if (said := {k: v for k, v in it.items() if k != "skip"})}
+    return {k: v for k, v in config.items() if k != graph.PER_LAYER} | ({graph.PER_LAYER: own} if own else {})
+
+
 class Source:
     """A directory of ordinary tensors. `checkpoint`, `family`, `config`, `notes` (of trimtab.json).
 
@@ -25,7 +32,7 @@ class Source:
 
     def __init__(self, path: Path):
         self.checkpoint = Checkpoint.open(path)
-        self.path, self.config = path, self.checkpoint.config
+        self.path, self.config = path, without_skips(self.checkpoint.config)
         if self.checkpoint.packed:
             raise BadInput(f"{path} is packed for trimtab's own runtime; trim the model again without --pack and export that")
         if about := self.config.get("quantization_config"):
