@@ -22,7 +22,6 @@ from trimtab.core.memory import peak_rss, rss, strict
 from trimtab.core.types import BadInput, Failed, Progress, Site
 
 WARN_BELOW = 0.95  # recovery under this is a warning when nothing was asked
-KEYS = ("decode_tok_s", "prefill_tok_s")
 PAIRS, CLEARLY = 5, 1.02  # fewer pairs prove nothing; the median pair must be at least this much faster
 ROWS_OF = 2048  # tokens run together
 OFF = 0.03  # what gates skip may differ by from what they were to
@@ -109,15 +108,16 @@ def verdict(result: dict[str, Any], min_recovery: float | None) -> tuple[bool, l
 
 def removed(nets: list[Any], timed: dict[str, Any] | None) -> dict[str, Any] | None:
     """Of a network with fewer weights in its blocks: the share of those that is gone (`blocks`), the share of what a token is multiplied
-    with (`work`, the head with them), and how much of the latter became time (`became_time`: 1 is all of it). None where none is gone."""
+    with (`work`, the head with them), and how much of what is gone became time (`became_time`: 1 is all of it; in decoding of the work,
+    in prefill of the blocks). None where none is gone."""
     blocks = [sum(s.size for s in n.sites) for n in nets]
     if len(nets) < 2 or blocks[1] >= blocks[0]:
         return None
     whole = [b + n.head_size for b, n in zip(blocks, nets, strict=True)]
-    work = 1 - whole[1] / whole[0]
+    work = {"decode_tok_s": 1 - whole[1] / whole[0], "prefill_tok_s": 1 - blocks[1] / blocks[0]}  # of a prompt the head sees the last token
     pairs = (timed or {}).get("ratio") or {}
-    saved = {key.removesuffix("_tok_s"): round((1 - 1 / pairs[key]["median"]) / work, 4) for key in KEYS if key in pairs}
-    return {"blocks": round(1 - blocks[1] / blocks[0], 6), "work": round(work, 6), "became_time": saved}
+    saved = {key.removesuffix("_tok_s"): round((1 - 1 / pairs[key]["median"]) / share, 4) for key, share in work.items() if key in pairs}
+    return {"blocks": round(1 - blocks[1] / blocks[0], 6), "work": round(work["decode_tok_s"], 6), "became_time": saved}
 
 
 def _plain(x: Any) -> Any:

@@ -228,7 +228,7 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
     generate), prefill_tok_s, first_token_s, `spread` {key: [min, max]}, `quartiles` {key: [first, third]}, `dtype` that x is multiplied in
     (int8: where the weights are codes), `weight_bytes` that
     a step of decoding reads, `resident_bytes` that it added to the process, `runner` and `runners` (the same of each), and
-    `ratio` {key: {median, min, max}} of after to before, taken pair by pair. In `dtype`, or the stored dtype if that does
+    `ratio` {key: {median, min, max, quartiles}} of after to before, taken pair by pair. In `dtype`, or the stored dtype if that does
     not fit; when the two do not fit
     in `max_memory` bytes together, `"speed"` is "estimated" from one real block and the head. `seconds` bounds the
     time roughly, by generating fewer tokens.
@@ -303,12 +303,13 @@ def measure(before: Path | Network, after: Path | Network | None, *, prompt: int
             figures.append(best.figures() | {"runner": best.runner, "runners": {c.runner: c.figures() for c in mine}})
         del candidates, mine, best, c
         gc.collect()
-    ratio: dict[str, dict[str, float]] = {}
+    ratio: dict[str, dict[str, Any]] = {}
     if after is not None:
         for key in KEYS[:2]:
             if key in rows[0][0]:
                 pairs = [b[key] / a[key] for a, b in zip(*rows, strict=True)]
-                ratio[key] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
+                quartiles = statistics.quantiles(pairs, n=4)[::2] if len(pairs) > 1 else pairs * 2
+                ratio[key] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs), "quartiles": quartiles}
     counted = [f["runner"] for f in figures]
     last = {key: figures[-1][key] for key in KEYS}  # what `bench --json` shows of the model itself
     return {**last, "speed": "estimated" if how is None else "measured", "before": figures[0],
