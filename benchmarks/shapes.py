@@ -4,8 +4,9 @@
     python benchmarks/shapes.py build/llama-110m llama-110m results/shapes.jsonl [--rounds 21] [--only NAME ...]
     python benchmarks/shapes.py builtin:lm builtin:lm results/shapes.jsonl
 
-Takes 30 % of the weights of the blocks in every way below, into MODEL-shapes/ (once), and times both in pairs A B, B A: 32 new tokens
-behind a prompt of 64, and a prompt of 512, in the type of the files. Medians over the pairs; the spread is the quartiles.
+Takes 30 % of the weights of the blocks in every way below, into MODEL-shapes/ (once), and times both in pairs A B, B A: 16 new tokens
+behind a prompt of 64, and a prompt of 512, in bfloat16. Medians over the pairs; the spread is the
+quartiles.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ WAYS = {"neurons": "neuron | magnitude", "heads and neurons": "inner | magnitude
 WANTED = {("torch", "prefill_tok_s"): 1.25, ("trimtab", "prefill_tok_s"): 1.25, ("trimtab", "decode_tok_s"): 1.25}
 DECODE = {"layers": 1.25}
 WIDTH = 1.05
-SETTINGS = {"decode_tok_s": (64, 32), "prefill_tok_s": (512, 1)}
+SETTINGS = {"decode_tok_s": (64, 16), "prefill_tok_s": (512, 1)}
 
 
 def pairs(before: Path, after: Path, runner: str, metric: str, rounds: int) -> dict[str, Any]:
