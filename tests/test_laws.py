@@ -28,12 +28,12 @@ from trimtab.core import train
 from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.train import Net
-from trimtab.core.types import BadInput, Change, Choices, Site, Summary
+from trimtab.core.types import BadInput, Change, Choices, Site, Spectrum, Summary
 from trimtab.methods import select
 from trimtab.methods.basis import Basis
 from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
-from trimtab.methods.factors import Factors, rank_of
+from trimtab.methods.factors import Factors, losses_of_ranks, rank_of
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.gates import Gate
 from trimtab.methods.rounding import Rounding
@@ -237,6 +237,12 @@ def choices() -> dict[str, Choices]:
     return out
 
 
+@cache
+def spectra() -> dict[str, Spectrum]:
+    """What is lost at every rank of every site."""
+    return {n: Spectrum(s, losses_of_ranks(weight(n), stats(n)["gram"], stats(n)["grad_sq"])) for n, s in SITES.items()}
+
+
 def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float32, keep: float = 0.5,
         unit: Unit | None = None, poor: bool = False, **given: Any) -> dict[str, Any]:
     """Everything the method's signature may name, for one site; `given` replaces it."""
@@ -250,7 +256,8 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
     pattern = unit(w.float().abs(), keep)
     if m.axis == "budget":
         have = {k: {n: stats(n, poor)[k] for n in SITES} for k in have}
-        return {"scores": summaries(m.facts["of"]), "target": keep, "options": choices(), "trial": trial(), **have, **given}
+        return {"scores": summaries(m.facts["of"]), "target": keep, "options": choices(), "trial": trial(),
+                "spectra": spectra(), **have, **given}
     if m.axis == "stat":
         of = m.facts["of"]
         return {**dict(zip(m.data, batches(name, of)[0], strict=True)), **given}
@@ -357,6 +364,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
             yield from tensors(v)
     elif isinstance(x, Choices):
         yield from tensors([x.bytes, x.losses])
+    elif isinstance(x, Spectrum):
+        yield from tensors(x.lost)
     elif isinstance(x, int | float):
         yield torch.tensor(x, dtype=torch.float64)
     elif isinstance(x, str):
@@ -874,7 +883,7 @@ def law_budget_chooses_the_best(m: Method) -> None:
 
 
 def law_budget_meets_the_target(m: Method) -> None:
-    if m.facts["chooses"]:
+    if m.facts["chooses"] or m.facts["spectra"]:
         return
     for wild in (False, True):
         for target in (0.05, *SHARES, 0.95):
@@ -896,7 +905,7 @@ def law_budget_order_of_sites(m: Method) -> None:
 
 def law_budget_treats_equals_alike(m: Method) -> None:
     """Sites that do not differ in anything a budget sees get the same share, the target."""
-    if m.facts["chooses"]:
+    if m.facts["chooses"] or m.facts["spectra"]:
         return
     scores = {f"{k}.attn.o": replace(summaries(m.facts["of"])["2.attn.o"], site=replace(SITES["2.attn.o"], block=k))
               for k in range(4)}
@@ -904,6 +913,39 @@ def law_budget_treats_equals_alike(m: Method) -> None:
     alike = Trying({n: s.site for n, s in scores.items()}, dict.fromkeys(scores, "2.attn.o"))
     shares = call(m, {"scores": scores, "target": 0.3, "trial": alike, **have})
     assert {k: float(v) for k, v in shares.items()} == pytest.approx(dict.fromkeys(scores, 0.3), abs=1e-6)
+
+
+def law_budget_ranks_are_the_best(m: Method) -> None:
+    """Of all that the parameters allow the least loss: every way is tried. No more parameters than asked for, and less by no more than a
+    step; ranks come back from shares; a weight is left whole where factors would take as much."""
+    if not m.facts["spectra"]:
+        return
+    sizes, losses = {}, {}
+    for n, s in SITES.items():
+        most = max(r for r in range(1, 99) if r * sum(s.shape) < s.size)
+        some = [most // 3, most * 2 // 3, most]
+        sizes[n] = [*(r * sum(s.shape) for r in some), s.size]
+        losses[n] = [*(spectra()[n].lost[r] for r in some), 0.0]
+    total = sum(s.size for s in SITES.values())
+    ways = [(sum(sizes[n][i] for n, i in zip(SITES, way, strict=True)), sum(losses[n][i] for n, i in zip(SITES, way, strict=True)))
+            for way in itertools.product(range(4), repeat=len(SITES))]
+    gap = max(b - a for its in sizes.values() for a, b in pairwise(its))
+    for target in (0.35, *SHARES, 0.95, 1.0):
+        if target < min(size for size, _ in ways) / total:
+            continue
+        shares = call(m, {"spectra": spectra(), "target": target}, steps=3)
+        taken = {}
+        for n, s in SITES.items():
+            taken[n] = s.size if shares[n] == 1 else rank_of(s.shape, shares[n]) * sum(s.shape)
+            assert taken[n] == pytest.approx(shares[n] * s.size)
+        assert target * total - gap < sum(taken.values()) <= target * total
+        loss = sum(losses[n][sizes[n].index(taken[n])] for n in SITES)
+        assert loss == pytest.approx(min(lost for size, lost in ways if size <= target * total))
+    assert set(shares.values()) == {1.0}
+    with pytest.raises(BadInput, match="keep more"):
+        call(m, {"spectra": spectra(), "target": 0.05})
+    with pytest.raises(BadInput, match="steps is 0"):
+        call(m, {"spectra": spectra(), "target": 0.5}, steps=0)
 
 
 def law_budget_tries_no_worse_than_one_share(m: Method) -> None:
@@ -1470,6 +1512,15 @@ def law_edit_factors_are_the_whole_at_full_rank(m: Method) -> None:
             close(call(m, env(m, name), rank=min(SITES[name].shape)).w, weight(name), 1e-4)
 
 
+def law_edit_factors_beat_the_nearest(m: Method) -> None:
+    """What they are told of the inputs saves the outputs a good part of what the nearest weight of that rank costs them."""
+    if m.facts["factors"] and "gram" in m.needs:
+        for name in THREE:
+            for keep in SHARES:
+                w, at = weight(name), env(m, name, keep=keep)
+                assert error(w, call(m, at).w, at["gram"]) < 0.9 * error(w, get("edit/svd")(at).w, at["gram"]), (name, keep)
+
+
 def law_edit_codes_lie_on_any_grid(m: Method) -> None:
     """What it leaves is on the grid it was given, of that type and group, whatever an earlier pass dropped."""
     if m.facts["codes"] is True:
@@ -1552,7 +1603,7 @@ def law_edit_beats_magnitude(m: Method) -> None:
     """What it is told of the inputs, or of the gradients, saves it a good part of the error magnitude makes."""
     for need, measure in (("gram", error), ("grads", fisher_error)):
         coarse = isinstance(m.facts["codes"], str) or m.facts["books"]  # a grid of its own may be as coarse as a sign
-        if m.joint and need in m.needs and not coarse:
+        if m.joint and need in m.needs and not coarse and not m.facts["factors"]:
             for unit in (plain("row"), plain("site"), plain("nm")):
                 for name in THREE:
                     for keep in SHARES if unit.free else (0.5,):
@@ -2003,6 +2054,18 @@ def test_summary_tells_what_is_above() -> None:
     for value, b in zip((0.0, 1.0, 1.05, 2.0, 4.0), bins, strict=True):
         assert Summary.edge(b) <= value < Summary.edge(b + 1)
         assert Summary.edge(b + 1) <= max(value, 2.0 ** -70) * 2 ** (1 / 64)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_losses_of_ranks_are_those_of_the_best_factors(name: str) -> None:
+    """By the weight that is left of every rank, and what its rows are off weighted by their gradients."""
+    w, gram, grad_sq = weight(name).double(), stats(name)["gram"].double(), stats(name)["grad_sq"].double()
+    lost = losses_of_ranks(weight(name), stats(name)["gram"], stats(name)["grad_sq"])
+    assert len(lost) == min(w.shape) + 1
+    for rank in range(1, len(lost)):
+        off = get("edit/svdllm").fn(w, 1.0, stats(name)["gram"], rank=rank, damp=0.0).w - w
+        rows = ((off @ gram) * off).sum(1) * grad_sq.sum(1) / gram.trace()
+        assert lost[rank] == pytest.approx(float(rows.sum() / 2), rel=1e-4, abs=1e-9 * lost[0])
 
 
 @pytest.mark.parametrize("key", REG)

@@ -27,6 +27,11 @@ def share(text: str) -> float:
     return value
 
 
+def part(text: str) -> float:
+    """A share, or 0 for none."""
+    return 0.0 if text in ("0", "0%") else share(text)
+
+
 def per_cent(text: str) -> float:
     """1 or 1%, of 1 in a hundred."""
     try:
@@ -170,6 +175,8 @@ def parser() -> Parser:
     p.add_argument("--calib", nargs="+", default=[], metavar="PATH")
     p.add_argument("--samples", type=count, default=16)
     p.add_argument("--seq-len", type=count, default=256)
+    p.add_argument("--energy", type=part, default=0.99, metavar="E", help="share of the inputs and outputs of a layer that the directions "
+                   "it uses account for, by which its utilised rank is told (default 0.99; 0: leave it out)")
     p.add_argument("--verify", action="store_true", help="first compare everything in a packed directory with its hash")
     p.add_argument("--activations", action="store_true", help="which hidden values of the MLPs matter: zeros, small ones, what can be left "
                    "out for 1 %% of perplexity, what a batch shares, dead neurons; runs the model a dozen times")

@@ -18,7 +18,6 @@ from trimtab.core.registry import get
 from trimtab.core.spec import Pass, Recipe
 from trimtab.core.train import ROOM, held_bytes
 from trimtab.core.types import Failed, Site
-from trimtab.methods.factors import Factors
 from trimtab.network.checkpoint import SafeFile
 from trimtab.network.stream import Network
 
@@ -174,8 +173,8 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
         began, ranks = clock(), {}
         if not gradients:  # gradient statistics need the whole forward walk: only their storage is tried here
             for s, change in edit_block(net, module, 0, owner, shares, collect, {})[0]:
-                if (factors := Factors.among(change.parts)) is not None:
-                    ranks[s.name] = factors.rank
+                if (rank := pack.rank_left(owner[s.name], s, change)) is not None:
+                    ranks[s.name] = rank
         from safetensors.torch import save_file
 
         stored, path = net.stored(module, 0), Path(scratch) / "block.safetensors"

@@ -13,6 +13,7 @@ from trimtab.core import data, line, memory
 from trimtab.core.calibrate import Collector
 from trimtab.core.line import Options, Report
 from trimtab.core.types import BadInput
+from trimtab.methods.factors import shares_of, utilised_rank, whitened
 from trimtab.network.stream import Network
 from trimtab.runtime import native, packed
 
@@ -104,8 +105,10 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
-    """Sites by role with weight statistics, and how much each sublayer changes the residual stream.
+    """Sites by role with weight statistics, how many directions each uses, and how much each sublayer changes the residual stream.
 
+    `sites`: of each `utilised_rank`, the directions that a share `a.energy` of its inputs and outputs lies in (0: none is told), and
+    `utilisation`, that number over the shorter side; `mean_utilisation` over all of them, in `roles` over those of a role.
     With `a.verify` a packed directory is compared with the hashes it was written with first: BadInput where one differs, and
     where there are none. `verified` counts the tensors. With `a.activations` the hidden values of MLPs are measured besides, see
     `prove.activations`; with `a.report` all of it is written as a page.
@@ -122,12 +125,20 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
         verified = len(whole.tensors) + sum(len(p.buffers) for p in whole.linears.values())
     net = Network.open(model, dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code)
     roles: dict[str, dict[str, Any]] = {}
+    sites: dict[str, dict[str, Any]] = {}
     cosines: dict[str, list[float]] = {}
     can_run = bool(a.calib) or (net.kind != "vision" and net.tokenizer() is not None)
 
     def look(i: int, module: Any, stats: Collector | None) -> None:
+        inside: dict[str, torch.Tensor] = {}  # by what they read
         for s in net.sites_of(i):
             w = net.weight(module, s).float()
+            if stats and a.energy:
+                gram = stats.of(s)["gram"]
+                if s.input not in inside:
+                    inside[s.input] = shares_of(torch.linalg.eigvalsh(gram.double()).flip(0))
+                rank = utilised_rank(inside[s.input], shares_of(torch.linalg.svdvals(whitened(w, gram)).square()), a.energy)
+                sites[s.name] = {"utilised_rank": rank, "utilisation": round(rank / min(s.shape), 4)}
             r = roles.setdefault(f"{s.group}.{s.role}", {"sites": 0, "shape": list(s.shape), "params": 0, "_small": 0.0, "_outlier": 0.0})
             r["sites"] += 1
             r["params"] += s.size
@@ -139,11 +150,15 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         samples = data.prepare(net, tuple(a.calib), "calibration", a.samples, a.seq_len, 0) if can_run or a.activations else []
         walk = line.walker(net, samples, Path(scratch), None, None)
-        needs = {s.name: {"cosine"} for s in net.sites} if can_run else {}
+        needs = {s.name: {"cosine"} | ({"gram"} if a.energy else set()) for s in net.sites} if can_run else {}
         walk(needs, look, "dense", lambda d, n: tick("inspect", d, n), 0)
         if a.activations:
             active = activations(net, samples, a.ppl or [1.0], Path(scratch), tick)
-    for r in roles.values():
+    of_role: dict[str, list[float]] = {}
+    for s in (s for s in net.sites if s.name in sites):
+        of_role.setdefault(f"{s.group}.{s.role}", []).append(sites[s.name]["utilisation"])
+    for role, r in roles.items():
+        r["utilisation"] = round(sum(of_role[role]) / len(of_role[role]), 4) if role in of_role else None
         r["near_zero"] = round(r.pop("_small") / r["sites"], 4)
         r["outliers"] = round(r.pop("_outlier") / r["sites"], 5)
     in_sites = sum(s.size for s in net.sites)
@@ -151,7 +166,10 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
     result = {"model": str(model), "family": net.family.name, "blocks": net.n_blocks, "params": net.n_params,
               "params_in_sites": in_sites, "bytes": net.checkpoint.weight_bytes, "roles": roles, "sublayer_cosine": cosines,
               "most_redundant": [f"{name} (cosine {c:.3f})" for c, name in trimmable], "verified": verified,
-              "recipe": notes.get("recipe"), **({"activations": active} if active else {})}
+              "recipe": notes.get("recipe"), **({"activations": active} if active else {}),
+              **({"energy": a.energy, "sites": sites} if sites else {})}
+    if sites:
+        result["mean_utilisation"] = round(sum(u["utilisation"] for u in sites.values()) / len(sites), 4)
     if a.report:
         write_page(a.report, result, a)
     return result

@@ -59,6 +59,9 @@ SETTINGS = {
         ("w4a4", "weights and inputs in 4 bits", tuple(
             f"{r}int(bits=4,group=128) | gptq | token(act_bits=4)" for r in ("", "hadamard | ", "kurtail | ", "smooth | ", "quarot | "))),
     )},
+    **{f"rank-{gone}%": Setting(1 - gone / 100, None, (
+        "svd", "svdllm", "svdllm_ranks", "utilised", "ranks | utilised", "cur", "cur(whiten=true)", "ranks | cur"),
+        f"{gone} % of the parameters gone by small ranks") for gone in (10, 20, 30)},
     "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
     **{f"{bits}-bits": Setting(None, None, tuple(f"{r}bits={bits}{end}" for r, end in (

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from tests.cases import Case
-from trimtab.core.types import Choices, Site, Summary
+from trimtab.core.types import Choices, Site, Spectrum, Summary
 from trimtab.methods.budget.lamp import lamp_scores
 
 
@@ -30,6 +30,9 @@ LOSSES = {"0.attn.q": (6.0, 3.0, 2.0), "0.attn.k": (4.0, 2.0, 1.0), "0.attn.o": 
 GRIDS = {n: Choices(Site(n, 0, "attn", n[-1], n[-1], (1, 8), "attn.mid" if n.endswith("o") else "attn.in"), ("2", "3", "4"), (2, 3, 4), its)
          for n, its in LOSSES.items()}
 
+# Of 4 x 4 weights rank 1 takes 8 parameters and the weight itself 16; of 2 x 6 rank 1 takes 8 and the weight 12.
+LOST = {"0.attn.q": Spectrum(Site("0.attn.q", 0, "attn", "q", "q", (4, 4), "attn.in"), (9.0, 5.0, 1.0, 0.5, 0.0)),
+        "0.attn.k": Spectrum(Site("0.attn.k", 0, "attn", "k", "k", (2, 6), "attn.in"), (9.0, 3.0, 0.0))}
 
 
 class Costs:
@@ -64,6 +67,9 @@ CASES = {
     # they do together, and 4 where o takes 4.
     "budget/knapsack": Case({"options": GRIDS}, {"0.attn.q": "3", "0.attn.k": "3", "0.attn.o": "2"}, {"mean": 8 * 8 / 24}),
     "budget/measured": Case({"options": GRIDS}, {"0.attn.q": "3", "0.attn.k": "3", "0.attn.o": "2"}, {"mean": 8 * 8 / 24}),
+    # 20 of 28 parameters: both of rank 1 take 16 and lose 8; q of rank 1 and k whole 20, losing 5; q whole takes 16 and k then none.
+    "budget/ranks": Case({"spectra": LOST, "target": 20 / 28, "scores": LOST}, {"0.attn.q": 0.5, "0.attn.k": 1.0},
+                         differs="budget/uniform"),
     # 15 of 24 weights are left out, 6 at a time: all of up, or a third of down. A third of down adds 1/3, up 2; the next third adds 1; the
     # last 3 weights add 2 / 4 from up, and from down (25 / 36 - 16 / 36) * 3 = 3/4. One share for both would add up to 5 * (5/8)^2 = 1.95,
     # this to 4/3 + 1/2.

@@ -86,6 +86,16 @@ CASES = {
     # Two orthogonal rows, so the singular values are their lengths, 6 and 3: of rank 1 the longer row is left.
     "edit/svd": Case(site([[2.0, 4.0, 4.0], [2.0, 1.0, -2.0]], torch.eye(3).tolist()), [[2, 4, 4], [0, 0, 0]], {"rank": 1},
                      differs="edit/mask"),
+    # Outputs 1 and 2 have second moments 4 * 1 and 1 * 9 and nothing in common: of rank 1 the second is left, though its row is shorter.
+    "edit/svdllm": Case(site([[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 9.0]]), [[0, 0], [0, 1]], {"rank": 1, "damp": 0.0},
+                        differs="edit/svd"),
+    # 9 of 10 parts of the inputs lie along the second, 36 of 45 of the outputs along the first: inputs are the narrower. Of rank 1 they
+    # keep their second direction, and outputs all that is 9 of 10 of them, which is both.
+    "edit/utilised": Case(site([[6.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 9.0]]), [[0, 0], [0, 1]], {"rank": 1}, differs="edit/svdllm"),
+    # Inputs three to one, so |W| with them is (9, 4), (3, 3): the first column C = (3, 1) and the first row R = (3, 4). C^T W = (10, 15),
+    # and with R^T 90, over |C|^2 |R|^2 = 10 * 25: U = 0.36.
+    "edit/cur": Case(site([[3.0, 4.0], [1.0, 3.0]], [[9.0, 0.0], [0.0, 1.0]]), [[3.24, 4.32], [1.08, 1.44]], {"rank": 1},
+                     differs="edit/svd"),
     # One step is 1: what is nearer to 1 than to 2, or than to 0, is 1.
     "edit/rtn": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 2]], differs="edit/gptq"),
     # U as for sparsegpt: 1.4 becomes 1, e = 0.4, and 2.2 - 0.4 * -1 = 2.6 becomes 3.

@@ -148,6 +148,7 @@ def test_a_later_rtn_keeps_the_zeros_and_their_format(capsys, tiny_lm, tmp_path,
     assert notes["packed_bytes"]["1.mlp.up"] == p.nbytes  # what an ordinary run counts is what a packed one writes
 
 
+NAMES = {**{r: f"self_attn.{r}_proj" for r in "qkvo"}, **{r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}}
 COLUMNS = "*.gate,*.up: block(rows=32,cols=1) | magnitude ; *.down: block(rows=1,cols=32) | magnitude"
 
 
@@ -226,6 +227,42 @@ def test_factors_are_packed_as_the_recipe_left_them(capsys, tiny_lm, tmp_path, c
         got, want = ours(ids).logits, load_module(tmp_path / "plain")(ids).logits
     assert float((got - want).norm() / want.norm()) < 0.02  # factors, products and what lies between rounded to bfloat16
     assert isinstance(ours.model.layers[0].mlp.up_proj, PackedLinear)
+
+
+def test_a_layer_whose_factors_would_save_nothing_stays_whole(capsys, tiny_lm, tmp_path, calib):
+    """The rank budget takes no more parameters than asked for; what it leaves whole is untouched, and packed as a weight."""
+    recipe = "ranks(steps=4) | svdllm"
+    code, out, err = trim(capsys, tiny_lm, recipe, tmp_path / "packed", calib, "--pack", "--keep", "80%", "--json")
+    assert code == 0, err
+    result, notes = json.loads(out), json.loads((tmp_path / "packed" / "trimtab.json").read_text())
+    assert trim(capsys, tiny_lm, recipe, tmp_path / "plain", calib, "--keep", "80%")[0] == 0
+    source, plain, linears = weights(tiny_lm), weights(tmp_path / "plain"), packed.open(tmp_path / "packed", verify=True).linears
+    shapes = {n: tuple(linears[f"model.layers.{b}.{NAMES[role]}"].shape) for n in notes["ranks"] for b, _, role in [n.split(".")]}
+    whole = {n for n, share in notes["shares"].items() if share == 1}
+    assert 0 < len(whole) < len(shapes)
+    kept = total = 0
+    for n, shape in shapes.items():
+        block, _, role = n.split(".")
+        name = f"model.layers.{block}.{NAMES[role]}"
+        size, rank = shape[0] * shape[1], notes["ranks"][n]
+        kept, total = kept + (size if n in whole else rank * sum(shape)), total + size
+        assert torch.equal(plain[f"{name}.weight"], source[f"{name}.weight"]) == (n in whole)
+        assert linears[name].format == ("dense" if n in whole else "lowrank")
+        assert n in whole or rank * sum(shape) < size
+    assert result["factored_share"] == pytest.approx(kept / total) and 0.6 < kept / total <= 0.8
+    assert result["after"]["params"] == result["before"]["params"] - total + kept
+    ours, ids = load_module(tmp_path / "packed"), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        got, want = ours(ids).logits, load_module(tmp_path / "plain")(ids).logits
+    assert float((got - want).norm() / want.norm()) < 0.02
+
+
+def test_all_of_the_parameters_are_the_weights_themselves(capsys, tiny_lm, tmp_path, calib):
+    for recipe in ("svd", "svdllm"):
+        code, out, err = trim(capsys, tiny_lm, recipe, tmp_path / recipe, calib, "--keep", "1", "--json")
+        assert code == 0, err
+        source, now = weights(tiny_lm), weights(tmp_path / recipe)
+        assert json.loads(out)["factored_share"] == 1 and all(torch.equal(t, source[n]) for n, t in now.items())
 
 
 def test_factors_in_float32_say_what_the_unpacked_model_says(capsys, tmp_path):
@@ -450,6 +487,9 @@ def test_bench_names_the_machine_the_spread_and_what_decoding_reads(capsys, tiny
     ("svd(rank=-1)", ("--pack",), "a rank is 1 to 32 here .* not -1"),
     ("*.k: svd(rank=17)", (), r"0.attn.k \[16, 32\]: a rank is 1 to 16"),
     ("svd(rank=8)", ("--keep", "0.5"), "fixes its own share"),
+    ("ranks | svd(rank=8)", (), "ranks chooses the ranks of factors, and edit/svd.* fixes its own"),
+    ("ranks | wanda", (), "ranks chooses the ranks of factors, and edit/mask leaves none"),
+    ("ranks | svdllm", ("--keep", "1%"), "less than factors of the least rank take, 0.[0-9]+; keep more"),
     ("svd ; rtn", ("--pack",), "edit/svd leaves factors, .* no pass after it keeps; give it sites of its own"),
     ("svd ; mlp: row | wanda", (), "0.mlp.* leaves factors"),
     ("row | wanda ; svd", (), "leaves factors, which hold nothing of the passes before it"),

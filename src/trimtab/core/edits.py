@@ -264,6 +264,8 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
     rest, inside, outside = w, *bases
     if p.gates:  # what earlier passes left of the weight stays as it is
         return checked(p, site, w, prior, edited(p, w, share, stats, prior))
+    if p.steps["edit"].method.facts["factors"] and share >= 1:  # as many parameters as the weight, and less than it
+        return checked(p, site, w, prior, Change(w))
     if spared or bases != PLAIN:
         others = spared.others(w.shape[1])
         rest = spared.rest(w)

@@ -35,9 +35,9 @@ from trimtab.core.measured import SEQUENCES, TRIED, Gating, Measured, Tried
 from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.train import ROOM, Net
-from trimtab.core.types import BadInput, Change, Choices, Failed, Site, Summary
+from trimtab.core.types import BadInput, Change, Choices, Failed, Site, Spectrum, Summary
 from trimtab.methods.codes import Codes, rounded
-from trimtab.methods.factors import Factors
+from trimtab.methods.factors import losses_of_ranks
 from trimtab.methods.format.panels import pack_bits
 from trimtab.methods.rounding import ACT
 from trimtab.methods.terms import of_site
@@ -116,9 +116,12 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
         for one in each:
             check_recipe(net, one, sweeps(one, net.sites), opts, samples)
         return
+    for p in (p for p in recipe.passes if p.ranks):  # whether there is enough for all of them hangs on sizes alone
+        nothing = {s.name: Spectrum(s, (0.0,) * (1 + min(s.shape))) for s in net.sites if p.covers(s)}
+        p.budget.method({"spectra": nothing, "target": opts.keep if p.keep is None else p.keep}, **p.budget.bound)
     for p in (p for p in recipe.passes if p.tries):  # whether its knobs make sense
-        nothing = Gating(p, (), lambda s: {}, lambda s: torch.empty(0), lambda parts: 0.0)
-        p.budget.method({"trial": nothing, "target": 1.0}, **p.budget.bound)
+        trial = Gating(p, (), lambda s: {}, lambda s: torch.empty(0), lambda parts: 0.0)
+        p.budget.method({"trial": trial, "target": 1.0}, **p.budget.bound)
     if net.checkpoint.packed:
         raise BadInput(f"{net.checkpoint.path} is packed, and its weights with it; trim the model it was made from")
     if not opts.pack and (opts.pack_dtype or opts.head):
@@ -298,6 +301,7 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
         return as_settled(net, sweep, targets, shares, {}, opts)
     summaries: dict[str, Summary] = {}
     choices: dict[str, Choices] = {}
+    spectra: dict[str, Spectrum] = {}
     extra: dict[str, dict[str, Tensor]] = {}
     if measured := {s.name: p for p, sites, _ in asking if p.measures for s in sites}:
         choices |= measured_options(net, measured, samples, scratch, spill, k, walk_on, tick)
@@ -320,6 +324,9 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
                     summaries[s.name] = Summary.of(s, scores.view(structure.units_of(net, p, s), -1).sum(1))
                     extra[s.name] = {n: got[n] for n in p.budget.method.needs}
                     continue
+                if p.ranks:
+                    spectra[s.name] = Spectrum(s, losses_of_ranks(net.weight(module, s).float(), got["gram"], got["grad_sq"]))
+                    continue
                 scores = score_site(p, net.weight(module, s).float(), got)
                 of = p.budget.method.facts["of"]
                 summaries[s.name] = Summary.of(s, of(scores) if of else scores)
@@ -332,6 +339,9 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
             shares |= p.budget.method({"options": {s.name: choices[s.name] for s in sites}}, **p.budget.bound)
             continue
         if p.tries or p.takes:
+            continue
+        if p.ranks:
+            shares |= p.budget.method({"spectra": {s.name: spectra[s.name] for s in sites}, "target": target}, **p.budget.bound)
             continue
         env: dict[str, Any] = {"scores": {s.name: summaries[s.name] for s in sites}, "target": target}
         env |= {n: {s.name: extra[s.name][n] for s in sites} for n in p.budget.method.needs}
@@ -452,7 +462,7 @@ def to_try(net: Network, samples: list[data_.Batch]) -> list[data_.Batch]:
 def plan_needs(p: Pass) -> set[str]:
     """Statistics that the plan of a pass is made from."""
     seen = "grid" if p.chooses else "gate" if p.tries else "score"
-    return p.planned | (set(p.steps[seen].method.needs) if seen in p.steps else set())
+    return p.planned | (set(p.steps[seen].method.needs) if seen in p.steps and not p.ranks else set())
 
 
 # ---- walking ----------------------------------------------------------------------------------
@@ -757,13 +767,13 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
     plan = journal.plan() or {"header": header}
     all_shares: dict[str, dict[str, float | str]] = plan.get("shares", {})
 
-    def noted(k: int, s: Site, change: Change, parts: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """A site's parts, and what sweep k says of it, among those of its block."""
-        if not opts.pack and k == final[s.name] and s.name in formats:  # counted here, where it is not written
+    def noted(k: int, p: Pass, s: Site, change: Change, parts: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """A site's parts, and what pass p of sweep k says of it, among those of its block."""
+        if not opts.pack and k == final[s.name] and not p.ends:  # counted here, where it is not written
             packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
             notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
-        if (factors := Factors.among(change.parts)) is not None:
-            notes.setdefault("ranks", {})[s.name] = factors.rank
+        if (rank := pack.rank_left(p, s, change)) is not None:
+            notes.setdefault("ranks", {})[s.name] = rank
         if change.mask is not None:
             parts[f"trimtab:{s.name}:mask"] = pack_bits(change.mask)
         parts |= {f"trimtab:{s.name}:{n}": t for n, t in change.parts.items()}
@@ -791,7 +801,7 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             for s, change in changes:
                 if owner[s.name].gates:  # it stands beside what earlier passes left
                     change = replace(change, parts={**of_site(priors, s.name), **change.parts})
-                noted(k, s, change, parts, notes)
+                noted(k, owner[s.name], s, change, parts, notes)
             mine = {n.removeprefix(pack.PART): t for n, t in parts.items()}
             net.as_said(module, i, {n: t for n, t in mine.items() if n.rpartition(":")[0] in owner})
             # `before` for the norms that an earlier sweep scaled
@@ -832,7 +842,7 @@ def train(net: Network, trainer: Step, p: Pass, sites: list[Site], k: int, sampl
                 met = {n: its[n] for n in ACT if n in its}  # how inputs are rounded is nothing of the weight's
                 change = replace(change, w=change.w.to(net.stored_dtype(s)), parts={**change.parts, **met})
                 net.set_weight(module, s, change.w)
-            noted(k, s, change, parts, notes)
+            noted(k, p, s, change, parts, notes)
         journal.write_block(k, i, {**tensors, **net.stored(module, i), **parts}, notes)
 
 

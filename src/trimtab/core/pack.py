@@ -54,7 +54,9 @@ class Format:
         return str(self.step.method.facts["holds"])
 
     def of(self, change: Change) -> Step:
-        """Single weights that nobody named a format for lie in steps where few are left."""
+        """Single weights that nobody named a format for lie in steps where few are left; a weight that was left whole, whole."""
+        if not self.named and self.holds == "factors" and Terms.among(change.parts) is None:
+            return Step("format/dense")
         if self.named or self.step != Step("format/bitmask") or Codes.among(change.parts) is not None:
             return self.step
         return Step("format/sell") if int(change.w.count_nonzero()) < FEW * change.w.numel() else self.step
@@ -439,8 +441,15 @@ def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Format]:
     return found | {s.name: Format(Step("format/dense")) for s in some}
 
 
+def rank_left(p: Pass, site: Site, change: Change) -> int | None:
+    """The rank of the factors that a pass left; of a weight that it could have made factors of and left whole, the shorter side."""
+    factors = Factors.among(change.parts)
+    whole = min(site.shape) if p.steps["edit"].method.facts["factors"] else None
+    return whole if factors is None else factors.rank
+
+
 def ranked(ranks: Mapping[str, int], sites: list[Site]) -> dict[str, Any]:
     """What a run says of these sites' ranks: each, and the share of the sites' parameters that is in the factors; nothing of none."""
     some = [s for s in sites if s.name in ranks]
-    share = sum(ranks[s.name] * sum(s.shape) for s in some) / max(1, sum(s.size for s in some))
+    share = sum(min(ranks[s.name] * sum(s.shape), s.size) for s in some) / max(1, sum(s.size for s in some))
     return {"ranks": dict(sorted(ranks.items())), "factored_share": share} if some else {}

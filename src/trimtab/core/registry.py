@@ -22,7 +22,7 @@ DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
-    "budget": {"scores", "target", "options", "trial"},
+    "budget": {"scores", "target", "options", "trial", "spectra"},
     "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
     "gate": {"w", "keep", "heads"},
@@ -57,6 +57,7 @@ KNOBS = {
     "mean": "bits a weight on average, scales and zero points included",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "vector": "outputs that share an index into a codebook",
+    "energy": "share of a second moment that is kept, 0 for what the share of parameters allows",
     "residual": "bits a weight of a second codebook, for what the first one leaves, 0 for none",
     "single": "bits of a single weight that is spared, 0 for as it is",
     "tol": "stop when the relative change is below", "order": "sequential or dense calibration", "keep": "share kept",
@@ -176,8 +177,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # of: what it is of: a "weight" [out, in], an "input" [in], or all of a "sublayer" [1].
     "score": {"of": "weight"},
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: how what a
-    # grid costs is told, "gradients" or "trials", where it has no share to split but one of several grids to choose for every site.
-    "budget": {"mean": "weight", "of": None, "chooses": ""},
+    # grid costs is told, "gradients" or "trials", where it has no share to split but one of several grids to choose for every site;
+    # spectra: whether it splits the ranks of factors, and so meets the target to within a rank.
+    "budget": {"mean": "weight", "of": None, "chooses": "", "spectra": False},
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one; shared: of (n,
     # knobs, device) a Basis that every site has which writes or reads the residual stream, or a head: packing leaves it out, in turn.
@@ -194,7 +196,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "gate": {"of": "input", "by": "token", "free": True, "roles": (), "check": None},
     # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep, or the type of codes
     # where the grid is its own; factors: whether
-    # it leaves two of them, for a share of the parameters that is its own, or for its knob `rank`; books: whether it leaves indices into
+    # it leaves two of them, for a share of the parameters that is its own, or for its knobs `rank` and `energy`;
+    # books: whether it leaves indices into
     # codebooks, which no later pass could keep; spares: whether what the share says is
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
     # grid; either: whether its groups may lie along the outputs; based: whether what it leaves is in a basis of its own;

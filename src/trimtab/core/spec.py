@@ -66,7 +66,7 @@ class Pass:
         if "unit" in self.steps:
             return bool(self.steps["unit"].method.facts["free"])
         edit = self.steps["edit"]
-        return self.gates or (bool(edit.method.facts["factors"]) and not edit.bound["rank"])
+        return self.gates or (bool(edit.method.facts["factors"]) and not any(edit.bound.get(k) for k in ("rank", "energy")))
 
     @property
     def gates(self) -> bool:
@@ -144,7 +144,13 @@ class Pass:
     @property
     def planned(self) -> set[str]:
         """What only its budget wants to know, or the plan for it."""
-        return set(self.budget.method.needs) | ({"grad_sq"} if self.chooses and not self.measures else set())
+        return set(self.budget.method.needs) | ({"grad_sq"} if self.chooses and not self.measures else set()) | (
+            {"gram", "grad_sq"} if self.ranks else set())
+
+    @property
+    def ranks(self) -> bool:
+        """Whether its budget chooses the ranks of factors."""
+        return bool(self.budget.method.facts["spectra"])
 
     @property
     def tries(self) -> bool:
@@ -258,7 +264,7 @@ class Recipe:
             if any(p.keep is not None for p in passes):
                 raise BadInput("--keep is given, but the recipe names its own keep: use one of the two")
             if not any(p.free for p in passes):
-                raise BadInput(f"--keep is given, but {self.name!r} fixes its own share (n:m, bits, rank): leave --keep out")
+                raise BadInput(f"--keep is given, but {self.name!r} fixes its own share (n:m, bits, rank, energy): leave --keep out")
             passes = [replace(p, keep=keep) if p.free else p for p in passes]
         return replace(self, passes=tuple(passes))
 
@@ -525,6 +531,9 @@ def _checked(p: Pass) -> Pass:
             fits = [m.name for m in load_all().values() if m.axis == "unit" and m.facts["whole"] and (of == "input" or m.facts["takes"])]
             raise BadInput(f"{p.steps['score'].method.name} says what an {of} is worth, and {unit.method.name} is another unit; use "
                            f"{', '.join(fits)}".replace("an sublayer", "a sublayer"))
+    if p.ranks and not (p.free and edit.facts["factors"]):
+        raise BadInput(f"{p.budget} chooses the ranks of factors, and {p.steps['edit']} " + (
+            "fixes its own; leave one of the two out" if edit.facts["factors"] else "leaves none; name some that does, such as svdllm"))
     if "grid" in p.steps and "grid" not in edit.data:
         raise BadInput(f"{edit.name} rounds to no grid, and {p.steps['grid']} is named; add rtn or gptq, in a pass of its own")
     if "rewrite" in p.steps and "grid" in p.steps["rewrite"].method.data and "grid" not in p.steps:

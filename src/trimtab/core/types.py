@@ -141,6 +141,15 @@ class Choices:
     losses: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """What a budget may see of the ranks that a site may have: `lost`, of every rank from 0 on, what the network's loss rises by behind the
+    best factors of that rank."""
+
+    site: Site
+    lost: tuple[float, ...]
+
+
 class Trial(Protocol):
     """A block as a budget sees it that tries shares on it: its `sites`, by name."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.types import BadInput, Change
+from trimtab.methods.solvers import factor
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -68,3 +69,52 @@ def checked_rank(shape: tuple[int, ...], rank: int) -> int:
     if not 1 <= rank <= min(shape):
         raise BadInput(f"a rank is 1 to {min(shape)} here, not {rank}")
     return rank
+
+
+def whitened(w: Tensor, gram: Tensor, damp: float = 0.0) -> Tensor:
+    """w S, float64 [out, in], where S S^T is the inputs' second moment: what is off in it, squared and summed, is off in the outputs.
+
+    An input that was always zero counts for next to nothing, `damp` of the mean.
+    """
+    def moment(extra: float) -> Tensor:
+        h = gram.to(torch.float64, copy=True)
+        d = h.diagonal()
+        d += (damp + extra) * d.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return h
+
+    return w.double() @ factor(moment)
+
+
+def losses_of_ranks(w: Tensor, gram: Tensor, grad_sq: Tensor) -> tuple[float, ...]:
+    """What the network's loss rises by, to second order, behind the best factors of w [out, in] of every rank from 0 on.
+
+    `gram` [in, in] and `grad_sq` [out, in] are the second moment of the inputs and of the weights' gradients. With K-FAC's approximation
+    inputs and the gradients of outputs, h [out] their mean squares, have nothing to do with each other: 1/2 sum_i h_i E[((w' - w) x)_i^2].
+    """
+    u, size, _ = torch.linalg.svd(whitened(w, gram), full_matrices=False)
+    h = grad_sq.double().sum(1) / gram.diagonal().double().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    each = size.square() * (h @ u.square()) / 2
+    return (*each.flip(0).cumsum(0).flip(0).tolist(), 0.0)
+
+
+def shares_of(moment: Tensor) -> Tensor:
+    """Of eigenvalues, the greatest first: which share of all of them the first k are, for every k from 1 on."""
+    total = moment.clamp_min(0).cumsum(0)
+    return total / total[-1].clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def reaching(shares: Tensor, energy: float) -> int:
+    """The fewest of them that reach a share, to within rounding."""
+    return min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(shares))
+
+
+def utilised_rank(inside: Tensor, outside: Tensor, energy: float) -> int:
+    """How many directions a weight uses: the fewer of those that a share `energy` of its inputs, and of its outputs, lies in.
+
+    `inside`, `outside`: the `shares_of` the eigenvalues of the inputs' second moment G and of the outputs', W G W^T.
+
+    Formula: min(k_S, k_T), k the fewest eigenvalues that are a share `energy` of all
+    Source: Garg et al. 2024 (utilised rank), arXiv:2407.04797, as `utilised` has it
+    Deviations: second moments are not centred; the paper's own threshold was not found
+    """
+    return min(reaching(inside, energy), reaching(outside, energy))

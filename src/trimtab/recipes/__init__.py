@@ -77,6 +77,21 @@ recipe("knapsack", "knapsack(mean=3.25) | int(bits=2/3/4,group=64,clip=mse) | rt
 ], note="`knapsack(mean=4.5) | int(bits=3/4/8) | gptq`: values of any knob of any grid, with `/` between them.")
 recipe("svd", "svd", source="Eckart and Young 1936; the baseline of arXiv:2403.07378 (SVD-LLM)",
        note="`--keep` is the share of parameters; above `out * in / (out + in)` a rank takes more than the weight did.")
+recipe("svdllm", "svdllm", source="arXiv:2403.07378 (Wang et al. 2024), SVD-LLM, its whitening", claims=[
+    Claim("better than plain singular value decomposition with 80 % of the parameters", "svdllm", "svd", "rank-20%",
+          "figures recalled, not asserted"),
+])
+recipe("svdllm_ranks", "ranks | svdllm", source="ours: the knapsack of arXiv:2006.10518 over the ranks of arXiv:2403.07378", claims=[
+    Claim("better than one share for all with 80 % of the parameters", "svdllm_ranks", "svdllm", "rank-20%", "ours: no figure"),
+], note="The rank of every layer by what it costs the network; `ranks` stands in front of any factors, such as `ranks | cur`.")
+recipe("utilised", "utilised", source="arXiv:2407.04797 (Garg et al. 2024)", claims=[
+    Claim("better than plain singular value decomposition with 80 % of the parameters", "utilised", "svd", "rank-20%",
+          "half of the parameters of ViT-B/16 for less than 0.2 % of accuracy, after fine-tuning"),
+], note="`utilised(energy=0.99)` lets every layer have the rank that it uses; `trimtab inspect` says what that is.")
+recipe("cur", "cur", source="arXiv:2501.04211 (Park and Moon 2025), CURing", claims=[
+    Claim("better than plain singular value decomposition with 80 % of the parameters", "cur", "svd", "rank-20%",
+          "the paper compares with pruned layers; ours: no figure"),
+], note="`cur(whiten=true)` links rows and columns for the nearest outputs. Half of every product are rows of the weight as they were.")
 recipe("ternary", "ternary(group=0) | rtn", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",
        note="Below two bits a weight, for a model that was trained to be ternary; of any other it is an honest zero point.")
 recipe("quip", "incoherent | int(bits=2,group=64,asymmetric=true,clip=mse) | gptq", source="arXiv:2307.13304 (Chee et al. 2023)", claims=[

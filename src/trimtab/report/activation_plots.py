@@ -65,6 +65,18 @@ def by_block(a: Active, lines: list[tuple[str, list[float]]], label: str, above:
     return _lines(drawn, x, _shares(drawn), label, "block", above, [(b, str(b)) for b in blocks[::every]])
 
 
+def utilisation(sites: dict[str, dict[str, Any]]) -> str:
+    """Of every block the directions that its layers use, as a share of those they have: a line a role, the mean over its experts."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for name, s in sites.items():
+        block, group, *_, role = name.split(".")
+        found.setdefault(f"{group}.{role}", {}).setdefault(int(block), []).append(s["utilisation"])
+    blocks = sorted({b for by in found.values() for b in by})
+    some = {role: by for role, by in found.items() if len(by) == len(blocks)}  # not what some blocks alone have
+    lines = [(role, [sum(by[b]) / len(by[b]) for b in blocks]) for role, by in some.items()]
+    return by_block({"layers": [{"block": b} for b in blocks]}, lines, "utilisation by block", "share of the directions") if lines else ""
+
+
 def shares(a: Active) -> str:
     """Of every block: zeros, small values, and what a tolerance leaves out."""
     lines = [("small", [x["small"] for x in a["layers"]])]

@@ -6,10 +6,13 @@ from typing import Any
 
 from trimtab.report import activation_plots, plots
 from trimtab.report.table import (
+    LAYERS,
+    UTILISED,
     Run,
     activation_lines,
     activation_rows,
     count,
+    layer_rows,
     looked_at,
     mb,
     met,
@@ -22,6 +25,7 @@ from trimtab.report.table import (
     stored,
     times,
     took,
+    utilisation_line,
     zeros,
 )
 
@@ -209,6 +213,14 @@ def activations(a: dict[str, Any]) -> str:
             f"{_plain(heads, rows)}{figures}")
 
 
+def utilised(result: dict[str, Any]) -> str:
+    """How many directions layers use, as a section."""
+    said = utilisation_line(result)
+    return (f'<h2>How much of their rank layers use</h2><p>{escape(said[:1].upper() + said[1:])}.</p><p class="note">The fewer of the '
+            f"directions that hold {percent(result['energy'], 0)} of a layer's inputs and of those that hold as much of its outputs, over "
+            f'the shorter side of its weight.</p><div class="wide plot">{activation_plots.utilisation(result["sites"])}</div>')
+
+
 def _plain(heads: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
@@ -257,14 +269,14 @@ def page(title: str, runs: list[Run], samples: dict[str, str], machine: dict[str
 
 def inspect_page(model: str, result: dict[str, Any], facts: dict[str, str]) -> str:
     """What `inspect` found of one network, called `model`; `facts`: how, in words."""
-    rows = [[role, str(r["sites"]), " x ".join(map(str, r["shape"])), count(r["params"]), percent(r["near_zero"]),
-             percent(r["outliers"], 2)] for role, r in result["roles"].items()]
     lead = (f"{result['family']}, {result['blocks']} blocks, {count(result['params'])} parameters, {count(result['params_in_sites'])} of "
             f"them in layers that a trim may touch, {mb(result['bytes'])}.")
     least = f"<p>Changes its input least: {escape(', '.join(result['most_redundant']))}.</p>" if result["most_redundant"] else ""
+    used = utilised(result) if result.get("sites") else ""
+    heads = [*LAYERS, *([UTILISED] if result.get("sites") else [])]
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     return _document(f"trimtab inspect: {model}", lead, f"""<h2>Layers</h2>
-{_plain(["layer", "sites", "out x in", "parameters", "near zero", "outliers"], rows)}{least}
+{_plain(heads, layer_rows(result))}{least}{used}
 {activations(result["activations"]) if result.get("activations") else ""}
 <h2>How this was measured</h2><dl>{listed}</dl>""")
 

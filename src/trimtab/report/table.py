@@ -174,17 +174,38 @@ def print_bench(result: dict[str, Any]) -> None:
     out.print(escape(line), soft_wrap=True)
 
 
+LAYERS, UTILISED = ("layer", "sites", "out x in", "parameters", "near zero", "outliers"), "utilised"
+
+
+def layer_rows(result: dict[str, Any]) -> list[list[str]]:
+    """A row a role of what `inspect` found, under LAYERS, and under UTILISED where that was looked at."""
+    rows = []
+    for role, r in result["roles"].items():
+        row = [role, str(r["sites"]), " x ".join(map(str, r["shape"])), count(r["params"]), percent(r["near_zero"])]
+        rows.append([*row, percent(r["outliers"], 2), *([percent(r["utilisation"])] if result.get("sites") else [])])
+    return rows
+
+
+def utilisation_line(result: dict[str, Any]) -> str:
+    """The mean, the least and the most of the directions that layers use."""
+    each = sorted((u["utilisation"], n, u["utilised_rank"]) for n, u in result["sites"].items())
+    low, high = (f"{n} {percent(share)} (rank {rank})" for share, n, rank in (each[0], each[-1]))
+    return (f"utilised: {percent(result['mean_utilisation'])} of the directions a layer has, on average, hold "
+            f"{percent(result['energy'], 0)} of its inputs and of its outputs; {low} to {high}")
+
+
 def print_inspect(result: dict[str, Any]) -> None:
     """What a network is made of, and where it looks redundant."""
     out = console()
     out.print(f"{escape(result['model'])}: {result['family']}, {result['blocks']} blocks, {count(result['params'])} "
               f"parameters ({count(result['params_in_sites'])} in the layers a trim may touch), {mb(result['bytes'])}",
               soft_wrap=True)
-    table = Table("layer", "sites", "out x in", "parameters", "near zero", "outliers")
-    for role, r in result["roles"].items():
-        table.add_row(role, str(r["sites"]), " x ".join(map(str, r["shape"])), count(r["params"]),
-                      percent(r["near_zero"]), percent(r["outliers"], 2))
+    table = Table(*LAYERS, *([UTILISED] if result.get("sites") else []))
+    for row in layer_rows(result):
+        table.add_row(*row)
     out.print(table)
+    if result.get("sites"):
+        out.print(utilisation_line(result), soft_wrap=True)
     if result.get("activations"):
         print_activations(out, result["activations"])
     if result.get("most_redundant"):
