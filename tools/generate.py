@@ -396,6 +396,21 @@ def shapes_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
     return table(head, [(f"dense: {dense}", *[""] * (len(head) - 1)), *body])
 
 
+def shape_speed_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """What smaller shapes buy: pairs of the whole model and what is left of it."""
+    where = {"torch": "transformers", "trimtab": "our decoder"}
+    body = []
+    for r in every:
+        way, _, runner = r["setting"].rpartition(", ")
+        what = r["metric"].removesuffix("_tok_s")
+        low, high = r["quartiles"]
+        body.append((r["model"], f"{way}: {r['removed']['blocks']:.0%}", where[runner], what, f"{r['before']:,.0f}", f"{r['after']:,.0f}",
+                     f"{r['value']:.2f} ({low:.2f} to {high:.2f})", f"{r['removed']['became_time'][what]:.0%}",
+                     f"{r['wanted']:.2f} x: {'met' if r['met'] else '**missed**'}"))
+    return table(["model", "gone of the blocks", "in", "what", "tokens/s", "then", "times as fast", "became time", "wanted"],
+                 body) if body else NOT_YET
+
+
 def shape_drawing(model: str, every: list[Row], reg: dict[str, Method]) -> str | None:
     """What smaller shapes cost a model."""
     some = fresh([r for r in every if r["model"] == model], SHAPES, reg)
@@ -437,7 +452,7 @@ TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], st
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
     "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table, "gates": gates_table,
-    "shapes": shapes_table,
+    "shapes": shapes_table, "shape_speed": shape_speed_table,
 }
 
 

@@ -96,8 +96,9 @@ SETTINGS = {
           for end in ("", " | mask | least_squares")), "neuron | random", "neuron(order=dense) | taylor", "minitron",
         "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse",
         "neuron | fuse(refit=true)", "amp", "transact", "inner | amp | mask | least_squares", "inner | transact | mask | least_squares",
-        "llm_drop", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude"),
-        f"{gone} % of the weights of the blocks gone, with neurons, heads, sublayers, layers or channels") for gone in (10, 20, 30, 50)},
+        "llm_drop", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude",
+        "svd", "svdllm", "ranks | svdllm", "utilised", "cur"),
+        f"{gone} % of the weights of the blocks gone, with neurons, heads, layers, channels or in factors") for gone in (10, 20, 30, 50)},
 }
 
 
@@ -126,13 +127,14 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                         seed=seed, calib=calib, text=text, proof_tokens=proof_tokens if lm else None, speed=False, fresh=False,
                         cache=cache), _quiet)
                 gated = r.get("sparsity")
+                gone = r["removed"]["blocks"] if "removed" in r else round(1 - r["factored_share"], 6) if "factored_share" in r else None
                 yield {
                     "model": name, "setting": setting, "recipe": text_of_recipe, "pipeline": recipe.text, "seed": seed,
                     "metric": r["metric"], "value": r["after"]["perplexity"] if r["metric"] == "perplexity" else r["score"],
                     "dense": r["before"]["perplexity"] if r["metric"] == "perplexity" else 1.0,
                     "recovery": r["recovery"], "kl": r.get("kl"), "top1_agreement": r.get("top1_agreement"),
                     **({"skipped": {k: round(v, 4) for k in ("target", "reached") if (v := gated[k]) is not None}} if gated else {}),
-                    **({"removed": {"target": round(1 - (s.keep or 1), 4), "reached": r["removed"]["blocks"]}} if r.get("removed") else {}),
+                    **({"removed": {"target": round(1 - (s.keep or 1), 4), "reached": gone}} if gone is not None else {}),
                     "edit_seconds": r["edit_seconds"], "plan_hash": r["plan_hash"], "methods": recipe.methods,
                     "machine": machine(), "date": time.strftime("%Y-%m-%d"),
                 }
