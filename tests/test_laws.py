@@ -537,6 +537,7 @@ def numpy_stat(m: Method, seen: list[tuple[Tensor, ...]]) -> np.ndarray:
         "block_cosine": ("block", lambda: np.array([np.mean(
             (x * rest[0]).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(rest[0], axis=1))])),
         "stream_sq": ("sublayer", lambda: np.stack([(x ** 2).mean(0), (rest[0] ** 2).mean(0)])),
+        "stream_std": ("sublayer", lambda: np.stack([x.std(0), rest[0].std(0)])),
         "sentence_abs": ("sentence", lambda: np.sqrt(sum(abs(b[0].double().numpy()).mean(0) ** 2 for b in seen))),
     }
     assert m.name in definition, f"write the definition of {m.name} here"

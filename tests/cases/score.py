@@ -41,6 +41,9 @@ CASES = {
                            differs="score/transact"),
     "score/influence": Case({"cosine": torch.tensor([0.75]), "block_cosine": torch.tensor([0.5])}, [0.25], differs="score/block_influence"),
     "score/block_influence": Case({"cosine": torch.tensor([0.75]), "block_cosine": torch.tensor([0.5])}, [0.5], differs="score/influence"),
+    # Twice and four times as wide: the mean of log 2 and log 4.
+    "score/entropy": Case({"stream_std": torch.tensor([[1.0, 1.0], [2.0, 4.0]]), "cosine": torch.tensor([0.5])},
+                          [1.5 * 0.6931471805599453], differs="score/influence"),
     "score/shallow": Case({"depth": torch.tensor(0.25), "cosine": torch.tensor([0.5])}, [1.75], differs="score/influence"),
     "score/peak": Case({"w": W, "absmax": torch.tensor([9.0, 1.0]), "in_sq": torch.tensor([9.0, 1.0])}, [[9, 1], [9, 1], [9, 1]],
                        differs="score/wanda"),

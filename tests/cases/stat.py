@@ -28,6 +28,8 @@ CASES = {
     # At a right angle: 0. Then (3 * 4 + 4 * 3) / (5 * 5).
     "stat/cosine": Case(TOKENS, [0.96], differs="stat/in_sq"),
     "stat/stream_sq": Case(TOKENS, [[10, 16], [16, 13]], differs="stat/cosine"),
+    # One token is where its mean is.
+    "stat/stream_std": Case({"x": torch.tensor([[3.0, 0.0]]), "y": torch.tensor([[0.5, 1.0]])}, [[0, 0], [0, 0]], differs="stat/stream_sq"),
     "stat/block_cosine": Case(TOKENS, [0.96], differs="stat/in_sq"),
     # Means of the magnitudes of the one sequence: 3.5 and 0.5.
     "stat/sentence_abs": Case({"x": X}, [3.5, 0.5], differs="stat/in_abs"),

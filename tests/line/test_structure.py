@@ -255,7 +255,7 @@ RECIPES = [
     ("mlp: neuron(feeders=true) | magnitude | uniform | mask | least_squares", 0.6),
     ("mlp: neuron | wanda | global", 0.6), ("mlp: neuron(order=dense) | taylor", 0.5), ("attn: kvgroup | wanda", 0.5),
     ("attn: head(feeders=true) | transact", 0.7), ("amp", 0.6), ("transact", 0.7), ("shortgpt", 0.5), ("llm_drop", 0.7),
-    ("deeper_attention", 0.5), ("channel | minitron", 0.7), ("channel(scaled=false) | magnitude", 0.5),
+    ("deeper_attention", 0.5), ("attention_entropy", 0.5), ("channel | minitron", 0.7), ("channel(scaled=false) | magnitude", 0.5),
     ("layer(keep=0.5) | block_influence ; mlp: neuron(keep=0.5) | wanda", None),
     ("mlp: neuron(keep=0.6) | wanda ; int(bits=8,group=0) | rtn", None),
     ("mlp: neuron(keep=0.6) | wanda ; attn: kvgroup(keep=0.5) | amp", None),
@@ -270,7 +270,7 @@ def test_recipes_leave_at_most_the_share_and_pass_their_proof(tiny_lm, calib, re
     assert result["structure"] and result["proof"] == "passed" and result["after"]["perplexity"] > 1
     if keep:
         scope = recipe.partition(":")[0] if ":" in recipe else "all"
-        scope = {"deeper_attention": "attn", "mlp_fusion": "mlp"}.get(recipe, scope)
+        scope = {"deeper_attention": "attn", "attention_entropy": "attn", "mlp_fusion": "mlp"}.get(recipe, scope)
         total = sum(s.size for s in Network.open(tiny_lm).sites if scope in ("all", s.group))
         went = of_blocks(tiny_lm) - of_blocks(tmp_path / "out")
         assert 0 < went <= total and total - went <= keep * total * (1 + 1e-9)

@@ -211,4 +211,6 @@ recipe("mlp_fusion", "mlp: neuron | fuse", source="arXiv:2307.08941 (MLP Fusion)
 recipe("shortgpt", "layer | block_influence | mask", source="arXiv:2403.03853 (ShortGPT)")
 recipe("llm_drop", "sublayer | influence | mask", source="arXiv:2406.15786 (LLM-Drop)",
        note="Attention and MLP jointly; `attn: sublayer | influence` takes attention alone.")
+recipe("attention_entropy", "attn: sublayer | entropy | mask", source="arXiv:2404.05657",
+       note="Its way of finding the attentions that can go; without the training in which they fade.")
 recipe("deeper_attention", "attn: sublayer | shallow | mask", source="arXiv:2407.15516")

@@ -62,6 +62,22 @@ def stream_sq(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([t.float().square().sum(0) for t in (x, y)])
 
 
+def deviation(value: Tensor) -> Tensor:
+    squares, means = value.unflatten(0, (2, 2))
+    return (squares - means.square()).clamp_min(0).sqrt().float()
+
+
+@method("stat", of="sublayer", merge="sum", mean=True, done=deviation)
+def stream_std(x: Tensor, y: Tensor) -> Tensor:
+    """Standard deviation over tokens of every channel of the residual stream before a sublayer and after it, [2, width].
+
+    Formula: sqrt(E_t[x_tc^2] - E_t[x_tc]^2), and of y
+    Source: textbook
+    Deviations: none
+    """
+    return torch.stack([f(t.double()).sum(0) for f in (torch.square, torch.clone) for t in (x, y)])
+
+
 @method("stat", of="sentence", merge="sum", done=torch.sqrt)
 def sentence_abs(x: Tensor) -> Tensor:
     """How large each input is in the mean of a sequence, and that over all sequences, [in].
