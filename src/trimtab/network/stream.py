@@ -165,7 +165,7 @@ class Network:
         assert stream is not None
         found = {self.file(self.table): 1, self.file(f"{self.base}{stream.last}.weight"): 0}
         head = self.model.get_output_embeddings() if self.kind == "lm" else None
-        if head is not None and not self.tied_head:
+        if head is not None:  # a tied one may be stored, too
             found[self.file(next(n for n, m in self.model.named_modules() if m is head) + ".weight")] = 1
         return found
 
