@@ -197,6 +197,23 @@ def test_cut_reload_cut_again(saved, tmp_path):
     assert plain(tmp_path / "three", batch).isfinite().all()
 
 
+@pytest.mark.parametrize("group", ["attn", "mlp"])
+def test_zeros_of_what_is_gone_stay_in_the_files_when_more_is_cut(saved, group, tmp_path):
+    """transformers would fill what it misses with random numbers: it finds zeros, of the sizes that all layers have now."""
+    batch = tiny.inputs("llama")
+    apply(Network.open(saved("llama")), Cut(skips={0: frozenset({group})}), tmp_path / "one", lambda i: {})
+    one = Network.open(tmp_path / "one")
+    more = Cut({**neurons(one, 32), **heads(one, 1)})
+    apply(one, more, tmp_path / "two", lambda i: {})
+    want = stream(one, batch, masked(one, more))
+    torch.testing.assert_close(stream(Network.open(tmp_path / "two"), batch), want, atol=1e-5, rtol=1e-5)
+    there = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32).eval()(**batch).logits
+    torch.testing.assert_close(there, want, atol=1e-5, rtol=1e-5)
+    apply(Network.open(tmp_path / "two"), Cut(layers=(0,)), tmp_path / "three", lambda i: {})
+    names = {n for f in (tmp_path / "three").glob("*.safetensors") for n in SafeFile(f).names}
+    assert {n for n in names if f".{'self_attn' if group == 'attn' else 'mlp'}." in n}
+
+
 @pytest.mark.parametrize("said", [[1], {"x": {}}, {"0": {"skip": ["norm"]}}])
 def test_a_config_that_says_nonsense_of_a_layer(said):
     assert graph.per_layer({}) == {}

@@ -780,6 +780,16 @@ def _kind(name: str, family: graph.Family) -> str:
     return "lm" if name.endswith(("ForCausalLM", "LMHeadModel")) else "masked" if name.endswith("ForMaskedLM") else "encoder"
 
 
+def whole_blocks(net: Network, config: Mapping[str, Any]) -> list[nn.Module]:
+    """The blocks on the meta device that transformers builds for another config.json of the network, where no layer differs."""
+    import transformers
+
+    kind = type(transformers.AutoConfig.for_model(config["model_type"]))
+    with torch.device("meta"):
+        model = type(net.model)(kind.from_dict({k: v for k, v in config.items() if k != graph.PER_LAYER}))
+    return list(model.base_model.get_submodule(net.family.blocks))
+
+
 def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bool) -> tuple[Any, Any]:
     """(config, model without a byte of weights); what is computed rather than stored (rotary tables) is real."""
     import transformers

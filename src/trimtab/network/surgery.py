@@ -14,7 +14,7 @@ from trimtab.core.journal import write_json
 from trimtab.core.types import BadInput, Site
 from trimtab.network import graph
 from trimtab.network.checkpoint import copy_others, write_sharded
-from trimtab.network.stream import Network
+from trimtab.network.stream import Network, whole_blocks
 
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of config.json with an entry a layer
 BY_NUMBER = ("mlp_only_layers",)                                 # lists of layers' numbers
@@ -177,6 +177,19 @@ def _shorter(net: Network, config: Mapping[str, Any], stay: tuple[int, ...]) -> 
 
 
 # ---- files ------------------------------------------------------------------------------------
+def gone(net: Network, config: Mapping[str, Any], stay: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The stored tensors of sublayers that the network lacks already, by their names in the new files, of the sizes that `config` says of
+    all layers."""
+    lacking = [(j, i) for j, i in enumerate(stay) if graph.per_layer(net.checkpoint.config).get(i, {}).get("skip")]
+    blocks = whole_blocks(net, config) if lacking else []
+    found = {}
+    for j, i in lacking:
+        for name, p in blocks[j].named_parameters():
+            for piece in net.pieces(i, name, tuple(p.shape)) if name not in net.shapes(i) else ():
+                found[net.numbered(piece.file, j) or piece.file] = (net.checkpoint.tensors[piece.file].dtype, piece.shape)
+    return found
+
+
 def apply(net: Network, cut: Cut, out: Path, edited: Callable[[int], Mapping[str, Tensor]]) -> None:
     """Write directory `out`: the network's checkpoint after the cut. `edited`: tensors of a block, by stored name, that are no longer
     what the files hold, in their old shapes. One block is in memory at a time.
@@ -201,9 +214,13 @@ def apply(net: Network, cut: Cut, out: Path, edited: Callable[[int], Mapping[str
                 file = net.numbered(piece.file, j) or piece.file
                 entries[file] = (source.tensors[piece.file].dtype, piece.shape)
                 where[file] = (i, name, piece)
+    zeros = gone(net, config, stay)
+    entries |= zeros
     held: dict[int, tuple[Cutter, dict[str, Tensor]]] = {}
 
     def tensor(file: str) -> Tensor:
+        if file in zeros:
+            return torch.zeros(entries[file][1], dtype=entries[file][0])
         if file not in where:
             whole = source.read(file)
             if cut.channels is not None and file in around:
