@@ -665,8 +665,12 @@ def slow_unit(u: Unit, s: Tensor, keep: float) -> Tensor | None:
     groups = {"row": lambda: at, "site": lambda: [whole], "model": lambda: [whole],
               "column": lambda: [list(c) for c in zip(*at, strict=True)], "nm": lambda: nm_groups(u, at)}
     if u.m.facts["ends"]:
+        if u.m.name == "select":
+            steps = {math.floor(i * cols / round(keep * cols)) for i in range(round(keep * cols))}
+            return torch.tensor([j in steps for j in range(cols)]).expand(rows, cols)
         h, kv = HEADS.tolist()
-        counts = {"neuron": (cols, 1), "channel": (cols, 1), "kvgroup": (kv, 1), "head": (h, kv), "inner": (kv, 1)}
+        counts = {"neuron": (cols, 1), "channel": (cols, 1), "kvgroup": (kv, 1), "head": (h, kv), "inner": (kv, 1),
+                  "subclone": (cols, 1)}
         count, sets = counts.get(u.m.name, (1, 1))
         worth = [math.fsum(float(s[i, j]) for i in range(rows) for j in range(n * cols // count, (n + 1) * cols // count))
                  for n in range(count)]
@@ -731,7 +735,7 @@ def check_blocks(u: Unit, mask: Tensor, s: Tensor, keep: float) -> None:
 
 
 def law_unit_prefers_the_larger(m: Method) -> None:
-    for u in of(m):
+    for u in of(m) if "score" not in m.joint else ():  # or it looks at none
         s = weight("0.mlp.down").abs()
         mask = u(s, 0.5)
         assert s[mask].mean() > s[~mask].mean()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trimtab.core import data, line, memory, pack
+from trimtab.core import data, line, memory, pack, resize
 from trimtab.core.calibrate import Collector, Walk
 from trimtab.core.edits import edit_block
 from trimtab.core.line import Options, Report
@@ -133,6 +133,7 @@ def dry_run(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report)
     line.set_up(opts)
     line.check_out(model, out, replace(opts, force=True))
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
+    recipe = resize.sized(net, recipe)
     plan = [sweep for part in line.check_parts(net, recipe, opts) for sweep in line.sweeps(part, net.sites)]
     samples = data.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.calibrated else []
     guess = first_guess(net, recipe, plan, samples, opts)

@@ -39,6 +39,8 @@ CASES = {
     # The norm of 3 and 4, half of it each.
     "score/minitron": Case({"heads": torch.tensor([1, 1]), "sentence_abs": torch.tensor([3.0, 4.0]), "in_sq": torch.ones(2)}, [2.5, 2.5],
                            differs="score/transact"),
+    "score/activation": Case({"in_abs": torch.tensor([3.0, 4.0]), "sentence_abs": torch.tensor([1.0, 9.0]), "heads": torch.tensor([1, 1])},
+                             [3.0, 4.0], differs="score/minitron"),
     "score/influence": Case({"cosine": torch.tensor([0.75]), "block_cosine": torch.tensor([0.5])}, [0.25], differs="score/block_influence"),
     "score/block_influence": Case({"cosine": torch.tensor([0.75]), "block_cosine": torch.tensor([0.5])}, [0.5], differs="score/influence"),
     # Twice and four times as wide: the mean of log 2 and log 4.

@@ -27,6 +27,9 @@ CASES = {
     # Sums of the columns: 9, 6, 10, 15. Of two neighbours: 15 and 25.
     "unit/neuron": Case({**HALF, "heads": TWO}, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/head"),
     "unit/channel": Case({**HALF, "heads": TWO}, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/head"),
+    "unit/subclone": Case(HALF, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/select"),
+    # The first of every two.
+    "unit/select": Case(HALF, [[1, 0, 1, 0], [1, 0, 1, 0]], differs="unit/subclone"),
     "unit/kvgroup": Case({**HALF, "heads": TWO}, [[0, 0, 1, 1], [0, 0, 1, 1]], differs="unit/head"),
     # The better one of each pair.
     "unit/head": Case({**HALF, "heads": TWO}, [[1, 0, 0, 1], [1, 0, 0, 1]], differs="unit/kvgroup"),

@@ -27,7 +27,7 @@ from torch import Tensor
 import trimtab
 from trimtab.builtin import name_of
 from trimtab.core import data as data_
-from trimtab.core import memory, pack, rotation, structure
+from trimtab.core import memory, pack, resize, rotation, structure
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.edits import Gridded, Unit, checked, edit_block, of_structure, score_site
 from trimtab.core.journal import Journal, sync, write_json
@@ -171,7 +171,11 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                     raise BadInput(f"{p} needs the gradient of a language model's loss, and this model has none; "
                                    f"use wanda, sparsegpt or admm")
     for p in recipe.structure:
-        structure.check(net, p, [s for s in net.sites if p.covers(s)], opts.keep if p.keep is None else p.keep, opts.uniform)
+        mine = [s for s in net.sites if p.covers(s)]
+        if p.takes == "network":
+            resize.check(net, p, mine)
+        else:
+            structure.check(net, p, mine, opts.keep if p.keep is None else p.keep, opts.uniform)
     tried: set[tuple[Any, ...]] = set()
     formats = pack.formats(net.sites, recipe, opts.pack.removeprefix(pack.AS_RECIPE))
     for s in net.sites:
@@ -564,6 +568,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
     recipe = recipe.seeded(opts.seed)
     check_out(model, out, opts)
     net = Network.open(model, dtype=getattr(torch, opts.dtype), trust_remote_code=opts.trust_remote_code)
+    recipe = resize.sized(net, recipe)
     *shapes, rest = check_parts(net, recipe, opts)
     samples = data_.prepare(net, opts.calib, "calibration", opts.samples, opts.seq_len, opts.seed) if recipe.calibrated else []
     proof = proof_samples(net, opts)
@@ -611,7 +616,7 @@ def check_parts(net: Network, recipe: Recipe, opts: Options) -> list[Recipe]:
     taken: set[str] = set()
     for p in recipe.structure:
         mine = {s.name for s in net.sites if p.covers(s)}
-        alone = p.takes == "channel"  # of every layer at once, with no site's inputs masked for it
+        alone = p.takes in ("channel", "network")  # of every layer at once, with no site's inputs masked for it
         if groups and not alone and not mine & taken:
             groups[-1].append(p)
         else:
@@ -630,12 +635,19 @@ def shaped(net: Network, recipe: Recipe, samples: list[data_.Batch], journal: Jo
     out, said = journal.dir / "network", journal.dir / "gone.json"
     if not said.exists():
         shutil.rmtree(out, ignore_errors=True)
-        if (p := recipe.passes[0]).takes == "channel":
-            target, spill = opts.keep if p.keep is None else p.keep, None if opts.max_memory is None else opts.max_memory // 16
-            walk_on = walker(net, samples, journal.dir, spill, None, opts.cache)
-            went = structure.narrower(net, p, target, lambda needs, look: walk_on(needs, look, "dense", lambda d, n: tick("edit", d, n), 0),
-                                      out)
-            its: dict[str, float | str] = {"channels": structure.channels(net, p, target) / int(net.config.hidden_size)}
+        its: dict[str, float | str] = {}
+        if (p := recipe.passes[0]).takes in ("channel", "network"):
+            walk_on = walker(net, samples, journal.dir, None if opts.max_memory is None else opts.max_memory // 16, None, opts.cache)
+
+            def walk(needs: dict[str, set[str]], look: Visit) -> None:
+                walk_on(needs, look, "dense", lambda d, n: tick("edit", d, n), 0)
+
+            if p.takes == "network":
+                went = resize.written(net, p, walk, out)
+            else:
+                share = opts.keep if p.keep is None else p.keep
+                went = structure.narrower(net, p, share, walk, out)
+                its = {"channels": structure.channels(net, p, share) / int(net.config.hidden_size)}
         else:
             plan = sweeps(recipe, net.sites)
             its, last = run_sweeps(net, recipe, plan, samples, journal, header, opts, tick), len(plan) - 1

@@ -70,6 +70,10 @@ KNOBS = {
     "refit": "whether the map behind is solved for again",
     "feeders": "whether the scores of what makes an input count as well",
     "exact": "whether every token keeps as many, and not as many as pass a threshold",
+    "config": "config.json whose sizes a network is to have, or a directory with one",
+    "layers": "blocks of a network", "width": "channels of the residual stream", "neurons": "hidden neurons of an MLP",
+    "experts": "hidden neurons of an expert", "shared": "hidden neurons of the shared expert",
+    "heads": "query heads of an attention", "kv_heads": "key and value heads of an attention",
 }
 # Declared beside a method, and nothing of what it computes.
 ASIDE = ("xfail", "codes", "format", "rescaled", "moved", "of_gram", "turned", "some", "into", "keeps", "leaves", "either", "rounded",
@@ -172,8 +176,10 @@ FACTS: dict[str, dict[str, Any]] = {
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;
     # ends: where it is a part of the network that goes with all its weights, the roles of the sites whose inputs say so; takes: all of a
-    # "sublayer" or of a "layer", a "channel" of all of them, or "".
-    "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False, "ends": (), "takes": ""},
+    # "sublayer" or of a "layer", a "channel" of all of them, of a "network" what is more than its sizes say, or ""; blocks: there, of (how
+    # many there are, how many stay) which of them do.
+    "unit": {"free": True, "period": None, "along": "in", "format": "bitmask", "whole": False, "ends": (), "takes": "",
+             "blocks": None},
     # of: what it is of: a "weight" [out, in], an "input" [in], or all of a "sublayer" [1].
     "score": {"of": "weight"},
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: how what a

@@ -64,7 +64,7 @@ class Pass:
     def free(self) -> bool:
         """Whether the share kept is the user's to choose."""
         if "unit" in self.steps:
-            return bool(self.steps["unit"].method.facts["free"])
+            return bool(self.steps["unit"].method.facts["free"]) and self.takes != "network"
         edit = self.steps["edit"]
         return self.gates or (bool(edit.method.facts["factors"]) and not any(edit.bound.get(k) for k in ("rank", "energy")))
 
@@ -174,7 +174,7 @@ class Pass:
 
     @property
     def takes(self) -> str:
-        """Whether it takes all of a sublayer or of a layer: which of them, or ""."""
+        """Whether it takes all of a sublayer or of a layer, or parts of all of them: what the unit says, or ""."""
         return str(self.steps["unit"].method.facts["takes"]) if self.ends else ""
 
     def covers(self, site: Site) -> bool:
@@ -525,10 +525,13 @@ def _checked(p: Pass) -> Pass:
     if p.ends and edit.key != "edit/mask" and not edit.facts["fuses"]:
         raise BadInput(f"{p.steps['unit'].method.name} takes a part of the network as a whole, and {edit.name} decides about single "
                        "weights; name a score, such as wanda, and a repair, such as least_squares")
+    if p.takes in ("channel", "network") and p.repairs:
+        raise BadInput(f"{p.repairs[0]} mends a map whose outputs stay, and {p.steps['unit'].method.name} leaves none; leave it out")
     if (of := p.steps["score"].method.facts["of"] if "score" in p.steps else "weight") != "weight":
         unit = p.steps["unit"]
-        if (of == "sublayer" and not p.takes) or not unit.method.facts["whole"]:
-            fits = [m.name for m in load_all().values() if m.axis == "unit" and m.facts["whole"] and (of == "input" or m.facts["takes"])]
+        if (of == "sublayer" and p.takes not in ("sublayer", "layer")) or not unit.method.facts["whole"]:
+            fits = [m.name for m in load_all().values() if m.axis == "unit" and m.facts["whole"]
+                    and (m.facts["takes"] in ("sublayer", "layer") or (of == "input" and "score" not in m.joint))]
             raise BadInput(f"{p.steps['score'].method.name} says what an {of} is worth, and {unit.method.name} is another unit; use "
                            f"{', '.join(fits)}".replace("an sublayer", "a sublayer"))
     if p.ranks and not (p.free and edit.facts["factors"]):

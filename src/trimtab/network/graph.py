@@ -56,9 +56,10 @@ class Family:
     free_heads: bool = True                     # config.json may say how wide a head is, so that there can be fewer of them
 
 
-# What config.json calls how many there are: hidden neurons (of experts, of the shared one), heads, layers.
+# What config.json calls how many there are: hidden neurons (of experts, of the shared one), heads, layers, channels.
 SIZES = {"neurons": "intermediate_size", "experts": "moe_intermediate_size", "shared": "shared_expert_intermediate_size",
-         "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "layers": "num_hidden_layers"}
+         "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "layers": "num_hidden_layers",
+         "width": "hidden_size"}
 QKVO = {r: f"self_attn.{r}_proj" for r in "qkvo"}
 GATED = {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
 EXPERTS = {"gate": "mlp.experts.gate_up_proj", "up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
@@ -125,7 +126,7 @@ FAMILIES = {f.name: f for f in (
     Family("gpt2", attn={**dict.fromkeys("qkv", "attn.c_attn"), "o": "attn.c_proj"},
            mlp={"": {"up": "mlp.c_fc", "down": "mlp.c_proj"}}, norms=("ln_1", "ln_2"), between=_before("ln_2"), blocks="h",
            front=("wte", "wpe"), transposed=True, free_heads=False,
-           sizes={"neurons": "n_inner", "layers": "n_layer", "heads": "n_head"}),
+           sizes={"neurons": "n_inner", "layers": "n_layer", "heads": "n_head", "width": "n_embd"}),
     Family("gpt_neox", attn={**dict.fromkeys("qkv", "attention.query_key_value"), "o": "attention.dense"},
            mlp={"": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}}, norms=TWO_NORMS, by_head=True, free_heads=False,
            between=lambda c: ("parallel", "attention") if c.use_parallel_residual else ("in", TWO_NORMS[1]),

@@ -25,7 +25,7 @@ class Cut:
     """What stays of a network. `inputs`: of a site that ends a sublayer, by name, which of its inputs [in] do, bool: those of a
     sublayer's sites that make the others go with them; all, where it is not named. `layers`: which of the blocks stay, all where it is
     empty. `skips`: sublayers ("attn", "mlp") that a block loses, by its number. `channels`: of the residual stream those that stay,
-    bool [width]; `scales`: what the weights of norms are multiplied by, by their stored names."""
+    bool [width]; `scales`: what parameters are multiplied by, by their stored names."""
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
@@ -104,18 +104,25 @@ class Cutter:
 
 
 # ---- config.json ------------------------------------------------------------------------------
+def size_key(net: Network, what: str) -> str:
+    """What the network's config.json calls this size. Mixtral calls the width of its experts what others call that of a plain MLP."""
+    key = graph.size_key(net.family, what)
+    return key if what not in ("experts", "shared") or hasattr(net.config, key) else graph.size_key(net.family, "neurons")
+
+
+def neurons_of(net: Network, down: Site) -> str:
+    """Which of `graph.SIZES` the inputs of a site that ends an MLP are."""
+    stem = down.name.split(".")[2:-1]
+    return {"": "neurons", "shared": "shared", "experts": "experts"}[stem[0] if stem else ""]
+
+
 def sizes(net: Network, i: int, cut: Cut) -> dict[str, int]:
     """What config.json would say of block i after the cut, by its keys."""
     found: dict[str, int] = {}
-    kinds = {"": "neurons", "shared": "shared", "experts": "experts"}
     for s in net.sites_of(i):
         if s.role == "down":
-            stem = s.name.split(".")[2:-1]
-            kind = kinds[stem[0] if stem else ""]
             count = int(cut.inputs[s.name].sum()) if s.name in cut.inputs else s.shape[1]
-            # Mixtral calls the width of its experts what others call that of a plain MLP.
-            key = graph.size_key(net.family, kind)
-            key = key if kind == "neurons" or hasattr(net.config, key) else graph.size_key(net.family, "neurons")
+            key = size_key(net, neurons_of(net, s))
             if found.setdefault(key, count) != count:
                 raise BadInput(f"block {i}: its experts would differ in width ({found[key]} and {count} neurons), and they are stored as "
                                "one; give them one share")

@@ -213,4 +213,9 @@ recipe("llm_drop", "sublayer | influence | mask", source="arXiv:2406.15786 (LLM-
        note="Attention and MLP jointly; `attn: sublayer | influence` takes attention alone.")
 recipe("attention_entropy", "attn: sublayer | entropy | mask", source="arXiv:2404.05657",
        note="Its way of finding the attentions that can go; without the training in which they fade.")
+recipe("subclone", "subclone | activation | mask", source="arXiv:2312.09299 (Samragh et al. 2023, weight subcloning)",
+       note="`subclone(config=PATH)`, or sizes: `subclone(layers=4,width=128,neurons=384)`. A start for training; `subclone(...) | wanda` "
+            "ranks by another score.")
+recipe("select", "select | mask", source="arXiv:2311.18823 (Xu et al. 2023, weight selection)",
+       note="`select(config=PATH)`, or sizes: `select(layers=4,width=128,neurons=384)`. A start for training, without calibration.")
 recipe("deeper_attention", "attn: sublayer | shallow | mask", source="arXiv:2407.15516")

@@ -117,3 +117,14 @@ def shallow(depth: Tensor) -> Tensor:
     Deviations: none known; the paper's abstract was read, and that it drops from the last layer on
     """
     return 2 - depth.float().reshape(1)
+
+
+@method("score", of="input")
+def activation(in_abs: Tensor) -> Tensor:
+    """How large an input is in the mean, `in_abs` [in].
+
+    Formula: E_t |x_tj|
+    Source: weight subcloning, arXiv:2312.09299, by summaries of it: the mean magnitude over batch and tokens
+    Deviations: of what linear layers meet, so channels of the residual stream count as norms leave them, each norm alike
+    """
+    return in_abs.float()
