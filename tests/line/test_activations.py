@@ -323,7 +323,8 @@ def test_the_command_writes_a_page(capsys, tmp_path, tiny_lm, calib):
     text = page.read_text()
     assert "PPL-5%" in text and not re.search(r"<script|https?:|url\(", text) and not list(tmp_path.glob("*.partial"))
     svgs = [ElementTree.fromstring(x) for x in re.findall(r"<svg viewBox.*?</svg>", text, re.S) if "aria-label" in x]
-    assert len(svgs) == 3  # shares, cost, union; no dead neurons without ReLU
+    assert len(svgs) == 4  # shares, utilised rank, cost, union; no dead neurons without ReLU
+    assert "tilised" in text
     for svg in svgs:
         for t in svg.iter("text"):
             if t.get("text-anchor") is None:
