@@ -888,7 +888,7 @@ def law_budget_chooses_the_best(m: Method) -> None:
 
 
 def law_budget_meets_the_target(m: Method) -> None:
-    if m.facts["chooses"] or m.facts["spectra"]:
+    if m.facts["chooses"] or m.facts["spectra"] or m.facts["own"]:
         return
     for wild in (False, True):
         for target in (0.05, *SHARES, 0.95):
@@ -910,7 +910,7 @@ def law_budget_order_of_sites(m: Method) -> None:
 
 def law_budget_treats_equals_alike(m: Method) -> None:
     """Sites that do not differ in anything a budget sees get the same share, the target."""
-    if m.facts["chooses"] or m.facts["spectra"]:
+    if m.facts["chooses"] or m.facts["spectra"] or m.facts["own"]:
         return
     scores = {f"{k}.attn.o": replace(summaries(m.facts["of"])["2.attn.o"], site=replace(SITES["2.attn.o"], block=k))
               for k in range(4)}

@@ -411,6 +411,22 @@ def shape_speed_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[st
                  body) if body else NOT_YET
 
 
+def retrieval_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/retrieval.py: the mean over the seeds, and where 95 % of the differences of one seed lie."""
+    versions = {k: m.version for k, m in reg.items()}
+    groups: dict[str, list[Row]] = {}
+    for r in (r for r in every if not is_stale(r, versions)):
+        groups.setdefault(r["recipe"], []).append(r)
+    body = [(-Figure.of(some).mean, (code(name), f"{some[0]['left']:.1%}", str(Figure.of(some)),
+                                     f"{some[0]['difference'][0]:+.3f} to {some[0]['difference'][1]:+.3f}", len(some)))
+            for name, some in groups.items()]
+    if not body:
+        return NOT_YET
+    dense = next(iter(groups.values()))[0]
+    return table(["recipe", "of the blocks left", dense["metric"], "against dense, 95 %", "seeds"],
+                 [("dense", "100.0%", f"{dense['dense']:.4g}", "", ""), *(b for _, b in sorted(body))])
+
+
 def shape_drawing(model: str, every: list[Row], reg: dict[str, Method]) -> str | None:
     """What smaller shapes cost a model."""
     some = fresh([r for r in every if r["model"] == model], SHAPES, reg)
@@ -452,7 +468,7 @@ TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], st
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
     "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table, "gates": gates_table,
-    "shapes": shapes_table, "shape_speed": shape_speed_table,
+    "shapes": shapes_table, "shape_speed": shape_speed_table, "retrieval": retrieval_table,
 }
 
 

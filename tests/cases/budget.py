@@ -49,6 +49,9 @@ class Costs:
 CASES = {
     "budget/uniform": Case({"scores": summaries(TWO), "target": 0.625}, {"0.mlp.up": 0.625, "0.mlp.down": 0.625},
                            differs="budget/global"),
+    # One of four is worth something, and all of the others.
+    "budget/alive": Case({"scores": summaries({"0.mlp.up": [0.0, 0.0, 3.0, 0.0], "0.mlp.down": [10.0, 11.0, 12.0, 13.0]})},
+                         {"0.mlp.up": 0.25, "0.mlp.down": 1.0}),
     # The best five of eight: 13, 12, 11, 10 and 4.
     "budget/global": Case({"scores": summaries(TWO), "target": 0.625}, {"0.mlp.up": 0.25, "0.mlp.down": 1.0},
                           differs="budget/uniform"),

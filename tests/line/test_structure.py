@@ -340,6 +340,7 @@ def test_uniform_is_uniform_and_opens_in_transformers(tiny_lm, calib, tmp_path, 
     ("attn: layer | block_influence", (), "takes blocks as a whole"), ("mlp: channel | minitron", (), "leave the scope out"),
     ("wanda", ("--uniform",), "--uniform says how parts"),
     ("llm_drop", ("--uniform",), "take whole layers"),
+    ("dead_neurons", ("--keep", "0.5"), "fixes its own share"), ("wanda | alive", (), "says which parts of the network stay"),
     ("attn: neuron | wanda", (), "matches no site"), ("attn: head | wanda", ("--keep", "0.5"), "more than a share of"),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(tiny_lm, calib, recipe, options, line, tmp_path, capsys):
@@ -358,6 +359,32 @@ def test_families_that_cannot(saved, name, recipe, line, tmp_path, capsys):
     save_file({k: v for k, v in tiny.inputs(name).items()}, tmp_path / "in.safetensors")
     code, _, err = trim(capsys, saved(name), recipe, tmp_path / "out", tmp_path / "in.safetensors")
     assert code == 2 and line in err, err
+
+
+@pytest.mark.usefixtures("proof_in_this_process")
+def test_neurons_that_never_fire_are_found_and_go(saved, tmp_path, capsys):
+    """11 and 30 of 48 in the two blocks: what stays is rounded up to whole sixteenths, and what is computed is what it was."""
+    from safetensors.torch import save_file
+
+    net, batch = Network.open(saved("opt")), tiny.inputs("opt")
+    tensors = {}
+    for i, dead in enumerate((11, 30)):
+        module = net.block(i)
+        up = next(s for s in net.sites_of(i) if s.role == "up")
+        b = torch.full((48,), 1e3)
+        b[torch.randperm(48, generator=torch.Generator().manual_seed(i))[:dead]] = -1e3
+        tensors |= net.stored(module, i, {net.set_bias(module, up, b)})
+    write_like(net.checkpoint, tmp_path / "dead", tensors.get)
+    save_file(batch, tmp_path / "in.safetensors")
+    code, result, err = trim(capsys, tmp_path / "dead", "dead_neurons", tmp_path / "out", tmp_path / "in.safetensors")
+    assert code == 0, err
+    small = Network.open(tmp_path / "out")
+    assert [s.shape[1] for s in small.sites if s.role == "down"] == [39, 18]
+    assert [len(its["went"]) for its in result["structure"][0]["units"].values()] == [9, 30]
+    torch.testing.assert_close(stream(small, batch), plain(tmp_path / "dead", batch), atol=1e-6, rtol=1e-6)
+    code, _, err = trim(capsys, tmp_path / "dead", "dead_neurons", tmp_path / "even", tmp_path / "in.safetensors", "--uniform")
+    assert code == 0 and [s.shape[1] for s in Network.open(tmp_path / "even").sites if s.role == "down"] == [39, 39], err
+    torch.testing.assert_close(plain(tmp_path / "even", batch), plain(tmp_path / "dead", batch), atol=1e-6, rtol=1e-6)
 
 
 def test_dead_neurons_go_without_a_trace(saved, tmp_path):

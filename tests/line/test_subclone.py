@@ -206,7 +206,7 @@ def seen(path: Path, batch: Batch) -> tuple[Tensor, dict[int, Tensor], dict[int,
 def test_subclone_takes_the_largest_and_keeps_outputs_as_large(saved, ready, name, scaled, tmp_path, capsys):
     big = saved(name)
     target = config(big, tmp_path / "target", **SMALL)
-    recipe = f"subclone(config={target}{'' if scaled else ',scaled=false'})"
+    recipe = f"subclone(config={target}{',scaled=true' if scaled else ''})"
     code, _, err = trim(capsys, big, recipe, tmp_path / "out", ready(name))
     assert code == 0, err
     sums, down, o = seen(big, tiny.inputs(name))
@@ -243,7 +243,7 @@ def test_scaled_outputs_keep_their_standard_deviation(saved):
 
 def test_any_score_ranks_what_stays(saved, ready, tmp_path, capsys):
     big = saved("llama")
-    assert trim(capsys, big, "subclone(neurons=20,scaled=false) | magnitude", tmp_path / "out", ready("llama"))[0] == 0
+    assert trim(capsys, big, "subclone(neurons=20) | magnitude", tmp_path / "out", ready("llama"))[0] == 0
     for i in range(5):
         down = tensors(big)[f"model.layers.{i}.mlp.down_proj.weight"]
         stay = down.abs().sum(0).topk(20).indices.sort().values

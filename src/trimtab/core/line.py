@@ -295,9 +295,9 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
     asking = []
     targets = {str(p): p.keep if p.keep is not None else opts.keep for p, _ in sweep}
     for p, sites in sweep:
-        target = targets[str(p)] if not p.ends or p.takes else structure.asked(net, p, sites, targets[str(p)])
+        target = targets[str(p)] if not p.ends or p.takes or p.owns else structure.asked(net, p, sites, targets[str(p)])
         b = p.budget
-        if not p.chooses and (b.key == "budget/uniform" or not p.free):
+        if not p.chooses and not p.owns and (b.key == "budget/uniform" or not p.free):
             shares |= dict.fromkeys((s.name for s in sites if p.free), target)  # n:m fixes its own
         else:
             asking.append((p, sites, target))

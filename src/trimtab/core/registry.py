@@ -184,8 +184,9 @@ FACTS: dict[str, dict[str, Any]] = {
     "score": {"of": "weight"},
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: how what a
     # grid costs is told, "gradients" or "trials", where it has no share to split but one of several grids to choose for every site;
-    # spectra: whether it splits the ranks of factors, and so meets the target to within a rank.
-    "budget": {"mean": "weight", "of": None, "chooses": "", "spectra": False},
+    # spectra: whether it splits the ranks of factors, and so meets the target to within a rank; own: whether the scores say what stays, and
+    # no share is asked for.
+    "budget": {"mean": "weight", "of": None, "chooses": "", "spectra": False, "own": False},
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one; shared: of (n,
     # knobs, device) a Basis that every site has which writes or reads the residual stream, or a head: packing leaves it out, in turn.

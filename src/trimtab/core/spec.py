@@ -64,7 +64,7 @@ class Pass:
     def free(self) -> bool:
         """Whether the share kept is the user's to choose."""
         if "unit" in self.steps:
-            return bool(self.steps["unit"].method.facts["free"]) and self.takes != "network"
+            return bool(self.steps["unit"].method.facts["free"]) and self.takes != "network" and not self.owns
         edit = self.steps["edit"]
         return self.gates or (bool(edit.method.facts["factors"]) and not any(edit.bound.get(k) for k in ("rank", "energy")))
 
@@ -156,6 +156,11 @@ class Pass:
     def tries(self) -> bool:
         """Whether its budget tries the shares of its gates on every block."""
         return "trial" in self.budget.method.data
+
+    @property
+    def owns(self) -> bool:
+        """Whether its budget says what stays, and no share is asked for."""
+        return bool(self.budget.method.facts["own"])
 
     @property
     def measures(self) -> bool:
@@ -534,6 +539,9 @@ def _checked(p: Pass) -> Pass:
                     and (m.facts["takes"] in ("sublayer", "layer") or (of == "input" and "score" not in m.joint))]
             raise BadInput(f"{p.steps['score'].method.name} says what an {of} is worth, and {unit.method.name} is another unit; use "
                            f"{', '.join(fits)}".replace("an sublayer", "a sublayer"))
+    if p.owns and not (p.ends and not p.takes):
+        raise BadInput(f"{p.budget} says which parts of the network stay, and {p.steps.get('unit', edit)} are none that are told apart; put "
+                       "neuron, head, kvgroup or inner in front of it")
     if p.ranks and not (p.free and edit.facts["factors"]):
         raise BadInput(f"{p.budget} chooses the ranks of factors, and {p.steps['edit']} " + (
             "fixes its own; leave one of the two out" if edit.facts["factors"] else "leaves none; name some that does, such as svdllm"))

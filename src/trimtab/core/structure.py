@@ -87,9 +87,9 @@ def check(net: Network, p: Pass, sites: list[Site], target: float, uniform: bool
     if not takes and not net.family.free_heads and any(s.role == "o" for s in sites):
         raise BadInput(f"{name}: the heads of a {net.family.name} are as wide as their number divides the model, and none can go; take "
                        "neurons: neuron")
-    if not takes:  # whether so little can be kept, told as if it were the same everywhere
+    if not takes and not p.owns:  # whether so little can be kept, told as if it were the same everywhere
         settled(net, p, sites, target, dict.fromkeys((s.name for s in sites), asked(net, p, sites, target)), {}, uniform)
-    else:
+    elif takes:
         lowest(net, p, sites, target, dict.fromkeys((s.name for s in sites), 0.0))
 
 
@@ -159,6 +159,8 @@ def settled(net: Network, p: Pass, sites: list[Site], target: float, shares: Map
     unit = p.steps["unit"]
     if unit.method.facts["takes"]:
         return lowest(net, p, sites, target, worth)
+    if p.owns:
+        return enough(net, p, sites, shares, uniform)
     if uniform:
         total = sum(weights_of(net, p, s) for s in sites)
         shares = dict.fromkeys(shares, sum(shares[s.name] * weights_of(net, p, s) for s in sites) / total)
@@ -188,6 +190,18 @@ def settled(net: Network, p: Pass, sites: list[Site], target: float, shares: Map
         if n < step:
             raise BadInput(f"{s.name}: a share of {target:g} leaves it no neurons; raise --keep")
         found[s.name] = n / count
+    return found
+
+
+def enough(net: Network, p: Pass, sites: list[Site], shares: Mapping[str, float], uniform: bool) -> dict[str, float]:
+    """The least shares that are a whole number of units, and no less than these. `uniform`: that of the site which needs the most."""
+    found: dict[str, float] = {}
+    for s in sites:
+        of_role = [shares[o.name] for o in sites if o.role == s.role] if uniform else [shares[s.name]]
+        count, share = units_of(net, p, s), max(of_role)
+        step = 1 if s.role == "o" else min(p.steps["unit"].bound["multiple"], max(1, count // FEW))
+        fits = counts(net, p, s, uniform) if s.role == "o" else [*range(step, count, step), count]
+        found[s.name] = min((n for n in fits if n >= share * count * (1 - 1e-9)), default=count) / count
     return found
 
 

@@ -207,6 +207,9 @@ recipe("amp", "inner | amp | uniform | mask", source="arXiv:2504.21174 (AMP)")
 recipe("transact", "inner | transact | uniform | mask", source="arXiv:2407.05690 (TransAct)")
 recipe("minitron", "neuron | minitron | uniform | mask", source="arXiv:2408.11796 (Minitron)",
        note="Neurons alone, as the paper's models keep their heads; without the distillation that follows there.")
+recipe("dead_neurons", "neuron | peak | alive | mask", source="arXiv:1607.03250 (Hu et al. 2016, network trimming), what never fires",
+       note="No share to ask for: hidden neurons that are zero on every calibration token go, and nothing changes there. Where MLPs have a "
+            "ReLU there may be some; elsewhere none.")
 recipe("mlp_fusion", "mlp: neuron | fuse", source="arXiv:2307.08941 (MLP Fusion)", note="Without the fine-tuning that follows there.")
 recipe("shortgpt", "layer | block_influence | mask", source="arXiv:2403.03853 (ShortGPT)")
 recipe("llm_drop", "sublayer | influence | mask", source="arXiv:2406.15786 (LLM-Drop)",
