@@ -540,8 +540,8 @@ def _checked(p: Pass) -> Pass:
             raise BadInput(f"{p.steps['score'].method.name} says what an {of} is worth, and {unit.method.name} is another unit; use "
                            f"{', '.join(fits)}".replace("an sublayer", "a sublayer"))
     if p.owns and not (p.ends and not p.takes):
-        raise BadInput(f"{p.budget} says which parts of the network stay, and {p.steps.get('unit', edit)} are none that are told apart; put "
-                       "neuron, head, kvgroup or inner in front of it")
+        raise BadInput(f"{p.budget} says which parts of the network stay, and {p.steps.get('unit', edit)} are none that are told apart; "
+                       "put neuron, head, kvgroup or inner in front of it")
     if p.ranks and not (p.free and edit.facts["factors"]):
         raise BadInput(f"{p.budget} chooses the ranks of factors, and {p.steps['edit']} " + (
             "fixes its own; leave one of the two out" if edit.facts["factors"] else "leaves none; name some that does, such as svdllm"))
