@@ -35,7 +35,7 @@ from trimtab.methods.basis import Basis
 from trimtab.methods.composite import BASED, STACK, SUM
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.rounding import rounding_of
-from trimtab.network.checkpoint import INDEX, SINGLE, SafeFile, write_sharded
+from trimtab.network.checkpoint import INDEX, SHARED, SINGLE, SafeFile, write_sharded
 from trimtab.runtime import layouts, native, packed
 from trimtab.runtime.decoder import open_decoder
 
@@ -54,7 +54,7 @@ RECIPE = (f"0.*.q: nm(n=2,m=4) | magnitude ; {SLOW} ; 0.*.k: block(b=16) | magni
           "2.*.k: vptq(vector=2,bits=5,residual=2,iters=2) ; 2.*.v: vptq(iters=2) ; "
           "2.*.o: svd(rank=8) ; 2.*.gate,2.*.down: svd(keep=0.5) ; 2.*.up: fp8 ; "
           "3.*.q: incoherent | int(bits=4,group=32) | gptq | token(act_bits=4) ; "  # maps of maps, and inputs that are rounded
-          "3.*.k: int(bits=8,group=0) | rtn | static ; 3.*.v: int(bits=3,group=32) | rtn | lorc(rank=2) ; "
+          "3.*.k: int(bits=8,group=0) | rtn | static ; 3.*.v,4.*.v: int(bits=3,group=32) | rtn | lorc(rank=2) ; "
           "3.*.o: nf(bits=4,group=32) | adadim ; 3.*.gate: inputs | peak | spare(keep=0.2,bits=8) ; "
           "3.*.gate: hadamard | int(group=0) | gptq ; 3.*.up: hadamard | vptq(vector=2,bits=4,iters=2) ; "
           "3.*.down: site | spike | spare(keep=1%) ; 3.*.down: int(bits=2,group=32) | gptq")
@@ -69,8 +69,11 @@ def sample(where: Path, recipe: str = RECIPE) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-                                 max_position_embeddings=64)).save_pretrained(where / "model")
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2,
+                                         max_position_embeddings=64))
+    # Of layers that are alike the codes are stored once.
+    model.model.layers[4].self_attn.v_proj.load_state_dict(model.model.layers[3].self_attn.v_proj.state_dict())
+    model.save_pretrained(where / "model")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(48)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(where / "model" / "tokenizer.json"))
@@ -161,8 +164,11 @@ def edit_config(raw: bytes, rng: random.Random) -> bytes:
     config = json.loads(raw)
     about = config["quantization_config"]
     name = rng.choice(list(about["linears"]))
-    how = rng.randrange(6)
-    if how == 0:
+    how = rng.randrange(7)
+    if how == 6 and about.get(SHARED):
+        which = rng.choice(list(about[SHARED]))
+        about[SHARED][which] = rng.choice((*ODD, which, *about[SHARED], *about[SHARED].values()))
+    elif how == 0:
         about[rng.choice(list(about))] = rng.choice(ODD)
     elif how == 1:
         about["linears"].pop(name)

@@ -119,11 +119,11 @@ def inspect(model: Path, a: Any, tick: Report) -> dict[str, Any]:
         raise BadInput("--ppl says how much worse gates on activations may make the model; give --activations with it")
     if a.report:
         check_page(a.report, a.force)
-    notes, verified, active = line.read_notes(model), None, None
+    notes, active = line.read_notes(model), None
     if a.verify:
-        whole = packed.open(model, verify=True)
-        verified = len(whole.tensors) + sum(len(p.buffers) for p in whole.linears.values())
+        packed.open(model, verify=True)
     net = Network.open(model, dtype=getattr(torch, a.dtype), trust_remote_code=a.trust_remote_code)
+    verified = len(net.checkpoint.stored) if a.verify else None
     roles: dict[str, dict[str, Any]] = {}
     sites: dict[str, dict[str, Any]] = {}
     cosines: dict[str, list[float]] = {}

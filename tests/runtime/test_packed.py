@@ -300,7 +300,7 @@ def test_every_format_is_read_back_through_memory_maps(every_format):
     for name, p in model.linears.items():
         assert torch.equal(layouts.restored(p), c.read(f"{name}.weight")) and layouts.restored(p).dtype == c.tensors[f"{name}.weight"].dtype
         for k, t in p.buffers.items():
-            assert torch.equal(t, raw[f"{name}.packed_{k}"].reshape(-1))
+            assert torch.equal(t, raw[c.place(name, k)].reshape(-1))
             if t.nbytes % 64 == 0:
                 assert t.data_ptr() % 64 == 0, (name, k)
                 assert not lines or not t.numel() or any(a <= t.data_ptr() < b for a, b in mapped), (name, k)  # not a copy

@@ -30,7 +30,17 @@ from trimtab.methods.gates import Gate, met_gated
 from trimtab.methods.rounding import Rounding, met_rounded
 from trimtab.methods.terms import ALONE, Terms, of_site
 from trimtab.network import graph
-from trimtab.network.checkpoint import SafeFile, copy_others, finite, read, write_safetensors, write_sharded
+from trimtab.network.checkpoint import (
+    PACKED,
+    SHARED,
+    Entry,
+    SafeFile,
+    copy_others,
+    finite,
+    read,
+    write_safetensors,
+    write_sharded,
+)
 from trimtab.network.stream import Layer, Network
 from trimtab.runtime.layouts import VERSION, describe
 from trimtab.runtime.packed import DECODER, sealed
@@ -38,6 +48,7 @@ from trimtab.runtime.packed import DECODER, sealed
 AS_RECIPE = "recipe"  # --pack without a format
 ROWS = 4096           # of the head, rounded together
 FEW = 0.25            # kept: fewer single weights take the kernels less time as `sell` than as `bitmask` (docs/speed.md)
+SMALL = 256           # bytes: what is less is stored again in no more room than it takes to say where it lies
 PART = "trimtab:"     # how a block of the journal marks what is no tensor of the checkpoint
 
 
@@ -301,11 +312,11 @@ def in_int8(w: Tensor, scale: Tensor | None = None) -> Codes:
 # ---- the directory ----------------------------------------------------------------------------
 def stage(path: Path, packed: Mapping[str, Packed]) -> None:
     """Packed layers in a file of their own, with what describes them; atomically."""
-    buffers = {f"{name}.packed_{k}": t for name, p in packed.items() for k, t in p.buffers.items()}
+    buffers = {f"{name}{PACKED}{k}": t for name, p in packed.items() for k, t in p.buffers.items()}
     about = {"linears": {n: describe(p) for n, p in packed.items()}, "labels": {n: p.label for n, p in packed.items()}}
     tmp = path.with_suffix(".tmp")
     write_safetensors(tmp, {n: (t.dtype, tuple(t.shape)) for n, t in buffers.items()}, buffers.__getitem__,
-                      {k: json.dumps(v) for k, v in about.items()})
+                      lambda sums: {k: json.dumps(v) for k, v in {**about, "sha256": sums}.items()})
     sync(tmp)
     os.replace(tmp, path)
 
@@ -376,7 +387,7 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
     # A table that is stored under the name of the head alone gets its own.
     alone = [x.file for x in layers if x.is_head and net.tied_head and x.file in gone]
     moved = {net.table: alone[0]} if alone else {}
-    buffers = {n: e for f in staged for n, e in f.entries.items()}
+    buffers, repeated = written_once(staged)
     entries = {n: (e.dtype, e.shape) for n, e in buffers.items()}
     stay = {n: n for n in net.checkpoint.tensors if n not in gone and not net.unread(n)} | moved
     entries |= {n: (net.checkpoint.tensors[was].dtype, net.checkpoint.tensors[was].shape) for n, was in stay.items()}
@@ -391,12 +402,29 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
     files = write_sharded(out, entries, tensor, about)
     copy_others(net.checkpoint, out, without=("config.json",))
     config = {**net.checkpoint.config, **({"tie_word_embeddings": False} if untied else {}),
-              "quantization_config": {"quant_method": "trimtab", "version": VERSION, "linears": linears}}
+              "quantization_config": {"quant_method": "trimtab", "version": VERSION, "linears": linears,
+                                      **({SHARED: repeated} if repeated else {})}}
     if (description := description_of(net)) is not None:
         write_json(out / DECODER, description)
     write_json(out / "config.json", sealed(out, files, config))
-    sizes = {name: sum(buffers[b].end - buffers[b].begin for b in buffers if b.rpartition(".packed_")[0] == name) for name in linears}
+    sizes = {name: sum(buffers[b].end - buffers[b].begin for b in buffers if b.rpartition(PACKED)[0] == name) for name in linears}
     return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, linears, dtype) + told_of(fused)}
+
+
+def written_once(staged: Iterable[SafeFile]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The buffers of packed layers, each that is the same byte by byte once, and by the names of the others what they share."""
+    buffers: dict[str, Entry] = {}
+    shared: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for f in staged:
+        sums = json.loads(f.metadata["sha256"])
+        for n, e in f.entries.items():
+            same = first.setdefault((sums[n], e.dtype, e.shape), n) if e.end - e.begin >= SMALL else n
+            if same != n:
+                shared[n] = same
+            else:
+                buffers[n] = e
+    return buffers, shared
 
 
 def description_of(net: Network) -> dict[str, Any] | None:

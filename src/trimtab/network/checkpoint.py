@@ -25,6 +25,7 @@ CHUNK = 8 << 20
 LINE = 64       # bytes of a cache line: where the data of a file of ours begins
 SHARD = 5 << 30
 PACKED = ".packed_"  # between the name of a packed layer and that of its buffer
+SHARED = "shared"    # of what says what is packed: buffers that lie under the name of another layer's, by their own
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST = 2**60  # entries of a tensor: their bytes can still be counted in 64 bits
 NOT_JSON = (ValueError, RecursionError)  # JSON and UTF-8 errors; lists in lists in lists
@@ -166,6 +167,13 @@ class Checkpoint:
             if name not in buffers:
                 raise BadInput(f"tensor {full} of {self.path} belongs to no packed layer of its config.json; fetch it again")
             buffers[name][buffer] = self.tensors.pop(full)
+        shared = about.get(SHARED, {})
+        for full, other in shared.items() if isinstance(shared, dict) else [("", shared)]:
+            name, _, buffer = full.rpartition(PACKED)
+            if not isinstance(other, str) or PACKED not in other or other not in self.stored or name not in buffers or full in self.stored:
+                raise BadInput(f"{self.path / 'config.json'} says that {full[:99]!r} lies under the name {str(other)[:99]!r}, where no "
+                               "buffer of another layer is stored; fetch or pack it again")
+            buffers[name][buffer] = self.stored[other]
         for name, about in linears.items():
             said = about if isinstance(about, dict) else {}
             factored, shape = "factors" in said, said.get("shape")
@@ -191,6 +199,11 @@ class Checkpoint:
             self.tensors[f"{name}.weight"] = Entry(self.stored[next(iter(q.stored.values()))].file, q.plain, q.shape, 0, 0)
         return found
 
+    def place(self, name: str, buffer: str) -> str:
+        """The stored name of a buffer of a packed layer, which may be that of another one."""
+        full = f"{name}{PACKED}{buffer}"
+        return full if full in self.stored else str(self.config["quantization_config"][SHARED][full])
+
     @property
     def plain_bytes(self) -> int:
         """What the files take, or would take with decoded weights where another program quantised them."""
@@ -207,9 +220,14 @@ class Checkpoint:
         except BadInput as e:
             raise BadInput(f"layer {name.removesuffix('.weight')} of {self.path}: {e}; fetch it again") from None
 
-    def linear(self, name: str) -> Packed:
-        """A packed layer, in memory of its own and checked. KeyError for an unknown name."""
-        return described(name, self.packed[name], {k: read(e) for k, e in self.buffers[name].items()})
+    def linear(self, name: str, held: dict[str, Tensor] | None = None) -> Packed:
+        """A packed layer, in memory of its own and checked; of layers with one `held`, buffers that they share are in memory once.
+        KeyError for an unknown name."""
+        held = {} if held is None else held
+        for k, e in self.buffers[name].items():
+            if (at := self.place(name, k)) not in held:
+                held[at] = read(e)
+        return described(name, self.packed[name], {k: held[self.place(name, k)] for k in self.buffers[name]})
 
     @staticmethod
     def open(path: Path) -> Checkpoint:

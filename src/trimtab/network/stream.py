@@ -235,10 +235,10 @@ class Network:
         """Whether the head's weight is the table of embeddings."""
         return self.kind == "lm" and bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
 
-    def as_packed(self, module: nn.Module, i: int, reached: Reached | None = None) -> None:
+    def as_packed(self, module: nn.Module, i: int, reached: Reached | None = None, held: dict[str, Tensor] | None = None) -> None:
         """Let the layers of block `i` that are packed in the files run as they are stored; their weights are gone then.
 
-        `reached` counts what gates let pass."""
+        `reached` counts what gates let pass; `held` as `Checkpoint.linear` has it."""
         from trimtab.runtime.modules import PackedLinear
 
         stem = f"{self._stem}{i}."
@@ -247,7 +247,7 @@ class Network:
                 at = name.removeprefix(stem)
                 owner, _, leaf = at.rpartition(".")
                 bias = module.get_submodule(at)._parameters["bias"]
-                setattr(module.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name), bias))
+                setattr(module.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name, held), bias))
         for s in self.sites_of(i) if self.checkpoint.packed else ():
             layer = module.get_submodule(s.param.rpartition(".")[0])
             if not isinstance(layer, PackedLinear) or (gate := layer.linear.gate_of_rows(s.rows)) is None:
@@ -505,9 +505,10 @@ class Network:
         from trimtab.runtime.modules import PackedLinear
 
         listed = self.model.base_model.get_submodule(self.family.blocks)
+        held: dict[str, Tensor] = {}
         for i in range(self.n_blocks):
             listed[i] = self.block(i)
-            self.as_packed(listed[i], i)
+            self.as_packed(listed[i], i, held=held)
         shared: dict[str, nn.Parameter] = {}
         for name, p in list(self.model.named_parameters(remove_duplicate=False)):
             if name in self._pieces and not name.startswith(self._stem):
@@ -518,7 +519,7 @@ class Network:
         for name in self.checkpoint.packed:
             if not name.startswith(self._stem):
                 owner, _, leaf = name.rpartition(".")
-                setattr(self.model.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name), None))
+                setattr(self.model.get_submodule(owner), leaf, PackedLinear(self.checkpoint.linear(name, held), None))
         self.config.use_cache = True
         return self.model.eval()  # type: ignore[no-any-return]
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from trimtab.methods import composite
+from trimtab.methods.format.lowrank import SIDES
 from trimtab.network.checkpoint import Checkpoint, Entry, SafeFile
 from trimtab.runtime.layouts import restored
 
@@ -33,11 +35,18 @@ def _plain(c: Checkpoint) -> int:
 
 def sizes(c: Checkpoint) -> dict[str, int]:
     """`bytes` (os.stat), `params`, `nonzero` of the weight files, read 16 MB or a packed layer at a time. Minus zero is a zero; of
-    factors each one's entries count."""
+    factors each one's entries count, and of what layers share once."""
     params, nonzero = _plain(c), 0
+    seen: set[frozenset[str]] = set()
     for name in c.packed:
         linear = c.linear(name)
-        for w in map(restored, linear.factors or (linear,)):
+        sides = composite.names(linear.format, len(linear.factors)) if linear.format in composite.FORMATS else SIDES
+        for side, one in zip([f"{s}_" for s in sides], linear.factors, strict=True) if linear.factors else [("", linear)]:
+            at = frozenset(c.place(name, k) for k in c.buffers[name] if k.startswith(side))
+            if at in seen:
+                continue
+            seen.add(at)
+            w = restored(one)
             params += w.numel()
             nonzero += int(torch.count_nonzero(w))
     for name in c.quantized:

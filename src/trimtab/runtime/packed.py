@@ -67,8 +67,9 @@ def open(path: str | Path, *, verify: bool = False) -> PackedModel:
             memory[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory it could write to; nobody does
     plain = {n: e for n, e in c.tensors.items() if n.removesuffix(".weight") not in c.packed}
     tensors = {n: _mapped(e, memory[e.file], e.dtype.itemsize) for n, e in plain.items()}
-    buffers = {name: {k: _mapped(e, memory[e.file], LINE) for k, e in its.items()} for name, its in c.buffers.items()}
-    hashed = {f"{name}{PACKED}{k}": t for name, its in buffers.items() for k, t in its.items() if verify or t.dtype in INDICES}
+    lying = {n: _mapped(e, memory[e.file], LINE) for n, e in c.stored.items() if PACKED in n}
+    buffers = {name: {k: lying[c.place(name, k)] for k in its} for name, its in c.buffers.items()}
+    hashed = {n: t for n, t in lying.items() if verify or t.dtype in INDICES}
     sums = _tensors(c)
     for full, t in (hashed | (tensors if verify else {})).items():
         if sums.get(full) != hashlib.sha256(raw(t)).hexdigest():
