@@ -26,6 +26,8 @@ def result(m: Method, case: Case):
         out = m.facts["done"](out)
     if m.facts.get("level") == "net":
         out = out("site", case.env["net"].new)
+    if m.facts.get("of") == "run":  # what all of it became
+        ((_, out),) = out
     if isinstance(out, Grid):
         w = case.env["w"]
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()

@@ -253,6 +253,8 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
         return {"new": next(held(m, small(m), dtype)), **given}
     if m.facts.get("level") == "net":
         return {"net": edited(), **given}
+    if m.axis == "wiring":
+        return {**{k: v() for k, v in GROUPS.items()}, **given}
     pattern = unit(w.float().abs(), keep)
     if m.axis == "budget":
         have = {k: {n: stats(n, poor)[k] for n in SITES} for k in have}
@@ -270,6 +272,22 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
             "new": new, "rounded": Rounding(4).of, "heads": HEADS, "depth": torch.tensor(0.25),
             "feeders": {r: heavy(60 + k, SITES[name].shape[1], 20) for k, r in enumerate(("gate", "up"))}, "act": torch.nn.functional.silu,
             "gate": lambda w, keep: Gate(w.new_full((1,), 1 - keep, dtype=torch.float32)), **have, **given}
+
+
+def mlps() -> list[dict[str, Tensor]]:
+    """Three MLPs of one width and of different sizes, with norms and biases."""
+    found = []
+    for k, n in enumerate((24, 16, 20)):
+        shapes = {"gate": (n, 20), "up": (n, 20), "down": (20, n), "norm": (20,), "norm.bias": (20,), "gate.bias": (n,), "up.bias": (n,),
+                  "down.bias": (20,)}
+        found.append({name: heavy(300 + 10 * k + j, *shape) * 0.3 for j, (name, shape) in enumerate(shapes.items())})
+    return found
+
+
+# What a rewiring is given, by name: a group of every kind.
+GROUPS: dict[str, Callable[[], Any]] = {
+    "mlps": mlps, "apart": lambda: torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0], [0.3, 0.2, 0.0]]),
+}
 
 
 def call(m: Method, at: dict[str, Any], /, **knobs: Any) -> Any:
@@ -699,6 +717,26 @@ def nm_groups(u: Unit, at: list[list[tuple[int, int]]]) -> list[list[tuple[int, 
 
 def of(m: Method) -> list[Unit]:
     return [Unit(m, **knobs) for knobs in variants(m)]
+
+
+def added(mlp: dict[str, Tensor], x: Tensor) -> Tensor:
+    """What an MLP adds to x [tokens, width]."""
+    z = (x - x.mean(1, True)) / x.var(1, correction=0, keepdim=True).sqrt() * mlp["norm"] + mlp["norm.bias"]
+    h = torch.nn.functional.silu(z @ mlp["gate"].T + mlp["gate.bias"]) * (z @ mlp["up"].T + mlp["up.bias"])
+    return h @ mlp["down"].T + mlp["down.bias"]
+
+
+def law_wiring_run_adds_what_all_do(m: Method) -> None:
+    """Each member of a run is in one of those that come of it, which add the same to what all are given."""
+    if m.facts["of"] != "run":
+        return
+    its, x = mlps(), heavy(70, 30, 20)
+    want = torch.stack([added(mlp, x) for mlp in its]).sum(0)
+    for knobs in ({}, {"length": 2}, {"dependency": 0.1}):
+        found = call(m, env(m), **knobs)
+        assert sum(count for count, _ in found) == len(its)
+        assert (len(found) > 1) == bool(knobs)
+        close(torch.stack([added(mlp, x) for _, mlp in found]).sum(0), want, 1e-4)
 
 
 def law_unit_mask(m: Method) -> None:

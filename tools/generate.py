@@ -32,7 +32,8 @@ SHAPES = [s for s in SETTINGS if s.startswith("shapes-")]
 NOT_YET = "Not measured yet.\n"
 KEYS = ("recipe", "model", "setting", "metric", "value", "seed", "methods")
 QUESTION = {
-    "stat": "What must we know about the data?", "unit": "What stands or falls together, compared with whom?",
+    "stat": "What must we know about the data?", "wiring": "What becomes of the network as a whole?",
+    "unit": "What stands or falls together, compared with whom?",
     "score": "How much does each unit matter? Higher means keep.", "budget": "How is the total split over the sites?",
     "rewrite": "Which exact change of basis makes the edit cheaper?", "grid": "Which values may a weight take?",
     "input": "How is rounded what codes meet?", "gate": "Which inputs of a token are computed?",

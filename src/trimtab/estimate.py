@@ -122,6 +122,7 @@ def first_guess(net: Network, recipe: Recipe, plan: Sweeps, samples: list[data.B
         runs = walks(sweep) + sum(trying(p, sites, opts.keep, tokens) for p, sites in edits)
         seconds += runs * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
         seconds += sum(editing(p, s, speed) for p, sites in edits for s in sites)
+    seconds += sum(bool(p.needs) + 2.0 * p.looks for p in recipe.structure if p.wiring) * forward
     seconds += 3 * net.checkpoint.weight_bytes / COPY
     disk = line.disk_estimate(net, recipe, samples if opts.max_memory else [], bool(opts.pack))
     return {"memory": peak(net, plan, samples, opts), "disk": disk,

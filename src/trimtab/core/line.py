@@ -27,7 +27,7 @@ from torch import Tensor
 import trimtab
 from trimtab.builtin import name_of
 from trimtab.core import data as data_
-from trimtab.core import memory, pack, resize, rotation, structure
+from trimtab.core import memory, pack, resize, rewire, rotation, structure
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.edits import Gridded, Unit, checked, edit_block, of_structure, score_site
 from trimtab.core.journal import Journal, sync, write_json
@@ -80,7 +80,7 @@ class Options:
 def sweeps(recipe: Recipe, sites: list[Site]) -> list[list[tuple[Pass, list[Site]]]]:
     """Passes in order with their sites; neighbours that touch different sites and share an order walk the network together."""
     out: list[list[tuple[Pass, list[Site]]]] = []
-    for p in recipe.passes:
+    for p in (p for p in recipe.passes if p.wiring is None):
         mine = [s for s in sites if p.covers(s)]
         if not mine and "&" in (p.scope or "") and any(q.covers(s) for q in recipe.passes for s in sites):
             continue  # --scope left nothing of this part of a row
@@ -172,7 +172,9 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
                                    f"use wanda, sparsegpt or admm")
     for p in recipe.structure:
         mine = [s for s in net.sites if p.covers(s)]
-        if p.takes == "network":
+        if p.wiring is not None:
+            rewire.check(net, p)
+        elif p.takes == "network":
             resize.check(net, p, mine)
         else:
             structure.check(net, p, mine, opts.keep if p.keep is None else p.keep, opts.uniform)
@@ -611,21 +613,22 @@ def check_parts(net: Network, recipe: Recipe, opts: Options) -> list[Recipe]:
     BadInput for what the network cannot take."""
     if opts.uniform and not recipe.structure:
         raise BadInput("--uniform says how parts of the network are taken away, and the recipe takes none; leave it out")
-    parts = [replace(recipe, passes=tuple(p for p in recipe.passes if not p.ends))]
+    parts = [replace(recipe, passes=tuple(p for p in recipe.passes if not p.shapes))]
     groups: list[list[Pass]] = []
     taken: set[str] = set()
     for p in recipe.structure:
         mine = {s.name for s in net.sites if p.covers(s)}
-        alone = p.takes in ("channel", "network")  # of every layer at once, with no site's inputs masked for it
-        if groups and not alone and not mine & taken:
+        if groups and not p.alone and not mine & taken:
             groups[-1].append(p)
         else:
             groups.append([p])
             taken = set()
-        taken |= {s.name for s in net.sites} if alone else mine
+        taken |= {s.name for s in net.sites} if p.alone else mine
     parts = [*(replace(recipe, passes=tuple(g)) for g in groups), *parts]
     for part in parts:
         check_recipe(net, part, sweeps(part, net.sites), opts, opts.samples)
+    if recipe.passes and recipe.passes[0].wiring is not None:  # of any other one it hangs on what those before it leave
+        rewire.check_groups(net, recipe.passes[0])
     return parts
 
 
@@ -636,13 +639,17 @@ def shaped(net: Network, recipe: Recipe, samples: list[data_.Batch], journal: Jo
     if not said.exists():
         shutil.rmtree(out, ignore_errors=True)
         its: dict[str, float | str] = {}
-        if (p := recipe.passes[0]).takes in ("channel", "network"):
-            walk_on = walker(net, samples, journal.dir, None if opts.max_memory is None else opts.max_memory // 16, None, opts.cache)
+        if (p := recipe.passes[0]).alone:
+            spill = None if opts.max_memory is None else opts.max_memory // 16
+            walk_on = walker(net, samples, journal.dir, spill, None, opts.cache)
 
             def walk(needs: dict[str, set[str]], look: Visit) -> None:
                 walk_on(needs, look, "dense", lambda d, n: tick("edit", d, n), 0)
 
-            if p.takes == "network":
+            if p.wiring is not None:
+                rewire.check_groups(net, p)
+                went = rewire.written(net, p, rewire.Given(samples, journal.dir, spill, walk, lambda d, n: tick("edit", d, n)), out)
+            elif p.takes == "network":
                 went = resize.written(net, p, walk, out)
             else:
                 share = opts.keep if p.keep is None else p.keep

@@ -16,10 +16,11 @@ from typing import Any
 
 from trimtab.core.types import BadInput
 
-AXES = ("stat", "unit", "score", "budget", "rewrite", "grid", "gate", "edit", "repair", "input", "format")
+AXES = ("stat", "wiring", "unit", "score", "budget", "rewrite", "grid", "gate", "edit", "repair", "input", "format")
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
+    "wiring": {"mlps", "apart"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
     "budget": {"scores", "target", "options", "trial", "spectra"},
@@ -73,6 +74,8 @@ KNOBS = {
     "config": "config.json whose sizes a network is to have, or a directory with one",
     "layers": "blocks of a network", "width": "channels of the residual stream", "neurons": "hidden neurons of an MLP",
     "experts": "hidden neurons of an expert", "shared": "hidden neurons of the shared expert",
+    "length": "members of a run at most, 0 for all",
+    "dependency": "how much what follows may depend on what it is fused with, a cosine distance, 0 for however much",
     "heads": "query heads of an attention", "kv_heads": "key and value heads of an attention",
 }
 # Declared beside a method, and nothing of what it computes.
@@ -173,6 +176,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # moved: of (value, z [in], the inputs' mean) what it is where z was taken off every input; None where that cannot be told.
     "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
              "into": None, "some": lambda value, inputs: value[inputs]},
+    # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between; looks: of the knobs
+    # whether that is told by calibration samples, beside the statistics it names.
+    "wiring": {"of": "", "looks": None},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;
     # ends: where it is a part of the network that goes with all its weights, the roles of the sites whose inputs say so; takes: all of a

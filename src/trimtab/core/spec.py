@@ -3,6 +3,7 @@
     row | wanda | owl(outlier=5) | mask | admm | bitmask        one pass, spelled out
     mlp: nm(n=2,m=4) | wanda ; attn: sparsegpt(keep=0.7)         two passes, each with its scope
     knapsack(mean=3.2) | int(bits=2/3/4,group=64) | gptq         one of three grids for every site, as the budget chooses
+    attn: sublayer | influence ; fusion                          what takes parts away, then what rewires the rest: a step by itself
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from trimtab.core.registry import AXES, Method, get, load_all, near
 from trimtab.core.types import BadInput, Claim, Site
 
 # The order in which a pipeline is written.
-LINE = ("unit", "score", "budget", "rewrite", "grid", "gate", "edit", "repair", "input", "format")
+LINE = ("wiring", "unit", "score", "budget", "rewrite", "grid", "gate", "edit", "repair", "input", "format")
 DEFAULTS = {"unit": "unit/row", "budget": "budget/uniform", "edit": "edit/mask"}
 PASS_KNOBS = ("keep", "order")  # belong to the whole pass, wherever they are written
 ORDERS = ("sequential", "dense")
@@ -65,13 +66,15 @@ class Pass:
         """Whether the share kept is the user's to choose."""
         if "unit" in self.steps:
             return bool(self.steps["unit"].method.facts["free"]) and self.takes != "network" and not self.owns
+        if self.wiring is not None:
+            return False
         edit = self.steps["edit"]
         return self.gates or (bool(edit.method.facts["factors"]) and not any(edit.bound.get(k) for k in ("rank", "energy")))
 
     @property
     def gates(self) -> bool:
         """Whether it decides which inputs of a token are computed, and leaves the weights."""
-        return bool(self.steps["edit"].method.facts["gates"])
+        return "edit" in self.steps and bool(self.steps["edit"].method.facts["gates"])
 
     @property
     def folds(self) -> bool:
@@ -168,6 +171,11 @@ class Pass:
         return self.chooses and self.budget.method.facts["chooses"] == "trials"
 
     @property
+    def looks(self) -> bool:
+        """Whether what is rewired is tried on the network."""
+        return self.wiring is not None and (looks := self.wiring.method.facts["looks"]) is not None and bool(looks(self.wiring.bound))
+
+    @property
     def budget(self) -> Step:
         """The budget, also where the unit decides it (one threshold for the model is the global budget)."""
         return self.steps.get("budget", Step("budget/global" if "unit" in self.steps else "budget/uniform"))
@@ -182,8 +190,23 @@ class Pass:
         """Whether it takes all of a sublayer or of a layer, or parts of all of them: what the unit says, or ""."""
         return str(self.steps["unit"].method.facts["takes"]) if self.ends else ""
 
+    @property
+    def wiring(self) -> Step | None:
+        """What it does to the network as a whole, where that is no matter of sites: then it has no other step."""
+        return self.steps.get("wiring")
+
+    @property
+    def shapes(self) -> bool:
+        """Whether it changes the shape of the network."""
+        return bool(self.ends) or self.wiring is not None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is of every layer at once, with no site's inputs masked for it."""
+        return self.takes in ("channel", "network") or self.wiring is not None
+
     def covers(self, site: Site) -> bool:
-        return self.spans(site) and (not self.ends or site.role in self.ends)
+        return self.wiring is None and self.spans(site) and (not self.ends or site.role in self.ends)
 
     def spans(self, site: Site) -> bool:
         """Whether its scope names the site."""
@@ -223,8 +246,8 @@ class Recipe:
 
     @property
     def structure(self) -> tuple[Pass, ...]:
-        """Its first passes, which take parts of the network away."""
-        return tuple(p for p in self.passes if p.ends)
+        """Its first passes, which take parts of the network away or rewire it."""
+        return tuple(p for p in self.passes if p.shapes)
 
     @property
     def options(self) -> list[Recipe]:
@@ -238,7 +261,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it sees calibration samples."""
-        return bool(self.needs) or any(p.trainer or p.measures or p.tries for p in self.passes)
+        return bool(self.needs) or any(p.trainer or p.measures or p.tries or p.looks for p in self.passes)
 
     @property
     def methods(self) -> dict[str, str]:
@@ -363,9 +386,10 @@ def parse(text: str) -> Recipe:
             passes += [replace(p, scope=scope) if scope else p for p in new]
         else:
             passes.append(_pipeline(tokens, scope))
-    first = next((i for i, p in enumerate(passes) if not p.ends), len(passes))
-    if late := [p for p in passes[first:] if p.ends]:
-        raise BadInput(f"{late[0].steps['unit'].method.name} changes the shape of the network; put it in front of {passes[first]}")
+    first = next((i for i, p in enumerate(passes) if not p.shapes), len(passes))
+    if late := [p for p in passes[first:] if p.shapes]:
+        name = next(iter(late[0].steps.values())).method.name
+        raise BadInput(f"{name} changes the shape of the network; put it in front of {passes[first]}")
     if found and len(parts) == 1:
         return replace(found, name=name, passes=tuple(passes), claims=())
     return Recipe(name, tuple(passes))
@@ -482,11 +506,15 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
         if len(open_) > 1:
             raise BadInput(f"{name!r} is ambiguous; write {' or '.join(m.key for m in open_)}")
         m = open_[0]
+        if m.axis == "wiring" and len(tokens) > 1:
+            raise BadInput(f"{name} rewires the network as a whole and is a pass by itself; write it so: {name} ; ...")
         for k, v in _pop_pass_knobs(knobs, m.knobs).items():
             if own.setdefault(k, v) != v:
                 raise BadInput(f"{k} is given twice in one pass")
         steps[_place(m)] = _step(m, knobs)
         decided |= dict.fromkeys((_place(m), *m.joint), name)
+    if "wiring" in steps:
+        return _checked(Pass(steps, scope, own.get("keep"), own.get("order", "sequential")))
     if "grid" in decided and "edit" not in decided:  # what rounds to it, unless something else is asked for
         steps["edit"] = Step("edit/rtn")
         decided |= dict.fromkeys(("edit", *get("edit/rtn").joint), "rtn")
@@ -510,6 +538,10 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
 
 
 def _checked(p: Pass) -> Pass:
+    if p.wiring is not None:
+        if p.keep is not None or p.order != "sequential":
+            raise BadInput(f"{p.wiring} has neither keep nor order; leave them out")
+        return p
     edit = p.steps["edit"].method
     if "gate" in p.steps and not p.gates:
         raise BadInput(f"{p.steps['gate']} leaves the weights to other passes, and {edit.name} changes them; put it behind, in a pass of "
@@ -627,7 +659,8 @@ def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
             mine = {k: v for k, v in knobs.items() if k in s.method.knobs}
             used |= set(mine)
             steps[axis] = _step(s.method, {**dict(s.knobs), **mine})
-        out.append(_checked(replace(p, steps=steps, keep=whole.get("keep", p.keep), order=whole.get("order", p.order))))
+        own = {} if p.wiring is not None else whole
+        out.append(_checked(replace(p, steps=steps, keep=own.get("keep", p.keep), order=own.get("order", p.order))))
     if left := sorted((set(knobs) | {k for k, v in (("unit", unit), ("grid", grid)) if v is not None}) - used):
         known = sorted({k for p in row.passes for s in p.steps.values() for k in s.method.knobs}
                        | {k for p in row.passes for k in ("unit", "grid") if k in p.steps} | set(PASS_KNOBS))

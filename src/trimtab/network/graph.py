@@ -291,6 +291,19 @@ def param_to_files(family: Family, name: str, shape: tuple[int, ...], stored: It
     return []
 
 
+def files_of(family: Family, name: str, shape: tuple[int, ...], old: bool) -> list[Piece]:
+    """The stored tensors that parameter `name` of the model is written as; `old`: under the family's older names, experts one by one."""
+    for suffix, templates in family.split.items() if old else ():
+        if name.endswith("." + suffix):
+            step = shape[1] // len(templates)
+            return [Piece(name.removesuffix(suffix) + t.format(e=e), (step, shape[2]), e,
+                          None if len(templates) == 1 else (j * step, (j + 1) * step))
+                    for e in range(shape[0]) for j, t in enumerate(templates)]
+    for pattern, to in family.renames if old else ():
+        name = re.sub(pattern, to, name)
+    return [Piece(name, shape)]
+
+
 # ---- coupled dimensions -----------------------------------------------------------------------
 @dataclass(frozen=True)
 class Member:

@@ -783,12 +783,34 @@ def _kind(name: str, family: graph.Family) -> str:
 
 def whole_blocks(net: Network, config: Mapping[str, Any]) -> list[nn.Module]:
     """The blocks on the meta device that transformers builds for another config.json of the network, where no layer differs."""
+    with torch.device("meta"):
+        model = type(net.model)(_alike(config))
+    return list(model.base_model.get_submodule(net.family.blocks))
+
+
+def described(config: Mapping[str, Any], family: graph.Family) -> Any:
+    """The model on the meta device that a config.json describes, with the sublayers that it skips, too."""
+    cls = _model_class(dict(config), family)
+    said, own = _alike(config), graph.per_layer(config)
+    with torch.device("meta"):
+        model = cls.from_config(said) if cls.__name__.startswith("Auto") else cls(said)
+        _differ(model, family, said, {i: {k: v for k, v in its.items() if k != "skip"} for i, its in own.items()})
+    return model
+
+
+def _alike(config: Mapping[str, Any]) -> Any:
+    """What transformers makes of a config.json, but for what it says of single layers."""
     import transformers
 
     kind = type(transformers.AutoConfig.for_model(config["model_type"]))
-    with torch.device("meta"):
-        model = type(net.model)(kind.from_dict({k: v for k, v in config.items() if k != graph.PER_LAYER}))
-    return list(model.base_model.get_submodule(net.family.blocks))
+    return kind.from_dict({k: v for k, v in config.items() if k != graph.PER_LAYER})
+
+
+def _differ(model: Any, family: graph.Family, config: Any, own: Mapping[int, Mapping[str, Any]]) -> None:
+    """Put blocks of their own where more is said of single layers."""
+    blocks = model.base_model.get_submodule(family.blocks)
+    for i, its in own.items():
+        blocks[i] = _differing(family, blocks[i], layer_config(config, its), i)
 
 
 def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bool) -> tuple[Any, Any]:
@@ -798,8 +820,7 @@ def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bo
     before = torch.get_default_dtype()
     try:
         if graph.PER_LAYER in c.config:  # what differs by layer is built here: few classes of transformers read it
-            kind = type(transformers.AutoConfig.for_model(c.config["model_type"]))
-            config = kind.from_dict({k: v for k, v in c.config.items() if k != graph.PER_LAYER})
+            config = _alike(c.config)
         else:
             config = transformers.AutoConfig.from_pretrained(c.path, trust_remote_code=trust)
         for name in ("use_cache", "output_router_logits", "output_hidden_states", "output_attentions"):
@@ -809,9 +830,7 @@ def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bo
         torch.set_default_dtype(dtype)
         with torch.device("meta"), torch.no_grad():
             model = cls.from_config(config, trust_remote_code=trust) if cls.__name__.startswith("Auto") else cls(config)
-            blocks = model.base_model.get_submodule(family.blocks)
-            for i, own in graph.per_layer(c.config).items():
-                blocks[i] = _differing(family, blocks[i], layer_config(config, own), i)
+            _differ(model, family, config, graph.per_layer(c.config))
     except Exception as e:  # whatever transformers makes of it, the config is at fault
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BadInput(f"{c.path / 'config.json'} does not describe a model transformers can build: {why}") from None

@@ -149,20 +149,28 @@ def config_of(net: Network, cut: Cut) -> dict[str, Any]:
         own = {**before.get(i, {}), **sizes(net, i, cut)}
         skip = {*own.pop("skip", ()), *(graph.SKIPPED[g] for g in cut.skips.get(i, ()))}
         each.append(own | ({"skip": sorted(skip)} if skip else {}))
+    config |= of_layers(net, config, each, stay)
+    if cut.channels is not None:
+        config |= {graph.size_key(net.family, "head_dim"): graph.heads(net.config)[2], "hidden_size": int(cut.channels.sum())}
+    return config
+
+
+def of_layers(net: Network, config: Mapping[str, Any], each: list[dict[str, Any]], stay: tuple[int, ...]) -> dict[str, Any]:
+    """What config.json says of layers that are `each` so, of the blocks `stay` of the network: once what all share, what differs by
+    layer."""
+    new: dict[str, Any] = {}
     for k in sorted({k for own in each for k in own if k != "skip"}):
         common = Counter(own[k] for own in each if k in own).most_common(1)[0][0]
         if k in config or common != getattr(net.config, k, None):  # what a class says by itself need not be said
-            config[k] = common
+            new[k] = common
         for own in each:
             if own.get(k) == common:
                 del own[k]
     if differing := {str(j): own for j, own in enumerate(each) if own}:
-        config[graph.PER_LAYER] = differing
-    if cut.channels is not None:
-        config |= {graph.size_key(net.family, "head_dim"): graph.heads(net.config)[2], "hidden_size": int(cut.channels.sum())}
+        new[graph.PER_LAYER] = differing
     if len(stay) < net.n_blocks:
-        config |= _shorter(net, config, stay)
-    return config
+        new |= _shorter(net, {**config, **new}, stay)
+    return new
 
 
 def _shorter(net: Network, config: Mapping[str, Any], stay: tuple[int, ...]) -> dict[str, Any]:

@@ -222,3 +222,8 @@ recipe("subclone", "subclone | activation | mask", source="arXiv:2312.09299 (Sam
 recipe("select", "select | mask", source="arXiv:2311.18823 (Xu et al. 2023, weight selection)",
        note="`select(config=PATH)`, or sizes: `select(layers=4,width=128,neurons=384)`. A start for training, without calibration.")
 recipe("deeper_attention", "attn: sublayer | shallow | mask", source="arXiv:2407.15516")
+
+# ---- the network rewritten as a whole ---------------------------------------------------------------------------------
+recipe("ffn_fusion", "attn: sublayer | influence | mask ; fusion", source="arXiv:2503.18908 (Bercovich et al. 2025, FFN Fusion)",
+       note="`--keep` is the share of attention that stays; `ffn_fusion(length=2)`, `ffn_fusion(dependency=0.1)` fuse less. "
+            "There attention goes by another program, and distillation follows.")

@@ -1,0 +1,241 @@
+"""Passes that rewrite the network as a whole and leave an ordinary checkpoint.
+
+A method sees one group of tensors at a time. What its groups are, what it is told of each and what becomes of the network's files is a
+handler's to say: one for every kind of group, as a method's fact `of` names it.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.calibrate import Walk
+from trimtab.core.data import Batch
+from trimtab.core.memory import Store
+from trimtab.core.spec import Pass, Step
+from trimtab.core.types import BadInput, Site
+from trimtab.network import graph, surgery
+from trimtab.network.rewire import Source, Target, write
+from trimtab.network.stream import Network, silence
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a handler may look at: calibration samples, a folder for what it holds of them and above how many bytes it goes there, and
+    `walk`(needs, look), which takes `look`(i, module, statistics) over all blocks. `tick`(done, of) says how far it is."""
+
+    samples: list[Batch]
+    scratch: Path
+    spill: int | None
+    walk: Callable[..., None]
+    tick: Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Handler:
+    """`check`(net, step): BadInput where the family has no such groups, or its knobs mean nothing; `groups`(net, step): BadInput where
+    this network has none; `written`(net, step, given, out) writes the checkpoint and returns what was rewired."""
+
+    check: Callable[[Network, Step], None]
+    groups: Callable[[Network, Step], Any]
+    written: Callable[[Network, Step, Given, Path], dict[str, Any]]
+
+
+def handler(p: Pass) -> tuple[Step, Handler]:
+    assert p.wiring is not None
+    return p.wiring, HANDLERS[p.wiring.method.facts["of"]]
+
+
+def check(net: Network, p: Pass) -> None:
+    """BadInput where the network is none that can be rewired so, whatever passes before this one leave of it."""
+    step, mine = handler(p)
+    if p.scope:
+        raise BadInput(f"{step.method.name} rewires the network as a whole; leave the scope out")
+    mine.check(net, step)
+
+
+def check_groups(net: Network, p: Pass) -> None:
+    """BadInput where nothing of the network as it is now would be rewired."""
+    step, mine = handler(p)
+    mine.groups(net, step)
+
+
+def written(net: Network, p: Pass, given: Given, out: Path) -> dict[str, Any]:
+    """Write into `out` the checkpoint of the network rewired. Returns what was, for the plan."""
+    step, mine = handler(p)
+    return mine.written(net, step, given, out)
+
+
+# ---- runs of MLPs -----------------------------------------------------------------------------
+def check_run(net: Network, step: Step) -> None:
+    name, how = step.method.name, net.family.between(net.config)[0]
+    if how != "in" or len(net.family.norms) != 2:
+        beside = "attention beside" if how == "parallel" else "a norm behind"
+        raise BadInput(f"{name}: the MLPs of this {net.family.name} have {beside} them; it takes families with one norm, in front of MLPs")
+    if not graph.can_skip(net.family, net.config):
+        raise BadInput(f"{name}: a block of a {net.family.name} cannot do without its attention, and so no two MLPs stand side by side")
+    for knob, right in (("length", "2"), ("dependency", "0.1")):
+        if (value := step.bound[knob]) < 0 or (knob == "length" and value == 1):
+            raise BadInput(f"{name}: {knob}={value} leaves nothing to fuse; use 0 for any, or a value such as {right}")
+
+
+def ends_mlp(net: Network, i: int) -> Site | None:
+    """The site that the one plain MLP of block `i` ends in; None where it has experts or no MLP."""
+    downs = [s for s in net.sites_of(i) if s.role == "down"]
+    return downs[0] if len(downs) == 1 and downs[0].expert is None else None
+
+
+def runs(net: Network, step: Step) -> list[list[int]]:
+    """Blocks whose MLPs nothing stands between. BadInput where there are none."""
+    found: list[list[int]] = [[]]
+    for i in range(net.n_blocks):
+        if ends_mlp(net, i) is None:
+            found.append([])
+        elif found[-1] and not any(s.group == "attn" for s in net.sites_of(i)):
+            found[-1].append(i)
+        else:
+            found.append([i])
+    if not (found := [r for r in found if len(r) > 1]):
+        raise BadInput(f"{step.method.name}: attention stands between all MLPs of {net.checkpoint.path}; take some of it away in front: "
+                       f"attn: sublayer | influence ; {step.method.name}")
+    return found
+
+
+def mlp_of(net: Network, source: Source, i: int) -> dict[str, Tensor]:
+    """The maps of a block's MLP by role, their biases and its norm, in float32."""
+    module = source.block(i)
+    params = dict(module.named_parameters())
+    found: dict[str, Tensor] = {}
+    for s in (s for s in net.sites_of(i) if s.group == "mlp"):
+        found[s.role] = net.weight(module, s).float()
+        if (b := net.bias(module, s)) is not None:
+            found[f"{s.role}.bias"] = b.float()
+    norm = net.family.between(net.config)[1]
+    return found | {"norm" + n: params[f"{norm}.{k}"].detach().float() for n, k in (("", "weight"), (".bias", "bias"))
+                    if f"{norm}.{k}" in params}
+
+
+class Apart(Walk):
+    """The network block by block, and of a run of MLPs the same without one of them."""
+
+    @torch.no_grad()
+    def through(self, run: list[int], step: Callable[[], None]) -> Tensor:
+        """Through the blocks of a run, with the hidden states in front of it. How far what MLP i adds moves where MLP j before it is left
+        out [n, n], a cosine distance, the mean over tokens."""
+        assert self.store is not None
+        apart = torch.zeros(len(run), len(run), dtype=torch.float64)
+        others: list[Store] = []
+        for k, i in enumerate(run):
+            module = self.net.block(i)
+            bare = self.net.twin(module)
+            silence(self.net.family, bare, {"mlp"}, i)
+            without, tokens = self._new(self.store[0], len(run)), 0
+            for b, x in enumerate(self.store):
+                context = self.contexts[b]
+                own, rest = self.net.run(module, i, x, context), self.net.run(bare, i, x, context)
+                real = slice(None) if context.mask is None else context.mask
+                tokens += len((own - rest).flatten(0, 1)[real])
+                for j, other in enumerate(others):
+                    y = self.net.run(module, i, other[b], context)
+                    near = nn.functional.cosine_similarity((own - rest).double(), (y - other[b]).double(), dim=-1).flatten()
+                    apart[k, j] += (1 - near[real]).sum()
+                    other[b] = y
+                without.append(rest)
+                self.store[b] = own
+                step()
+            apart[k] /= max(1, tokens)
+            others.append(without)
+        for store in others:
+            store.close()
+        return apart.float()
+
+
+def dependencies(net: Network, found: list[list[int]], given: Given) -> dict[int, Tensor]:
+    """Of every run, by its first block, how much its MLPs depend on each other."""
+    walk = Apart(net, given.samples, given.scratch, given.spill)
+    done, total = 0, net.n_blocks * len(walk.batches)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        given.tick(done, total)
+
+    apart: dict[int, Tensor] = {}
+    inside = {i for r in found for i in r}
+    try:
+        walk.embed()
+        for i in range(found[-1][-1] + 1):
+            if i not in inside:
+                walk.forward(net.block(i), i, None, True, step)
+            elif run := next((r for r in found if r[0] == i), None):
+                apart[i] = walk.through(run, step)
+    finally:
+        walk.close()
+    return apart
+
+
+def fused(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
+    """Write the network with one MLP in place of several. Returns the blocks that became one."""
+    found, source = runs(net, step), Source(net)
+    apart = dependencies(net, found, given) if step.method.facts["looks"](step.bound) else {}
+
+    def made(run: list[int], apart: Tensor) -> list[tuple[int, dict[str, Tensor]]]:
+        mlps = [mlp_of(net, source, i) for i in run]
+        done: list[tuple[int, dict[str, Tensor]]] = step.method({"mlps": mlps, "apart": apart}, **step.bound)
+        return done
+
+    groups: dict[int, list[int]] = {i: [i] for i in range(net.n_blocks)}  # blocks that become one, by the first of them
+    for run in found:
+        begin = 0
+        for count, _ in made(run, apart.get(run[0], torch.zeros(len(run), len(run)))):
+            groups[run[begin]] = run[begin:begin + count]
+            for i in run[begin + 1:begin + count]:
+                del groups[i]
+            begin += count
+    stay = tuple(groups)
+    before, key = graph.per_layer(net.checkpoint.config), surgery.size_key(net, "neurons")
+    each = [{**before.get(i, {}), **surgery.sizes(net, i, surgery.Cut())} for i in stay]
+    for own, i in zip(each, stay, strict=True):
+        if len(groups[i]) > 1:
+            own[key] = sum(s.shape[1] for m in groups[i] if (s := ends_mlp(net, m)) is not None)
+    config = {k: v for k, v in net.checkpoint.config.items() if k != graph.PER_LAYER}
+    config |= surgery.of_layers(net, config, each, stay)
+    target, wide = Target(config), dict[int, dict[str, Tensor]]()
+    norm = net.family.between(net.config)[1]
+
+    def tensor(name: str) -> Tensor:
+        if (at := target.placed(name)) is None:
+            return source.around(name)
+        j, inner = at
+        i = stay[j]
+        sites = [s for s in target.sites_of(j) if s.group == "mlp" and inner in (s.param, graph.bias_of(s))]
+        if len(groups[i]) == 1 or not (sites or inner.startswith(f"{norm}.")):
+            return source.block(i).get_parameter(inner)
+        if i not in wide:
+            wide.clear()
+            wide[i] = made(groups[i], torch.zeros(len(groups[i]), len(groups[i])))[0][1]
+        if not sites:
+            return wide[i][inner.replace(norm, "norm").removesuffix(".weight")]
+        return assembled(target.shapes[name], sites, inner, wide[i])
+
+    write(net, config, tensor, out)
+    return {"fused": [its for its in groups.values() if len(its) > 1]}
+
+
+def assembled(shape: tuple[int, ...], sites: list[Site], name: str, maps: dict[str, Tensor]) -> Tensor:
+    """A parameter of this shape that holds sites, or their biases, from the maps by role."""
+    new = torch.zeros(shape)
+    for s in sites:
+        if name == s.param:
+            s.put(new, maps[s.role])
+        else:
+            at = s.row_index()
+            new[slice(None) if at is None else at] = maps[f"{s.role}.bias"]
+    return new
+
+
+HANDLERS = {"run": Handler(check_run, runs, fused)}
