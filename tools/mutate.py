@@ -74,6 +74,8 @@ TRIM = ("tests/line/test_trim.py", "-k", "two_passes or global_budget or parts_h
 RESUME = ("tests/line/test_trim.py", "-k", "killed_at_random and sparsegpt")
 PLAN = ("tests/line/test_plan.py",)
 ROTATION = ("tests/line/test_rotation.py",)
+CUTS = ("tests/line/test_structure.py",)
+SIZES = ("tests/line/test_subclone.py",)
 GATES = ("tests/test_laws.py", "tests/test_cases.py", "tests/line/test_gates.py", "tests/line/test_routers.py",
          "-k", "gate or router or sentence or step")
 COLUMNS = ("tests/runtime/test_gates.py", "tests/runtime/test_kernels.py", "-k", "gate or columns")
@@ -87,7 +89,8 @@ BUGS = [
     Bug("methods/stat/moments.py", "amax(0)", "amin(0)", "the smallest for the largest"),
     Bug("methods/stat/activations.py", "mean=True, done=torch.sqrt", "mean=True", "act_norm without the root"),
     Bug("methods/stat/activations.py", 'of="mid"', 'of="input"', "act_norm of the site's own input"),
-    Bug("methods/stat/activations.py", ".sum().reshape(1)", ".mean().reshape(1)", "mean of means: batch size counts"),
+    Bug("methods/stat/activations.py", ".sum().reshape(1)\n\n\n@method(\"stat\", of=\"block\"",
+        ".mean().reshape(1)\n\n\n@method(\"stat\", of=\"block\"", "mean of means: batch size counts"),
     Bug("methods/stat/gradients.py", "g.float().square()", "g.float().abs()", "grad_sq without the square"),
     Bug("methods/stat/gradients.py", 'of="grad", merge="stack"', 'of="grad", merge="sum"', "gradients summed, not kept"),
     Bug("core/calibrate.py", "self.sums[at] / self.counts[at], 1", "self.sums[at] / max(self.counts.values()), 1",
@@ -235,6 +238,32 @@ BUGS = [
     Bug("core/journal.py", "os.rename(self.out, old)", "shutil.rmtree(self.out)", "an earlier output is gone too soon",
         ("tests/line/test_journal.py",)),
     Bug("core/line.py", "here = sweep + 1", "here = sweep", "a resumed run sees blocks as they were", RESUME),
+    # --- smaller shapes
+    Bug("core/structure.py", "each = (each / (h // kv))", "each = each", "shared keys count for every query head", CUTS),
+    Bug("core/structure.py", "share = 1 - (1 - target) * spanned / mine", "share = target", "what is not taken is not made up for", CUTS),
+    Bug("core/structure.py", "int(share * count / step * (1 + 1e-9)) * step", "round(share * count / step + 0.5) * step",
+        "rounding keeps more than was asked", CUTS),
+    Bug("core/structure.py", "shares[s.name] - over.get(s.block, 0.0) / mine", "shares[s.name]", "neurons do not make up for heads", CUTS),
+    Bug("core/structure.py", "max(of_role)", "min(of_role)", "what fires goes where all layers are alike", CUTS),
+    Bug("core/structure.py", "if n >= share * count * (1 - 1e-9)", "if n >= share * count * (1 - 1e-9) - step",
+        "what fires goes to make a round number", CUTS),
+    Bug("core/structure.py", "shares |= {s.name: 0.0 for s in together[k]}", "shares |= {together[k][0].name: 0.0}",
+        "a layer loses its attention alone", CUTS),
+    Bug("core/structure.py", "for i, groups in empty.items() if groups >=", "for i, groups in empty.items() if groups <=",
+        "a block that has lost one of its sublayers goes whole", CUTS),
+    Bug("network/surgery.py", "self.rows |= {s.name: kept if s.role == \"q\" else groups for s",
+        "self.rows |= {s.name: kept for s", "keys go by the number of query heads", CUTS),
+    Bug("network/surgery.py", "if biased := [s for s in self.sites if graph.bias_of(s) == name]:", "if biased := []:",
+        "biases stay as long as they were", CUTS),
+    Bug("network/surgery.py", "for n in net.family.norms for k in", "for n in net.family.norms[:1] for k in",
+        "the second norm keeps its channels", CUTS),
+    Bug("network/surgery.py", "return torch.zeros(entries[file][1], dtype=entries[file][0])\n        if file not in where:",
+        "return torch.ones(entries[file][1], dtype=entries[file][0])\n        if file not in where:", "what is gone is no zero", CUTS),
+    Bug("network/surgery.py", "new[key] = [listed[i] for i in stay]", "new[key] = listed[:len(stay)]", "kinds of layers shift", CUTS),
+    Bug("methods/edit/fuse.py", "down = centre[:, begin:].T * size", "down = centre[:, begin:].T", "of neurons that are alike one counts"),
+    Bug("core/resize.py", "math.sqrt(have[kind] / to[kind])", "math.sqrt(to[kind] / have[kind])", "the factor upside down", SIZES),
+    Bug("core/resize.py", "not (step.method.facts[\"of\"] == \"input\" and s.input in seen)", "True",
+        "an input counts for every reader", SIZES),
     Bug("core/rotation.py", "found.turned[bias] = its.of", "pass", "the bias of v stays as it was", ROTATION),
     Bug("core/rotation.py", "turned[bias] = turn.of", "pass", "biases of what writes the stream stay as they were", ROTATION),
     Bug("core/rotation.py", "turn, weight(last).float() / plain", "turn, weight(last).float()",
