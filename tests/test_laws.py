@@ -286,7 +286,7 @@ def mlps() -> list[dict[str, Tensor]]:
 
 # What a rewiring is given, by name: a group of every kind.
 GROUPS: dict[str, Callable[[], Any]] = {
-    "mlps": mlps, "apart": lambda: torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0], [0.3, 0.2, 0.0]]),
+    "gram": lambda: stats("0.mlp.gate")["gram"], "mlps": mlps, "apart": lambda: torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0], [0.3, 0.2, 0.0]]),
 }
 
 
@@ -737,6 +737,18 @@ def law_wiring_run_adds_what_all_do(m: Method) -> None:
         assert sum(count for count, _ in found) == len(its)
         assert (len(found) > 1) == bool(knobs)
         close(torch.stack([added(mlp, x) for _, mlp in found]).sum(0), want, 1e-4)
+
+
+def law_wiring_axes_are_principal(m: Method) -> None:
+    """A basis, in which the largest of the second moment comes first and nothing correlates."""
+    if m.facts["of"] != "axes":
+        return
+    gram = env(m)["gram"]
+    q = call(m, env(m)).double()
+    close(q.T @ q, torch.eye(len(gram)), 1e-5)
+    turned = q.T @ gram.double() @ q
+    assert bool((turned.diagonal().diff() <= 1e-6 * turned.diagonal().max()).all())
+    close(turned, turned.diagonal().diag(), 1e-5 * float(turned.diagonal().max()))
 
 
 def law_unit_mask(m: Method) -> None:

@@ -96,7 +96,7 @@ SETTINGS = {
           for end in ("", " | mask | least_squares")), "neuron | random", "neuron(order=dense) | taylor", "minitron",
         "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse",
         "neuron | fuse(refit=true)", "amp", "transact", "inner | amp | mask | least_squares", "inner | transact | mask | least_squares",
-        "llm_drop", "sublayer | entropy", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude",
+        "llm_drop", "sublayer | entropy", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude", "slicegpt",
         "svd", "svdllm", "ranks | svdllm", "utilised", "cur"),
         f"{gone} % of the weights of the blocks gone, with neurons, heads, layers, channels or in factors") for gone in (10, 20, 30, 50)},
 }

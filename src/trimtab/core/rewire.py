@@ -23,6 +23,9 @@ from trimtab.network.rewire import Source, Target, write
 from trimtab.network.stream import Network, silence
 
 
+LEAST = 1e-3  # of the largest weight of a norm: what is smaller is not divided by
+
+
 @dataclass(frozen=True)
 class Given:
     """What a handler may look at: calibration samples, a folder for what it holds of them and above how many bytes it goes there, and
@@ -238,4 +241,59 @@ def assembled(shape: tuple[int, ...], sites: list[Site], name: str, maps: dict[s
     return new
 
 
-HANDLERS = {"run": Handler(check_run, runs, fused)}
+# ---- the basis of the residual stream ---------------------------------------------------------
+def check_axes(net: Network, step: Step) -> None:
+    if graph.stream(net.family) is None or net.kind != "lm":
+        fits = ", ".join(f.name for f in graph.FAMILIES.values() if graph.stream(f) is not None)
+        raise BadInput(f"{step.method.name}: more than root mean square norms and plain layers meets the residual stream of this "
+                       f"{net.family.name}; it takes language models of {fits}")
+
+
+def turned(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
+    """Write the network with its residual stream in another basis. Returns whether its head has a table of its own now."""
+    stream, source = graph.stream(net.family), Source(net)
+    assert stream is not None
+    width = int(net.config.hidden_size)
+    moment = torch.zeros(width, width, dtype=torch.float64)
+    readers = {(s.block, s.input): s.name for s in reversed(net.sites) if s.input in stream.norms}
+
+    def weight(module: nn.Module, at: str) -> Tensor:
+        return module.get_parameter(f"{stream.norms[at]}.weight").detach().double()
+
+    def look(i: int, module: Any, stats: Any) -> None:
+        for s in net.sites_of(i):
+            if readers.get((i, s.input)) == s.name:
+                g = weight(module, s.input)
+                g = torch.where(g.abs() < LEAST * g.abs().max(), torch.inf, g)  # what a norm leaves nothing of tells nothing
+                moment.add_(stats.of(s)["gram"].double() / g / g[:, None])
+
+    given.walk({name: set(step.method.needs) for name in readers.values()}, look)
+    q: Tensor = step.method({"gram": moment}, **step.bound).double()
+    last, head = f"{net.base}{stream.last}.weight", next(
+        f"{n}.weight" for n, m in net.model.named_modules() if m is net.model.get_output_embeddings())
+    config = {**net.checkpoint.config, "tie_word_embeddings": False}
+    target, norms = Target(config), {f"{n}.weight" for n in stream.norms.values()}
+
+    def tensor(name: str) -> Tensor:
+        if (at := target.placed(name)) is None:
+            if name == last:
+                return torch.ones(width)
+            table = source.around(net.table if name == head and net.tied_head else name)
+            return (table.double() * source.around(last).double() if name == head else table.double()) @ q if name in (head, net.table) \
+                else table
+        module, inner = source.block(at[0]), at[1]
+        p = module.get_parameter(inner)
+        if inner in norms:
+            return torch.ones(width)
+        for s in net.sites_of(at[0]):
+            if s.role in ("o", "down") and inner in (s.param, graph.bias_of(s)):
+                return q.T @ p.detach().double()
+            if s.input in stream.norms and inner == s.param:
+                return (p.detach().double() * weight(module, s.input)) @ q
+        return p
+
+    write(net, config, tensor, out)
+    return {"turned": width, **({"untied": True} if net.tied_head else {})}
+
+
+HANDLERS = {"run": Handler(check_run, runs, fused), "axes": Handler(check_axes, lambda net, step: None, turned)}

@@ -237,6 +237,11 @@ recipe("select", "select | mask", source="arXiv:2311.18823 (Xu et al. 2023, weig
 recipe("deeper_attention", "attn: sublayer | shallow | mask", source="arXiv:2407.15516")
 
 # ---- the network rewritten as a whole ---------------------------------------------------------------------------------
+recipe("slicegpt", "principal ; channel | activation", source="arXiv:2401.15024 (Ashkboos et al. 2024, SliceGPT)", claims=[
+    Claim("channels in the principal basis cost less than channels as they are, with 30 % gone", "slicegpt", "channel | wanda", "shapes-30%",
+          "figures not read"),
+],
+       note="One basis for all blocks, and so nothing is added to the network; without the fine-tuning that may follow there.")
 recipe("ffn_fusion", "attn: sublayer | influence | mask ; fusion", source="arXiv:2503.18908 (Bercovich et al. 2025, FFN Fusion)",
        note="`--keep` is the share of attention that stays; `ffn_fusion(length=2)`, `ffn_fusion(dependency=0.1)` fuse less. "
             "There attention goes by another program, and distillation follows.")
