@@ -1,6 +1,7 @@
 """The network rewritten as a whole: what is exact is, what is not is said, and what cannot be is refused in one line."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.line.test_families import stream
-from tests.line.test_structure import plain, trim
+from tests.line.test_families import plain, stream
+from tests.line.test_structure import trim
+from trimtab.core import rewire
+from trimtab.core.spec import parse
 from trimtab.network import graph
-from trimtab.network.stream import Network
+from trimtab.network.stream import Network, silence
 from trimtab.network.surgery import Cut, apply
 from trimtab.prove.proof import answer
+from trimtab.runtime.decoder import open_decoder
 
 
 @pytest.fixture(autouse=True)
@@ -81,62 +85,93 @@ def test_fusion_is_exact_where_no_mlp_depends_on_another(saved, name, tmp_path, 
     assert small.config_of(1).intermediate_size == 3 * 48 and small.config_of(0).intermediate_size == 48
 
 
-# ---- the basis of the residual stream ---------------------------------------------------------
-TURNED = ("llama", "llama_tied", "mistral", "qwen2", "qwen3")
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_how_much_one_mlp_depends_on_another(saved, name, tmp_path):
+    """By what each adds where an earlier one is zeros, computed at once for all tokens that are no padding."""
+    path = without(saved(name, **DEEP), tmp_path / "cut", 2, 3)
+    net, batch = Network.open(path), tiny.inputs(name)
+    step = parse("fusion(dependency=0.5)").passes[0].wiring
+    given = rewire.Given([batch], tmp_path, None, lambda *a: None, lambda d, n: None)
+    apart = rewire.dependencies(net, rewire.runs(net, step), given)
+    assert list(apart) == [1]
+
+    def adds(dropped: int) -> list[torch.Tensor]:
+        """What the MLPs of blocks 1, 2 and 3 add."""
+        found = []
+        with torch.no_grad():
+            hidden, context = net.embed(batch)
+            for i in range(4):
+                module, seen = net.block(i), []
+                with net.taps(module, i, {"sublayer"}, lambda kind, key, x, y, seen=seen: seen.append(y - x) if key == "mlp" else None):
+                    out = net.run(module, i, hidden, context)
+                bare = net.block(i)
+                silence(net.family, bare, {"mlp"}, i)
+                hidden = net.run(bare, i, hidden, context) if i == dropped else out
+                found += seen
+        return found[1:]
+
+    dense = adds(-1)
+    for j in range(3):
+        for i in range(j + 1, 3):
+            want = 1 - torch.nn.functional.cosine_similarity(dense[i].double(), adds(1 + j)[i].double(), dim=-1).mean()
+            assert float(apart[1][i, j]) == pytest.approx(float(want), abs=1e-6) and want > 1e-4
+    assert not apart[1].triu().any()
 
 
-@pytest.mark.parametrize("name", TURNED)
-def test_a_turned_stream_computes_the_same_everywhere(saved, name, tmp_path, ready, capsys):
-    path, batch = saved(name), tiny.inputs(name)
-    code, result, err = trim(capsys, path, "principal", tmp_path / "out", ready(name))
-    assert code == 0, err
-    want = stream(Network.open(path), batch)
-    torch.testing.assert_close(stream(Network.open(tmp_path / "out"), batch), want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=1e-5, rtol=1e-5)
-    assert result["structure"] == [{"turned": 32, **({"untied": True} if Network.open(path).tied_head else {})}]
-    held = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(bool((t == 1).all()) for n, t in held.items() if n.endswith(("layernorm.weight", "model.norm.weight")))
-
-
-def test_a_turned_stream_without_a_sublayer_and_in_bfloat16(saved, tmp_path, ready, capsys):
-    path = without(saved("llama", dtype=torch.bfloat16), tmp_path / "cut", 1)
-    batch = tiny.inputs("llama")
-    code, _, err = trim(capsys, path, "principal", tmp_path / "out", ready("llama"))
-    assert code == 0, err
+def test_fusion_runs_packed_and_in_the_decoder(saved, tmp_path, ready, capsys):
+    """Two of three made one: what is left of the third still lacks its attention."""
+    path = without(saved("llama", **DEEP), tmp_path / "cut", 2, 3)
+    batch = {"input_ids": tiny.inputs("llama")["input_ids"][:1]}
+    assert trim(capsys, path, "fusion(length=2)", tmp_path / "out", ready("llama"))[0] == 0
     small = Network.open(tmp_path / "out")
-    assert not [s for s in small.sites_of(1) if s.group == "attn"]
-    want = stream(Network.open(path), batch)
-    assert float((stream(small, batch) - want).abs().max()) <= 1e-2 * float(want.abs().max())
+    assert [small.config_of(i).intermediate_size for i in range(4)] == [48, 96, 48, 48]
+    assert [any(s.group == "attn" for s in small.sites_of(i)) for i in range(4)] == [True, True, False, True]
+    want = stream(small, batch)
+    assert float((want - stream(Network.open(path), batch)).abs().max()) > 1e-3
+    torch.testing.assert_close(open_decoder(tmp_path / "out", "float32").logits(batch["input_ids"][0]), want[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=1e-5, rtol=1e-5)
+    packed = tmp_path / "packed"
+    assert trim(capsys, path, "fusion(length=2)", packed, ready("llama"), "--pack")[0] == 0
+    torch.testing.assert_close(open_decoder(packed, "float32").logits(batch["input_ids"][0]), want[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stream(Network.open(packed), batch), want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_channels_that_carry_nothing_go_from_a_turned_stream(saved, name, tmp_path, ready, capsys):
-    """Of 32 channels the stream is in 24 directions, none of them a channel: with these alone it computes the same."""
-    path, gen = tmp_path / "flat", torch.Generator().manual_seed(3)
-    path.mkdir()
-    for f in saved(name).iterdir():
-        (path / f.name).write_bytes(f.read_bytes())
-    held = load_file(path / "model.safetensors")
-    project = torch.linalg.qr(torch.randn(32, 24, generator=gen))[0]
-    project = project @ project.T
-    for n, t in held.items():
-        if n.endswith("embed_tokens.weight"):
-            held[n] = t @ project
-        elif n.endswith(("o_proj.weight", "down_proj.weight")):
-            held[n] = project @ t
-    save_file(held, path / "model.safetensors", {"format": "pt"})
-    code, _, err = trim(capsys, path, "principal ; channel(keep=0.75,multiple=1) | activation", tmp_path / "out", ready(name))
-    assert code == 0, err
-    small, batch = Network.open(tmp_path / "out"), tiny.inputs(name)
-    assert small.config.hidden_size == 24
-    torch.testing.assert_close(plain(tmp_path / "out", batch), plain(path, batch), atol=1e-4, rtol=1e-4)
+def test_fusion_goes_on_where_it_was_stopped(saved, tmp_path, ready, capsys, monkeypatch):
+    """Stopped while it writes, and behind it: the same bytes in the end."""
+    path, recipe = saved("llama", **DEEP), "ffn_fusion(keep=0.6,dependency=0.5) ; nm(n=2,m=4) | wanda"
+    assert trim(capsys, path, recipe, tmp_path / "whole", ready("llama"))[0] == 0
+    real, calls = rewire.write, []
+
+    def dies(*a):
+        calls.append(a)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        real(*a)
+
+    monkeypatch.setattr(rewire, "write", dies)
+    assert [trim(capsys, path, recipe, tmp_path / "part", ready("llama"), "--resume")[0] for _ in range(2)] == [1, 0]
+    for f in ("model.safetensors", "config.json", "trimtab.safetensors"):
+        assert (tmp_path / "whole" / f).read_bytes() == (tmp_path / "part" / f).read_bytes(), f
+    said = [json.loads((tmp_path / d / "trimtab.json").read_text()) for d in ("whole", "part")]
+    assert said[0]["structure"] == said[1]["structure"] and "fused" in said[0]["structure"][1]
 
 
-def test_slicegpt_loses_less_than_channels_as_they_are(tiny_lm, calib, tmp_path, capsys):
-    found = {}
-    for recipe in ("slicegpt", "channel | activation"):
-        code, result, err = trim(capsys, tiny_lm, recipe, tmp_path / "out", calib, "--keep", "0.7", "--force")
-        assert code == 0, err
-        found[recipe] = result["after"]["perplexity"]
-        before = result["before"]["perplexity"]
-    assert abs(found["slicegpt"] - before) < abs(found["channel | activation"] - before)
+BAD = [
+    ("llama", "fusion", "attention stands between all MLPs"), ("llama", "mlp: fusion", "leave the scope out"),
+    ("llama", "fusion | wanda", "is a pass by itself"), ("llama", "wanda ; fusion", "put it in front of"),
+    ("llama", "fusion(keep=0.5)", "has neither keep nor order"), ("llama", "fusion(length=1)", "leaves nothing to fuse"),
+    ("llama", "fusion(dependency=-0.1)", "leaves nothing to fuse"), ("llama", "attn: sublayer(keep=0.9) | influence ; fusion(length=-2)",
+                                                                    "leaves nothing to fuse"),
+    ("gemma2", "attn: sublayer | influence ; fusion", "a norm behind"), ("opt_post", "fusion", "a norm behind"),
+    ("bert", "fusion", "a norm behind"), ("gpt_neox", "fusion", "attention beside"), ("gpt2", "fusion", "cannot do without its attention"),
+    ("opt", "fusion", "cannot do without its attention"), ("mixtral", "fusion", "attention stands between"),
+]
+
+
+@pytest.mark.parametrize("name, recipe, line", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(saved, name, recipe, line, tmp_path, ready, capsys):
+    path = saved(name)
+    capsys.readouterr()
+    code, _, err = trim(capsys, path, recipe, tmp_path / "out", ready(name))
+    assert code == 2 and line in err and len(err.strip().splitlines()) == 1, err
+    assert [f.name for f in tmp_path.iterdir()] == ["in.safetensors"]
