@@ -286,7 +286,8 @@ def mlps() -> list[dict[str, Tensor]]:
 
 # What a rewiring is given, by name: a group of every kind.
 GROUPS: dict[str, Callable[[], Any]] = {
-    "gram": lambda: stats("0.mlp.gate")["gram"], "mlps": mlps, "apart": lambda: torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0], [0.3, 0.2, 0.0]]),
+    "mlps": mlps, "apart": lambda: torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0], [0.3, 0.2, 0.0]]),
+    "gram": lambda: stats("0.mlp.gate")["gram"], "writes": lambda: heavy(330, 20, 12),
 }
 
 
@@ -749,6 +750,16 @@ def law_wiring_axes_are_principal(m: Method) -> None:
     turned = q.T @ gram.double() @ q
     assert bool((turned.diagonal().diff() <= 1e-6 * turned.diagonal().max()).all())
     close(turned, turned.diagonal().diag(), 1e-5 * float(turned.diagonal().max()))
+
+
+def law_wiring_stream_is_all_but_its_mean(m: Method) -> None:
+    """What norms that take the mean off see stays, and there is none."""
+    if m.facts["of"] != "stream":
+        return
+    w = GROUPS["writes"]()
+    new = call(m, env(m))
+    close(new - new.mean(0), w - w.mean(0), 1e-5)
+    assert float(new.sum(0).abs().max()) < 1e-4
 
 
 def law_unit_mask(m: Method) -> None:

@@ -14,4 +14,6 @@ CASES = {
     # Columns of what reads the norm take its weight: [1 * 2, 2 * 3] and [4 * 1, 5 * 10].
     "wiring/fusion": Case({"mlps": [ONE, TWO], "apart": torch.zeros(2, 2)}, {
         "norm": [1, 1], "up": [[2, 6], [4, 50]], "down": [[1, 6], [0, 7]]}),
+    # Channels first: means 2 and 5.
+    "wiring/rms": Case({"writes": torch.tensor([[1.0, 3.0], [3.0, 7.0]])}, [[-1, -2], [1, 2]]),
 }

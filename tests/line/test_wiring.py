@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
@@ -164,6 +165,8 @@ BAD = [
                                                                     "leaves nothing to fuse"),
     ("gemma2", "attn: sublayer | influence ; fusion", "a norm behind"), ("opt_post", "fusion", "a norm behind"),
     ("bert", "fusion", "a norm behind"), ("gpt_neox", "fusion", "attention beside"), ("gpt2", "fusion", "cannot do without its attention"),
+    *((name, "rms", "take no mean off the residual stream") for name in ("llama", "gemma2", "mixtral", "bert", "opt_post")),
+    ("gpt2", "rms ; rms", "as it is; leave it out"), ("opt", "attn: rms", "leave the scope out"),
     ("opt", "fusion", "cannot do without its attention"), ("mixtral", "fusion", "attention stands between"),
 ]
 
@@ -175,3 +178,67 @@ def test_bad_input_is_one_line_and_writes_nothing(saved, name, recipe, line, tmp
     code, _, err = trim(capsys, path, recipe, tmp_path / "out", ready(name))
     assert code == 2 and line in err and len(err.strip().splitlines()) == 1, err
     assert [f.name for f in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+# ---- norms without a mean ---------------------------------------------------------------------
+CENTRED = ("opt", "opt_plain", "gpt2", "gpt_neox", "gpt_neox_serial", "vit", "vit_base")
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_norms_take_no_mean_off_and_nothing_changes(saved, name, tmp_path, ready, capsys, monkeypatch):
+    """In our runtime, in plain transformers, and packed; a head that shared the table of embeddings has one of its own."""
+    name, how = ("opt", {"word_embed_proj_dim": 32}) if name == "opt_plain" else (name, {})
+    path, batch = saved(name, **how), tiny.inputs(name)
+    code, result, _ = trim(capsys, path, "rms", tmp_path / "out", ready(name))
+    assert code == 0 and result["structure"][0]["norms"] == "rms"
+    net, want = Network.open(tmp_path / "out"), plain(path, batch)
+    tied = Network.open(path).tied_head
+    assert not (net.tied_head and name == "gpt2") and ("untied" in result["structure"][0]) == (tied and (name == "gpt2" or bool(how)))
+    torch.testing.assert_close(stream(net, batch), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", None)  # none is left in the blocks, and none behind
+    torch.testing.assert_close(stream(net, batch), want, atol=1e-5, rtol=1e-5)
+    monkeypatch.undo()
+    model, said = getattr(transformers, tiny.MODELS[name][0]).from_pretrained(tmp_path / "out", dtype=torch.float32,
+                                                                              output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
+    with torch.no_grad():
+        out = model.eval()(**batch)
+    torch.testing.assert_close(out.logits if "logits" in out else out.last_hidden_state, want, atol=1e-5, rtol=1e-5)
+    hidden, context = net.embed(batch)
+    for i in range(net.n_blocks):
+        assert float(hidden.mean(-1).abs().max()) < 1e-5
+        hidden = net.run(net.block(i), i, hidden, context)
+    if name != "gpt2":
+        code, _, err = trim(capsys, path, "rms", tmp_path / "packed", ready(name), "--pack")
+        assert code == 0, err
+        torch.testing.assert_close(stream(Network.open(tmp_path / "packed"), batch), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "vit"])
+def test_what_comes_behind_leaves_no_mean(saved, name, tmp_path, ready, capsys):
+    """Neurons go as a whole, and what other passes may touch reads the stream."""
+    recipe = "rms ; mlp: neuron(keep=0.7) | wanda | uniform | mask | least_squares ; *.q,*.k,*.v,*.up: wanda"
+    assert trim(capsys, saved(name), recipe, tmp_path / "out", ready(name))[0] == 0
+    batch = tiny.inputs(name)
+    net = Network.open(tmp_path / "out")
+    held = {k: v for k, v in json.loads((tmp_path / "out" / "config.json").read_text()).items() if k != graph.OURS}
+    want = stream(net, batch)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(held))
+    torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=1e-4, rtol=1e-4)
+    path = saved(name)
+    capsys.readouterr()
+    for model, text in ((path, "rms ; wanda"), (tmp_path / "out", "wanda")):
+        (tmp_path / "out" / "config.json").write_text(json.dumps({**held, graph.OURS: {"norms": "rms"}}))
+        code, _, err = trim(capsys, model, text, tmp_path / "again", ready(name))
+        assert code == 2 and "would leave a mean" in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("ours", ["rms", {"norms": "layer"}, ["norms"]])
+def test_what_config_says_to_us_is_checked(saved, ours, tmp_path, ready, capsys):
+    path = tiny.save("opt", tmp_path / "opt")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, graph.OURS: ours}))
+    capsys.readouterr()
+    code, _, err = trim(capsys, path, "wanda", tmp_path / "out", ready("opt"))
+    assert code == 2 and "update trimtab" in err and len(err.strip().splitlines()) == 1, err

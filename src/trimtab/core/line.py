@@ -627,6 +627,7 @@ def check_parts(net: Network, recipe: Recipe, opts: Options) -> list[Recipe]:
     parts = [*(replace(recipe, passes=tuple(g)) for g in groups), *parts]
     for part in parts:
         check_recipe(net, part, sweeps(part, net.sites), opts, opts.samples)
+    rewire.check_later(net, recipe)
     if recipe.passes and recipe.passes[0].wiring is not None:  # of any other one it hangs on what those before it leave
         rewire.check_groups(net, recipe.passes[0])
     return parts

@@ -123,7 +123,7 @@ def has_codes(recipe: Recipe) -> bool:
 
 def rounds(p: Pass) -> bool:
     """Whether a pass leaves codes or books, which no later pass could keep."""
-    return any(p.steps["edit"].method.facts[k] for k in ("codes", "books"))
+    return "edit" in p.steps and any(p.steps["edit"].method.facts[k] for k in ("codes", "books"))
 
 
 def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: float) -> None:

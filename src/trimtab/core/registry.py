@@ -20,7 +20,7 @@ AXES = ("stat", "wiring", "unit", "score", "budget", "rewrite", "grid", "gate", 
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
-    "wiring": {"mlps", "apart"},
+    "wiring": {"mlps", "apart", "writes"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
     "budget": {"scores", "target", "options", "trial", "spectra"},
@@ -176,8 +176,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # moved: of (value, z [in], the inputs' mean) what it is where z was taken off every input; None where that cannot be told.
     "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
              "into": None, "some": lambda value, inputs: value[inputs]},
-    # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between, the "axes" of the
-    # residual stream; looks: of the knobs whether that is told by calibration samples, beside the statistics it names.
+    # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between, a
+    # tensor that writes the residual "stream", the "axes" of that; looks: of the knobs whether that is told by calibration samples,
+    # beside the statistics it names.
     "wiring": {"of": "", "looks": None},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
 from trimtab.core.memory import Store
-from trimtab.core.spec import Pass, Step
+from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Site
 from trimtab.network import graph, surgery
 from trimtab.network.rewire import Source, Target, write
 from trimtab.network.stream import Network, silence
-
 
 LEAST = 1e-3  # of the largest weight of a norm: what is smaller is not divided by
 
@@ -296,4 +295,61 @@ def turned(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
     return {"turned": width, **({"untied": True} if net.tied_head else {})}
 
 
-HANDLERS = {"run": Handler(check_run, runs, fused), "axes": Handler(check_axes, lambda net, step: None, turned)}
+# ---- the residual stream ----------------------------------------------------------------------
+def check_stream(net: Network, step: Step) -> None:
+    name = step.method.name
+    if not graph.centred(net.family, net.config, net.model.base_model):
+        fits = ", ".join(f.name for f in graph.FAMILIES.values() if f.writes)
+        raise BadInput(f"{name}: norms of this {net.family.name} take no mean off the residual stream, or lie behind a sublayer; it takes "
+                       f"those with one in front of each, of {fits}")
+
+
+def stream_of(net: Network, step: Step) -> None:
+    """There is one in every network."""
+
+
+def centred(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
+    """Write the network with whatever adds to the residual stream changed. Returns what became of its norms, and whether its head has a
+    table of its own now."""
+    check_stream(net, step)
+    around, source = graph.centred(net.family, net.config, net.model.base_model), Source(net)
+    config = dict(net.checkpoint.config)
+    config[graph.OURS] = {**graph.ours(config), "norms": "rms"}
+    if untied := net.tied_head and net.table.removeprefix(net.base) in around:
+        config["tie_word_embeddings"] = False  # the head reads a table that is not changed
+    target = Target(config)
+
+    def less(w: Tensor, dim: int = 0) -> Tensor:
+        new: Tensor = step.method({"writes": w.float().movedim(dim, 0)}, **step.bound)
+        return new.movedim(0, dim)
+
+    def tensor(name: str) -> Tensor:
+        if (at := target.placed(name)) is None:
+            own, dim = source.around(name), around.get(name.removeprefix(net.base)) if name.startswith(net.base) else None
+            return own if dim is None else less(own, dim)
+        j, inner = at
+        p = source.block(j).get_parameter(inner)
+        for s in net.sites_of(j):
+            if s.role in ("o", "down") and inner in (s.param, graph.bias_of(s)):
+                return less(p, 1 if s.transposed and inner == s.param else 0)
+        return p
+
+    write(net, config, tensor, out)
+    return {"norms": "rms", **({"untied": True} if untied else {})}
+
+
+def check_later(net: Network, recipe: Recipe) -> None:
+    """BadInput where a pass would leave what is added to a residual stream without a mean with one, which norms no longer take off."""
+    free = bool(graph.ours(net.checkpoint.config).get("norms"))
+    for p in recipe.passes:
+        if p.wiring is not None and p.wiring.method.facts["of"] == "stream":
+            if free:
+                raise BadInput(f"{p.wiring.method.name}: the norms take no mean off as it is; leave it out")
+            free = True
+        if free and not (p.shapes or p.gates) and (bad := [s.name for s in net.sites if s.role in ("o", "down") and p.covers(s)]):
+            raise BadInput(f"{bad[0]}: {p} would leave a mean in what it adds to the residual stream, whose norms take none off; scope it "
+                           f"to {','.join(f'*.{r}' for r in dict.fromkeys(s.role for s in net.sites) if r not in ('o', 'down'))}")
+
+
+HANDLERS = {"run": Handler(check_run, runs, fused), "stream": Handler(check_stream, stream_of, centred),
+            "axes": Handler(check_axes, lambda net, step: None, turned)}

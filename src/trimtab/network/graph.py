@@ -53,6 +53,8 @@ class Family:
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # expert parameter -> its files, stacked in this order
     decoded: Decoded | None = None              # None: the native decoder does not run it
     sizes: Mapping[str, str] = field(default_factory=dict)  # where config.json says a size under a name of its own: see SIZES
+    last: str = "norm"                          # the norm behind the blocks
+    writes: Mapping[str, int] = field(default_factory=dict)  # where norms take a mean off: see `centred`
     free_heads: bool = True                     # config.json may say how wide a head is, so that there can be fewer of them
 
 
@@ -121,16 +123,17 @@ FAMILIES = {f.name: f for f in (
     _llama_like("qwen3_moe", mlp={"": GATED, "experts": EXPERTS}, split=QWEN_SPLIT, routers=("mlp.gate",)),
     Family("opt", attn={**QKVO, "o": "self_attn.out_proj"}, mlp={"": {"up": "fc1", "down": "fc2"}},
            norms=("self_attn_layer_norm", "final_layer_norm"), blocks="decoder.layers", sizes={"neurons": "ffn_dim"}, free_heads=False,
-           front=("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
+           front=("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"), last="decoder.final_layer_norm",
+           writes={"decoder.embed_tokens.weight": 1, "decoder.embed_positions.weight": 1, "decoder.project_in.weight": 0},
            between=lambda c: ("in", "final_layer_norm") if c.do_layer_norm_before else ("out", "self_attn_layer_norm")),
     Family("gpt2", attn={**dict.fromkeys("qkv", "attn.c_attn"), "o": "attn.c_proj"},
            mlp={"": {"up": "mlp.c_fc", "down": "mlp.c_proj"}}, norms=("ln_1", "ln_2"), between=_before("ln_2"), blocks="h",
-           front=("wte", "wpe"), transposed=True, free_heads=False,
+           front=("wte", "wpe"), transposed=True, free_heads=False, last="ln_f", writes={"wte.weight": 1, "wpe.weight": 1},
            sizes={"neurons": "n_inner", "layers": "n_layer", "heads": "n_head", "width": "n_embd"}),
     Family("gpt_neox", attn={**dict.fromkeys("qkv", "attention.query_key_value"), "o": "attention.dense"},
            mlp={"": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}}, norms=TWO_NORMS, by_head=True, free_heads=False,
            between=lambda c: ("parallel", "attention") if c.use_parallel_residual else ("in", TWO_NORMS[1]),
-           front=("embed_in",), renames=((r"^lm_head\.", "embed_out."),)),
+           front=("embed_in",), renames=((r"^lm_head\.", "embed_out."),), last="final_layer_norm", writes={"embed_in.weight": 1}),
     Family("bert", attn={"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
                          "o": "attention.output.dense"},
            mlp={"": {"up": "intermediate.dense", "down": "output.dense"}},
@@ -139,7 +142,9 @@ FAMILIES = {f.name: f for f in (
            renames=((r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta"))),
     Family("vit", attn={r: f"attention.{r}_proj" for r in "qkvo"}, mlp={"": {"up": "mlp.fc1", "down": "mlp.fc2"}},
            norms=("layernorm_before", "layernorm_after"), between=_before("layernorm_after"), front=("embeddings",),
-           auto="AutoModel", free_heads=False,
+           auto="AutoModel", free_heads=False, last="layernorm",
+           writes={"embeddings.patch_embeddings.projection.weight": 0, "embeddings.patch_embeddings.projection.bias": 0,
+                   "embeddings.cls_token": 2, "embeddings.position_embeddings": 2, "embeddings.mask_token": 2},
            renames=((r"(^|\.)layers\.", r"\1encoder.layer."), (r"attention\.q_proj", "attention.attention.query"),
                     (r"attention\.k_proj", "attention.attention.key"), (r"attention\.v_proj", "attention.attention.value"),
                     (r"attention\.o_proj", "attention.output.dense"), (r"mlp\.fc1", "intermediate.dense"),
@@ -173,6 +178,22 @@ def per_layer(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     except (TypeError, ValueError, AttributeError):
         raise BadInput(f"config.json: {PER_LAYER} is no mapping of layers to what is another there; save the model again") from None
     return found
+
+
+OURS = "trimtab"  # of config.json: what our runtime computes otherwise, and others leave as it is
+
+
+def ours(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says to our runtime alone. `norms`: "rms", where the residual stream has no mean to take off."""
+    found = config.get(OURS) or {}
+    if not isinstance(found, Mapping) or found.get("norms", "rms") != "rms":
+        raise BadInput(f"config.json: {OURS} says nothing that this trimtab knows; update trimtab, or remove it to run what others run")
+    return dict(found)
+
+
+def beyond(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says more than transformers reads."""
+    return bool(per_layer(config) or ours(config))
 
 
 def size_key(family: Family, what: str) -> str:
@@ -416,7 +437,17 @@ class Stream:
 
 def stream(family: Family) -> Stream | None:
     """None for a family in which something else meets the stream: norms that take the mean off, or lie behind a sublayer, routers."""
-    return Stream({"attn.in": family.norms[0], "mlp.in": family.norms[1]}) if family.decoded else None
+    return Stream({"attn.in": family.norms[0], "mlp.in": family.norms[1]}, family.last) if family.decoded else None
+
+
+def centred(family: Family, config: Any, base: nn.Module) -> dict[str, int]:
+    """The parameters outside the blocks that write the residual stream, by name in the base model, and their dimension that has its
+    channels: of a family in which nothing but norms that take its mean off reads it. Empty for all others."""
+    params, modules = dict(base.named_parameters()), dict(base.named_modules())
+    if family.between(config)[0] == "out" or type(modules.get(family.last)) is not nn.LayerNorm:
+        return {}
+    width = int(config.hidden_size)  # a table of other channels is not what writes it
+    return {n: dim for n, dim in family.writes.items() if n in params and params[n].shape[dim] == width}
 
 
 # ---- the native decoder -----------------------------------------------------------------------

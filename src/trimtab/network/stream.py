@@ -755,7 +755,7 @@ def load_module(path: Path, dtype: torch.dtype = torch.float32, trust_remote_cod
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if graph.per_layer(c.config):
+        if graph.beyond(c.config):
             return Network(c, dtype, trust_remote_code).whole()
         if c.quantized:  # decoded here: transformers would ask for the program that made it
             config, _ = _skeleton(c, graph.family_of(c.config, c.path / "config.json"), dtype, trust_remote_code)
@@ -831,6 +831,8 @@ def _skeleton(c: Checkpoint, family: graph.Family, dtype: torch.dtype, trust: bo
         with torch.device("meta"), torch.no_grad():
             model = cls.from_config(config, trust_remote_code=trust) if cls.__name__.startswith("Auto") else cls(config)
             _differ(model, family, config, graph.per_layer(c.config))
+            if graph.ours(c.config).get("norms"):
+                _as_rms(model, family)
     except Exception as e:  # whatever transformers makes of it, the config is at fault
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BadInput(f"{c.path / 'config.json'} does not describe a model transformers can build: {why}") from None
@@ -877,6 +879,23 @@ def _differing(family: graph.Family, block: nn.Module, config: Any, i: int) -> n
     made: nn.Module = kind(config, layer_idx=i) if "layer_idx" in inspect.signature(kind).parameters else kind(config)
     silence(family, made, getattr(config, "skip", ()), i)
     return made
+
+
+class _Rms(nn.LayerNorm):
+    """A norm of what has no mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return y if self.bias is None else y + self.bias
+
+
+def _as_rms(model: Any, family: graph.Family) -> None:
+    """Let the norms that read the residual stream take no mean off."""
+    base = model.base_model
+    for norm in [base.get_submodule(family.last), *(b.get_submodule(n) for b in base.get_submodule(family.blocks) for n in family.norms)]:
+        if type(norm) is not nn.LayerNorm:
+            raise BadInput(f"its norms take no mean off, and {graph.OURS} says that they need not; remove that")
+        norm.__class__ = _Rms
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def _load(net: Network, dtype: torch.dtype, trust: bool) -> torch.nn.Module:
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # heads a bare encoder has no use for are no news
     try:
-        if net.checkpoint.quantized or graph.per_layer(net.checkpoint.config):
+        if net.checkpoint.quantized or graph.beyond(net.checkpoint.config):
             return load_module(net.checkpoint.path, dtype, trust)
         auto = AutoModelForCausalLM if net.kind == "lm" else AutoModel
         return auto.from_pretrained(net.checkpoint.path, dtype=dtype, trust_remote_code=trust).eval()

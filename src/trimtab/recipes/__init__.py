@@ -245,3 +245,5 @@ recipe("slicegpt", "principal ; channel | activation", source="arXiv:2401.15024 
 recipe("ffn_fusion", "attn: sublayer | influence | mask ; fusion", source="arXiv:2503.18908 (Bercovich et al. 2025, FFN Fusion)",
        note="`--keep` is the share of attention that stays; `ffn_fusion(length=2)`, `ffn_fusion(dependency=0.1)` fuse less. "
             "There attention goes by another program, and distillation follows.")
+recipe("pre_rmsnorm", "rms", source="arXiv:2305.14858 (Jiang et al. 2023, Pre-RMSNorm)",
+       note="Exact; OPT, GPT-2, GPT-NeoX and ViT. In torch on a processor it saves no time.")
