@@ -33,6 +33,7 @@ from trimtab.methods import select
 from trimtab.methods.basis import Basis
 from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
+from trimtab.methods.edit.share import adapted
 from trimtab.methods.factors import Factors, losses_of_ranks, rank_of
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.gates import Gate
@@ -268,7 +269,8 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
     if "codes" in m.facts.get("keeps", ()):
         new = nearest(new.w, 3, 8).change(pattern) if "mask" in m.facts["keeps"] else nearest(w, 3, 8).change()
         new = replace(new, w=new.w.to(dtype))
-    return {"w": w, "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask, "grid": OnGrid(get("grid/int"), stats(name)),
+    return {"w": w, "other": -w.roll(1, 1), "s": w.float().abs(), "keep": keep, "unit": unit, "mask": mask,
+            "grid": OnGrid(get("grid/int"), stats(name)),
             "new": new, "rounded": Rounding(4).of, "heads": HEADS, "depth": torch.tensor(0.25),
             "feeders": {r: heavy(60 + k, SITES[name].shape[1], 20) for k, r in enumerate(("gate", "up"))}, "act": torch.nn.functional.silu,
             "gate": lambda w, keep: Gate(w.new_full((1,), 1 - keep, dtype=torch.float32)), **have, **given}
@@ -1585,6 +1587,21 @@ def law_edit_factors_beat_the_nearest(m: Method) -> None:
             for keep in SHARES:
                 w, at = weight(name), env(m, name, keep=keep)
                 assert error(w, call(m, at).w, at["gram"]) < 0.9 * error(w, get("edit/svd")(at).w, at["gram"]), (name, keep)
+
+
+def law_edit_shares_what_its_parts_say(m: Method) -> None:
+    """It is the other's weight with its own parts, to the last bit; the more of them the nearer to what it was, and at full rank that."""
+    for name in THREE if m.facts["shares"] else ():
+        at, off = env(m, name), []
+        new = call(m, at)
+        assert torch.equal(adapted(at["other"], new.parts), new.w)
+        for rank in (1, 3, min(SITES[name].shape)) if "rank" in m.knobs else ():
+            off.append(error(weight(name), call(m, at, rank=rank, scaled=False).w, at["gram"]))
+        assert off == sorted(off, reverse=True) and (not off or off[-1] < 1e-3 * off[0])
+        if "rank" in m.knobs:
+            assert call(m, at, rank=0, scaled=False).w is not at["w"] and torch.equal(call(m, at, rank=0, scaled=False).w, at["other"])
+            sizes = [float((w @ at["gram"] * w).sum()) for w in (call(m, at, rank=1).w, weight(name))]
+            assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
 
 
 def law_edit_codes_lie_on_any_grid(m: Method) -> None:

@@ -97,8 +97,9 @@ SETTINGS = {
         "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse",
         "neuron | fuse(refit=true)", "amp", "transact", "inner | amp | mask | least_squares", "inner | transact | mask | least_squares",
         "llm_drop", "sublayer | entropy", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude", "slicegpt",
-        "svd", "svdllm", "ranks | svdllm", "utilised", "cur"),
-        f"{gone} % of the weights of the blocks gone, with neurons, heads, layers, channels or in factors") for gone in (10, 20, 30, 50)},
+        "svd", "svdllm", "ranks | svdllm", "utilised", "cur", "tie", "tie(near=false)", "tie(tried=false)", "block_influence | tie",
+        "flexigpt", "flexigpt(scaled=false)", "flexigpt(tried=true)", "directshare"),
+        f"{gone} % of the blocks' weights gone, with neurons, heads, layers, channels, in factors or shared") for gone in (10, 20, 30, 50)},
 }
 
 
@@ -127,7 +128,8 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                         seed=seed, calib=calib, text=text, proof_tokens=proof_tokens if lm else None, speed=False, fresh=False,
                         cache=cache), _quiet)
                 gated = r.get("sparsity")
-                gone = r["removed"]["blocks"] if "removed" in r else round(1 - r["factored_share"], 6) if "factored_share" in r else None
+                gone = r["removed"]["blocks"] if "removed" in r else round(1 - r["factored_share"], 6) if "factored_share" in r else \
+                    r["shared"]["gone"] if "shared" in r else None
                 yield {
                     "model": name, "setting": setting, "recipe": text_of_recipe, "pipeline": recipe.text, "seed": seed,
                     "metric": r["metric"], "value": r["after"]["perplexity"] if r["metric"] == "perplexity" else r["score"],

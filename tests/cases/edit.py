@@ -122,4 +122,9 @@ CASES = {
     "edit/adaquant": Case(site([[0.496]], [[1.0]], grid=Whole(4, 1.0)), [[0.99]], {"iters": 2}, differs="edit/rtn"),
     # A step of 4 a row loses the ones; a step a column loses nothing.
     "edit/adadim": Case(site([[4.0, 1.0], [4.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], grid=Whole(2)), [[4, 1], [4, 1]], differs="edit/rtn"),
+    "edit/tie": Case({"other": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, [[1, 2], [3, 4]]),
+    "edit/direct": Case({"other": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, [[1, 2], [3, 4]]),
+    # Off by 4 and 3: one factor takes the 4, and the second output, which is left at 1 in place of 2, is made twice as large.
+    "edit/adapt": Case({"w": torch.diag(torch.tensor([5.0, 2.0])), "other": torch.diag(torch.tensor([1.0, -1.0])), "gram": torch.eye(2)},
+                       [[5, 0], [0, -2]], {"rank": 1}, differs="edit/tie", tol=1e-2),
 }

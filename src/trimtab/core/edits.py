@@ -84,6 +84,14 @@ class Gated:
         return found
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What a site becomes with the weights of another place, `w` [out, in], and the parts that say which place that is."""
+
+    w: Tensor
+    parts: dict[str, Tensor]
+
+
 def score_site(p: Pass, w: Tensor, stats: dict[str, Tensor]) -> Tensor:
     """Scores of one site [out, in], higher = keep. Joint edits without a score are judged by magnitude for budgets."""
     step = p.steps.get("score", Step("score/magnitude"))
@@ -202,18 +210,20 @@ def restricted(stats: dict[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
 
 
 def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares: Mapping[str, float],
-               stats: Collector | None, priors: Mapping[str, Tensor]) -> tuple[Iterator[tuple[Site, Change]], set[str]]:
+               stats: Collector | None, priors: Mapping[str, Tensor],
+               others: Callable[[Site], Shared | None] = lambda s: None) -> tuple[Iterator[tuple[Site, Change]], set[str]]:
     """Edit the sites of a block by the passes that own them, in place, one after the other.
 
-    `priors`: the parts that earlier passes left, by `<site>:<part>`. Returns the changes, each made as it is asked for and with w in the
-    type of the files, and the names of further parameters that a rewrite or a repair changed, all of them once every change is made.
+    `priors`: the parts that earlier passes left, by `<site>:<part>`; `others`: what a site takes of others'. Returns the changes, each made
+    as it is asked for and with w in the type of the files, and the names of further parameters that a rewrite or a repair changed, all of
+    them once every change is made.
     """
     def its(s: Site) -> dict[str, Tensor]:
         return stats.of(s) if stats else {}
 
     spared = {s.name: Spared.among(of_site(priors, s.name)) for s in net.sites_of(i)}
     settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", ":book", ":entries", ":columns"))}
-    refit, others = rewrite_block(net, module, i, owner, its, settled)
+    refit, changed = rewrite_block(net, module, i, owner, its, settled)
     bases = bases_of(net, module, i, owner, its, lambda s: spared[s.name])
 
     def changes() -> Iterator[tuple[Site, Change]]:
@@ -227,21 +237,26 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
                 known = {**known, "heads": torch.tensor(graph.heads(net.config_of(i))[:2])}
             elif p.ends:
                 known = {**known, **of_structure(net, module, p, s, its)}
+            shared = others(s) if p.ties else None
+            if shared is not None:
+                known = {**known, "other": shared.w}
             change = edit_site(p, s, net.weight(module, s).float(), shares.get(s.name, math.nan), known, prior,
                                spared[s.name], bases.get(s.name, PLAIN))
+            if shared is not None:
+                change = replace(change, parts={**shared.parts, **change.parts})
             if p.takes and change.mask is not None and not change.mask.any() and (b := net.bias(module, s)) is not None:
-                others.add(net.add_to_bias(module, s, -b))  # nothing is left of what its sublayer adds
+                changed.add(net.add_to_bias(module, s, -b))  # nothing is left of what its sublayer adds
             change = replace(change, w=change.w.to(net.stored_dtype(s)))  # what the file holds is what later blocks see
             net.set_weight(module, s, change.w)
             for f in (f for f in structure.feeders(net, s) if f.role in change.feeders):
                 net.set_weight(module, f, change.feeders[f.role])
                 if (b := change.feeders.get(f"{f.role}.bias")) is not None:
-                    others.add(net.set_bias(module, f, b))
+                    changed.add(net.set_bias(module, f, b))
             if change.bias is not None:
-                others.add(net.add_to_bias(module, s, change.bias))
+                changed.add(net.add_to_bias(module, s, change.bias))
             yield s, change
 
-    return changes(), others
+    return changes(), changed
 
 
 def of_structure(net: Network, module: Any, p: Pass, s: Site, its: Callable[[Site], dict[str, Tensor]]) -> dict[str, Any]:
@@ -262,6 +277,8 @@ def edit_site(p: Pass, site: Site, w: Tensor, share: float, stats: dict[str, Ten
     """Edit and repair one weight `w` [out, in] float32, but for what was `spared`, in its `bases`. What an earlier pass dropped
     (`prior`) stays dropped."""
     rest, inside, outside = w, *bases
+    if p.ties and "other" not in stats:  # it keeps its own
+        return checked(p, site, w, prior, Change(w))
     if p.gates:  # what earlier passes left of the weight stays as it is
         return checked(p, site, w, prior, edited(p, w, share, stats, prior))
     if p.steps["edit"].method.facts["factors"] and share >= 1:  # as many parameters as the weight, and less than it
@@ -290,7 +307,7 @@ def edited(p: Pass, w: Tensor, share: float, stats: dict[str, Tensor], prior: Te
         env["grid"] = Gridded(p.steps["grid"], stats)
     if "gate" in p.steps:
         env["gate"] = Gated(p.steps["gate"], stats)
-    if "score" in p.steps:
+    if "score" in p.steps and not p.ties:
         s = score_site(p, w, stats)
         env["mask"] = env["unit"](s if prior is None else s * prior, share)
         if prior is not None:

@@ -27,9 +27,9 @@ from torch import Tensor
 import trimtab
 from trimtab.builtin import name_of
 from trimtab.core import data as data_
-from trimtab.core import memory, pack, resize, rewire, rotation, structure
+from trimtab.core import memory, pack, resize, rewire, rotation, sharing, structure
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
-from trimtab.core.edits import Gridded, Unit, checked, edit_block, of_structure, score_site
+from trimtab.core.edits import Gridded, Shared, Unit, checked, edit_block, of_structure, score_site
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.measured import SEQUENCES, TRIED, Gating, Measured, Tried
 from trimtab.core.registry import get, load_all
@@ -119,6 +119,8 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
     for p in (p for p in recipe.passes if p.ranks):  # whether there is enough for all of them hangs on sizes alone
         nothing = {s.name: Spectrum(s, (0.0,) * (1 + min(s.shape))) for s in net.sites if p.covers(s)}
         p.budget.method({"spectra": nothing, "target": opts.keep if p.keep is None else p.keep}, **p.budget.bound)
+    for p in (p for p in recipe.passes if p.ties):
+        sharing.check(net, p, [s for s in net.sites if p.covers(s)], opts.keep if p.keep is None else p.keep)
     for p in (p for p in recipe.passes if p.tries):  # whether its knobs make sense
         trial = Gating(p, (), lambda s: {}, lambda s: torch.empty(0), lambda parts: 0.0)
         p.budget.method({"trial": trial, "target": 1.0}, **p.budget.bound)
@@ -246,6 +248,9 @@ def check_terms(s: Site, passes: list[Pass]) -> None:
     if not passes:
         return
     last = passes[-1]
+    if ties := [p for p in passes[1:] if p.ties]:
+        raise BadInput(f"{s.name}: {ties[0].steps['edit']} takes the weights of another place, and nothing of the passes before it stays; "
+                       "put it first")
     earlier = [p for p in passes[:-1] if "unit" in p.steps]
     spares = [p for p in passes if p.steps["edit"].method.facts["spares"]]
     drops = [p for p in earlier if p not in spares]
@@ -290,16 +295,22 @@ def plan_hash(header: dict[str, Any], shares: dict[str, float | str]) -> str:
     return hashlib.sha256(json.dumps([header, shares], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn, samples: list[data_.Batch], scratch: Path,
-           spill: int | None, opts: Options, tick: Report) -> dict[str, float | str]:
-    """The share of every site of a sweep, or its grid. Budgets see summaries; scores live for one block at a time."""
+def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: WalkOn, weight: sharing.WeightOf,
+           samples: list[data_.Batch], scratch: Path, spill: int | None, opts: Options, tick: Report) -> dict[str, float | str]:
+    """The share of every site of a sweep, or its grid, or whose weights it takes (`weight`: a site's, as earlier sweeps left it).
+    Budgets see summaries; scores live for one block at a time."""
     shares: dict[str, float | str] = {}
     asking = []
     targets = {str(p): p.keep if p.keep is not None else opts.keep for p, _ in sweep}
     for p, sites in sweep:
         target = targets[str(p)] if not p.ends or p.takes or p.owns else structure.asked(net, p, sites, targets[str(p)])
         b = p.budget
-        if not p.chooses and not p.owns and (b.key == "budget/uniform" or not p.free):
+        if p.ties:
+            def walk(needs: dict[str, set[str]], look: Visit) -> None:
+                walk_on(needs, look, "dense", lambda d, n: tick("plan", d, n), k)
+
+            shares |= sharing.planned(net, p, sites, target, to_try(net, samples), scratch, weight, walk)
+        elif not p.chooses and not p.owns and (b.key == "budget/uniform" or not p.free):
             shares |= dict.fromkeys((s.name for s in sites if p.free), target)  # n:m fixes its own
         else:
             asking.append((p, sites, target))
@@ -551,6 +562,19 @@ def walker(net: Network, samples: list[data_.Batch], scratch: Path, spill: int |
     return walk
 
 
+def weights_of(net: Network, journal: Journal, sweep: int) -> sharing.WeightOf:
+    """Of a site, its weight [out, in] as the sweeps before this one left it."""
+    held: dict[tuple[int, str], Tensor] = {}
+
+    def of(s: Site) -> Tensor:
+        if (key := (s.block, s.param)) not in held:
+            held.clear()
+            held[key] = net.stored_param(s, read_block(journal.block_path(sweep - 1, s.block))[0] if sweep else {})
+        return s.get(held[key])
+
+    return of
+
+
 def read_block(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """A journalled block: (tensors in the checkpoint's names, parts by `<site>:<part>`, notes)."""
     f = SafeFile(path)
@@ -791,7 +815,8 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
         """A site's parts, and what pass p of sweep k says of it, among those of its block."""
         if not opts.pack and k == final[s.name] and not p.ends:  # counted here, where it is not written
             packed = pack.pack(formats[s.name], pack.valued(formats[s.name], change), s.name)
-            notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes, packed.label
+            own = pack.own_bytes(change, notes["own"][s.name] / s.size) if p.ties else None
+            notes["packed_bytes"][s.name], notes["formats"][s.name] = packed.nbytes if own is None else own, packed.label
         if (rank := pack.rank_left(p, s, change)) is not None:
             notes.setdefault("ranks", {})[s.name] = rank
         if change.mask is not None:
@@ -803,22 +828,27 @@ def run_sweeps(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass, 
             train(net, trainer, *sweep[0], k, samples, journal, opts, noted, tick)
             continue
         if str(k) not in all_shares:
-            all_shares[str(k)] = decide(net, sweep, k, walk_on, samples, journal.dir, spill, opts, tick)
+            all_shares[str(k)] = decide(net, sweep, k, walk_on, weights_of(net, journal, k), samples, journal.dir, spill, opts, tick)
             write_json(journal.dir / "plan.json", {**plan, "shares": all_shares})
         shares = {n: v for n, v in all_shares[str(k)].items() if not isinstance(v, str)}
         owner = {s.name: p.chosen(all_shares[str(k)].get(s.name)) for p, sites in sweep for s in sites}
+        took = {n: v for n, v in all_shares[str(k)].items() if isinstance(v, str) and owner[n.partition("/")[0]].ties}
+        others = sharing.taker(net, took, weights_of(net, journal, k))
         needs = with_feeders(net, owner, {name: p.working for name, p in owner.items()})
 
         def edit(i: int, module: Any, stats: Collector | None, k: int = k, shares: dict[str, float] = shares,
-                 owner: dict[str, Pass] = owner) -> None:
+                 owner: dict[str, Pass] = owner, took: dict[str, str] = took,
+                 takes: Callable[[Site], Shared | None] = others) -> None:
             if journal.has_block(k, i):
                 return
             before, priors, said = read_block(journal.block_path(k - 1, i)) if k else ({}, {}, {"packed_bytes": {}, "formats": {}})
             parts: dict[str, Tensor] = {f"trimtab:{n}": t for n, t in priors.items()}
             notes: dict[str, Any] = said
             notes["starved"] = stats.starved() if stats else []
-            changes, others = edit_block(net, module, i, owner, shares, stats, priors)
+            changes, others = edit_block(net, module, i, owner, shares, stats, priors, takes)
             for s, change in changes:
+                if owner[s.name].ties:
+                    notes.setdefault("own", {})[s.name] = sharing.own_weights(net, took, s, change.parts)
                 if owner[s.name].gates:  # it stands beside what earlier passes left
                     change = replace(change, parts={**of_site(priors, s.name), **change.parts})
                 noted(k, owner[s.name], s, change, parts, notes)
@@ -880,9 +910,9 @@ def assemble(net: Network, recipe: Recipe, rest: Recipe, plan_sweeps: list[list[
     if opts.pack:
         notes = pack.write_packed(net, rest, journal, last, out, asked=opts.pack.removeprefix(pack.AS_RECIPE), dtype=opts.pack_dtype,
                                   head=opts.head, tick=tick)
-        notes["warnings"] = warnings + notes["warnings"]
+        notes["warnings"] = warnings + notes["warnings"] + tied(recipe, notes["shared_bytes"])
     else:
-        notes = {**write_plain(net, journal, last, out, tick), "warnings": warnings + told(recipe)}
+        notes = {**write_plain(net, journal, last, out, tick), "warnings": warnings + told(recipe) + tied(recipe, None)}
         notes["rest_bytes"] = rest_bytes(net, set(notes["packed_bytes"]))
     (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
     result = {
@@ -890,6 +920,9 @@ def assemble(net: Network, recipe: Recipe, rest: Recipe, plan_sweeps: list[list[
         "header": header, "shares": shares, "free": any(p.free and p.keep is None for p in recipe.passes) and opts.keep < 1,
         **pack.ranked(ranks, net.sites), **notes,
     }
+    if own := {name: n for its in said for name, n in its.get("own", {}).items()}:
+        took = {n: v for n, v in shares.items() if isinstance(v, str) and n.partition("/")[0] in own}
+        result["shared"] = sharing.told(took, {s.name: own.get(s.name, s.size) for s in net.sites}, sum(s.size for s in net.sites))
     write_json(out / "trimtab.json", result)
     sync(out)
     tick("write", 1, 1)
@@ -906,6 +939,15 @@ def told(recipe: Recipe) -> list[str]:
         said.append(f"gates decide what is computed ({', '.join(gates)}): trimtab eval does it, plain transformers runs the files without "
                     "gates, computing everything")
     return said
+
+
+def tied(recipe: Recipe, saved: int | None) -> list[str]:
+    """What who expects time of shared weights should know. `saved`: bytes that a packed directory does not hold twice."""
+    if not (ties := list(dict.fromkeys(str(p.steps["edit"].method.name) for p in recipe.passes if p.ties))):
+        return []
+    where = "repeated in these files, so that any program opens them, and stored once with --pack" if saved is None else \
+        f"stored once, which saves {saved / 1e6:.1f} MB" if saved else "stored again all the same: none of their buffers are alike"
+    return [f"weights are shared ({', '.join(ties)}): they are {where}; every place computes with all of them, and no time is saved"]
 
 
 def write_plain(net: Network, journal: Journal, last: int, out: Path, tick: Report) -> dict[str, Any]:
@@ -1015,7 +1057,7 @@ def prove(model: Path, out: Path, notes: dict[str, Any], net: Network, samples: 
             "packed_format": " + ".join(formats), "min_recovery": opts.min_recovery,
             "seconds": opts.speed_seconds or max(10.0, notes.get("edit_seconds") or 0.0),  # no longer than the work it judges
         }, tick)
-    result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash", "ranks", "factored_share", "structure") if k in notes}
+    result |= {k: notes[k] for k in ("recipe", "pipeline", "plan_hash", "ranks", "factored_share", "structure", "shared") if k in notes}
     result["warnings"] = [*notes["warnings"], *result["warnings"]]
     result["peak_rss_bytes"] = max(notes.get("edit_peak_rss_bytes", 0), own + result["peak_rss_bytes"])
     if opts.max_memory and result["peak_rss_bytes"] > opts.max_memory:

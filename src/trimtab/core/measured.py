@@ -4,7 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from trimtab.core.types import Site
 
 SEQUENCES = 16  # that the loss is measured on
 TRIED = 1024    # tokens that shares are tried on, held in memory
+NONE: Mapping[Any, Any] = MappingProxyType({})
 
 
 class Measured(Walk):
@@ -77,7 +79,8 @@ class Measured(Walk):
             store.close()
 
 
-Error = Callable[[Mapping[str, Tensor]], float]
+class Error(Protocol):
+    def __call__(self, parts: Mapping[str, Tensor], weights: Mapping[Site, Tensor] = ...) -> float: ...
 
 
 class Tried(Walk):
@@ -89,7 +92,7 @@ class Tried(Walk):
 
     @torch.no_grad()
     def through(self, i: int, module: nn.Module) -> Error:
-        """Through block i. Returns how far its outputs are off where sites have these parts, by `<site>:<part>`.
+        """Through block i. Returns how far its outputs are off where sites have these parts, by `<site>:<part>`, and these weights.
 
         That is the norm over tokens of what a channel is off, averaged over channels, as a share of the same of the channels themselves.
         """
@@ -100,14 +103,19 @@ class Tried(Walk):
             self.store[b] = y
 
         @torch.no_grad()
-        def error(parts: Mapping[str, Tensor]) -> float:
+        def error(parts: Mapping[str, Tensor], weights: Mapping[Site, Tensor] = NONE) -> float:
+            before = {s: self.net.weight(module, s) for s in weights}
+            for s, w in weights.items():
+                self.net.set_weight(module, s, w.to(self.net.stored_dtype(s)))
             off = own = outputs[0].new_zeros(outputs[0].shape[-1], dtype=torch.float32)
             twin = self.net.twin(module)
             self.net.as_said(twin, i, parts)
             for b, x in enumerate(inputs):
                 y, real = self.net.run(twin, i, x, self.contexts[b]), self.contexts[b].mask
-                its, before = (t.float().flatten(0, -2)[slice(None) if real is None else real] for t in (y, outputs[b]))
-                off, own = off + (its - before).square().sum(0), own + before.square().sum(0)
+                its, was = (t.float().flatten(0, -2)[slice(None) if real is None else real] for t in (y, outputs[b]))
+                off, own = off + (its - was).square().sum(0), own + was.square().sum(0)
+            for s, w in before.items():
+                self.net.set_weight(module, s, w)
             return float(off.sqrt().mean() / own.sqrt().mean().clamp_min(torch.finfo(torch.float32).tiny))
 
         return error
@@ -121,7 +129,7 @@ class Gating:
     """
 
     def __init__(self, p: Pass, sites: Iterable[Site], stats: Callable[[Site], dict[str, Tensor]], weight: Callable[[Site], Tensor],
-                 error: Error):
+                 error: Callable[[Mapping[str, Tensor]], float]):
         self.sites = {s.name: s for s in sites}
         self._stats, self._weight, self._error = {n: stats(s) for n, s in self.sites.items()}, weight, error
         gate = p.steps["gate"]

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor
 from trimtab.core import rotation
 from trimtab.core.journal import Journal, sync, write_json
 from trimtab.core.rotation import Fused
+from trimtab.core.sharing import DONOR, PIECES, other_name
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Change, Site
 from trimtab.methods.basis import Basis
 from trimtab.methods.books import Books, widths
 from trimtab.methods.codes import LEVELS, Codes, Grid, length, nearest, rounded
 from trimtab.methods.composite import based, stacked, summed
+from trimtab.methods.edit.share import OWN, adapted
 from trimtab.methods.factors import Factors, checked_rank, rank_of
 from trimtab.methods.format.book import book
 from trimtab.methods.format.dense import dense
@@ -221,8 +224,58 @@ def whole(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dty
     return Change(w.to(dtype))
 
 
+def own_bytes(change: Change, share: float) -> int | None:
+    """What a site takes that has the weights of another place: what is beside them, or a share of its rows. None where it has none."""
+    own = {k.removeprefix(OWN): t for k, t in change.parts.items() if k.startswith(OWN)}
+    if DONOR in change.parts:
+        return (lowrank(Change(change.w, own)).nbytes if "left" in own else 0) + (own["scale"].nbytes if "scale" in own else 0)
+    return round(share * change.w.numel() * value_dtype(change.w.dtype).itemsize) if PIECES in change.parts else None
+
+
+def beside(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype, steps: Mapping[str, Format], layers: Iterable[Layer],
+           weight: Callable[[str], Tensor]) -> Packed | None:
+    """A layer with the weights of another, which are packed as that one packs them, and what it has beside them. None for any other
+    layer, and where later passes made something else of it."""
+    its = [of_site(parts, s.name) for s in layer.sites]
+    blocks = {int(p[DONOR]) if DONOR in p else -1 for p in its}
+    name = other_name(layer.sites[0].name, min(blocks)) if layer.sites else ""
+    other = next((x for x in layers if x.sites and x.sites[0].name == name), None)
+    if len(blocks) != 1 or other is None or not any(k.startswith(OWN) for p in its for k in p):
+        return None
+    base, out = weight(other.file), len(w)
+    new, scale = torch.empty(w.shape), torch.ones(out)
+    left, right = list[Tensor](), list[Tensor]()
+    for s, p in zip(layer.sites, its, strict=True):
+        rows = slice(None) if s.rows is None else s.row_index()
+        new[rows] = adapted(base[rows], p)
+        scale[rows] = p.get(f"{OWN}scale", scale[rows])
+        if f"{OWN}left" in p:
+            mine = p[f"{OWN}left"].new_zeros(out, p[f"{OWN}left"].shape[1])
+            mine[rows] = p[f"{OWN}left"]
+            left, right = [*left, mine], [*right, p[f"{OWN}right"]]
+    if not torch.equal(new.to(w.dtype), w):
+        return None
+    maps = [stored(steps[name], Change(base.to(dtype)))]
+    maps += [lowrank(Factors(torch.cat(left, 1), torch.cat(right)).change())] if left else []
+    return based(summed(*maps), w.shape[1], outside=Basis(1 / scale) if bool((scale != 1).any()) else None)
+
+
+def pieces(layer: Layer, parts: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Rows of a layer that other layers may have, each run of them; none where it is stored as a whole."""
+    at, cuts = 0, {0}
+    for s in layer.sites:
+        its, rows = of_site(parts, s.name), (0, s.shape[0]) if s.rows is None else s.rows
+        if len(rows) != 2 or rows[0] != at or Terms.among(its) is not None or Gate.among(its) is not None:
+            return []
+        at = rows[1]
+        cuts |= {rows[0] + n for n in its[PIECES].tolist()} if PIECES in its else {at}
+    return list(pairwise(sorted(cuts))) if len(cuts) > 2 and any(f"{s.name}:{PIECES}" in parts for s in layer.sites) else []
+
+
 def pack_layer(layer: Layer, w: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype, steps: Mapping[str, Format]) -> Packed:
     """A layer as a kernel reads it: its sites in one, or one after the other where their gates differ."""
+    if some := pieces(layer, parts):
+        return stacked(*(pack(steps[layer.sites[0].name], Change(w[a:b].to(dtype)), layer.name) for a, b in some))
     gates = [Gate.among(of_site(parts, s.name)) for s in layer.sites]
     first = gates[0]
     if all(first.same(g) if first else g is None for g in gates):
@@ -325,7 +378,8 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
                  head: str | None, tick: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Fill the directory `out` from the network's files and the journal's blocks of sweep `last` (-1: nothing was edited).
 
-    Returns the notes: packed_bytes, formats (label) by layer, and warnings. One block is in memory at a time.
+    Returns the notes: packed_bytes and formats (label) by layer, shared_bytes, which are not stored again, and warnings. One block is in
+    memory at a time.
     """
     edited: dict[str, Path] = {}
     for i in range(net.n_blocks) if last >= 0 else ():
@@ -350,9 +404,9 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
         codes = net.checkpoint.decoded(layer.file)
         return codes.change() if isinstance(codes, Codes) and torch.equal(codes.weight().to(w.dtype), w) else None
 
-    def packed(layers: list[Layer], parts: Mapping[str, Tensor]) -> dict[str, Packed]:
+    def packed(some: list[Layer], parts: Mapping[str, Tensor]) -> dict[str, Packed]:
         made = {}
-        for layer in layers:
+        for layer in some:
             w = weight(layer.file)
             if not finite(w):
                 raise BadInput(f"{layer.name}: a weight is NaN or inf; only finite weights can be packed")
@@ -364,6 +418,8 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
                 plain = w if fused.last is None else w * fused.last
                 inner = dense(Change(w, in_int8(w, fused.last).parts()) if head_in_int8(recipe, head) else Change(plain.to(values)))
                 made[layer.name] = based(inner, w.shape[1], inside=fused.head)
+            elif not shared and (own := beside(layer, w, parts, values, steps, layers, weight)) is not None:
+                made[layer.name] = own
             else:
                 made[layer.name] = pack_layer(layer, fused.weight(layer, w, parts), parts, values, steps)
         return made
@@ -408,7 +464,8 @@ def write_packed(net: Network, recipe: Recipe, journal: Journal, last: int, out:
         write_json(out / DECODER, description)
     write_json(out / "config.json", sealed(out, files, config))
     sizes = {name: sum(buffers[b].end - buffers[b].begin for b in buffers if b.rpartition(PACKED)[0] == name) for name in linears}
-    return {"packed_bytes": sizes, "formats": labels, "warnings": told(net, layers, linears, dtype) + told_of(fused)}
+    again = sum(buffers[n].end - buffers[n].begin for n in repeated.values())
+    return {"packed_bytes": sizes, "shared_bytes": again, "formats": labels, "warnings": told(net, layers, linears, dtype) + told_of(fused)}
 
 
 def written_once(staged: Iterable[SafeFile]) -> tuple[dict[str, Entry], dict[str, str]]:

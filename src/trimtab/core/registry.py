@@ -27,7 +27,7 @@ DATA: dict[str, set[str]] = {
     "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
     "gate": {"w", "keep", "heads"},
-    "edit": {"w", "keep", "mask", "unit", "grid", "gate", "feeders", "act"},
+    "edit": {"w", "keep", "mask", "unit", "grid", "gate", "feeders", "act", "other"},
     "repair": {"w", "new", "net"},
     "input": set(),
     "format": {"new"},
@@ -72,6 +72,7 @@ KNOBS = {
     "feeders": "whether the scores of what makes an input count as well",
     "exact": "whether every token keeps as many, and not as many as pass a threshold",
     "config": "config.json whose sizes a network is to have, or a directory with one",
+    "near": "whether places share that follow each other alone", "tried": "whether what is lost is tried on calibration text",
     "layers": "blocks of a network", "width": "channels of the residual stream", "neurons": "hidden neurons of an MLP",
     "experts": "hidden neurons of an expert", "shared": "hidden neurons of the shared expert",
     "length": "members of a run at most, 0 for all",
@@ -217,8 +218,10 @@ FACTS: dict[str, dict[str, Any]] = {
     # grid; either: whether its groups may lie along the outputs; based: whether what it leaves is in a basis of its own;
     # fuses: whether what it leaves of parts of the network is made of those that go, and it changes what makes the site's inputs;
     # gates: whether it leaves the weight and decides which inputs of a token meet it, for a share that is its own.
+    # shares: what takes the weights of another, as the plan says, and is given them: a "layer" or a "head"; there the share is that of the
+    # weights in scope that are left, what is shared counted once.
     "edit": {"drops": True, "codes": False, "factors": False, "books": False, "spares": False, "zero": True, "either": False,
-             "based": False, "gates": False, "fuses": False},
+             "based": False, "gates": False, "fuses": False, "shares": ""},
     # keeps: what of an edit, and of repairs before it, it leaves as it is: "mask", "codes", "factors", "books"; leaves: what it adds:
     # "factors", or a "bias", for sites that have one; level: what it sees at once, "site" or "net": there it is given the network behind
     # the sweep, trains, and returns what mends a site: f(name, change) -> change.

@@ -69,12 +69,23 @@ class Pass:
         if self.wiring is not None:
             return False
         edit = self.steps["edit"]
-        return self.gates or (bool(edit.method.facts["factors"]) and not any(edit.bound.get(k) for k in ("rank", "energy")))
+        factors = bool(edit.method.facts["factors"]) and not any(edit.bound.get(k) for k in ("rank", "energy"))
+        return self.gates or bool(self.ties) or factors
 
     @property
     def gates(self) -> bool:
         """Whether it decides which inputs of a token are computed, and leaves the weights."""
         return "edit" in self.steps and bool(self.steps["edit"].method.facts["gates"])
+
+    @property
+    def ties(self) -> str:
+        """What takes the weights of another, if that is what it does: a "layer" or a "head"."""
+        return str(self.steps["edit"].method.facts["shares"]) if "edit" in self.steps else ""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether who takes whose is tried on calibration text."""
+        return bool(self.ties and self.steps["edit"].bound.get("tried"))
 
     @property
     def folds(self) -> bool:
@@ -125,13 +136,13 @@ class Pass:
         return [replace(self, steps={**self.steps, "grid": g}) for g in self.steps["grid"].options] if self.chooses else [self]
 
     def chosen(self, option: float | str | None) -> Pass:
-        """With the grid of this name, where the plan names one; what else it says is a share."""
-        return replace(self, steps={**self.steps, "grid": grid_step(option)}) if isinstance(option, str) else self
+        """With the grid of this name, where it chooses one; what else the plan says is a share, or a place."""
+        return replace(self, steps={**self.steps, "grid": grid_step(option)}) if self.chooses and isinstance(option, str) else self
 
     @property
     def working(self) -> set[str]:
         """Statistics that sites are edited by, once the plan is made."""
-        named = {n for axis, s in self.steps.items() if axis != "budget" for n in s.method.needs}
+        named = {n for axis, s in self.steps.items() if axis != "budget" and not (self.ties and axis == "score") for n in s.method.needs}
         if self.takes == "channel" and self.steps["unit"].bound["scaled"]:
             named |= {"stream_sq"}
         if named and self.turns:
@@ -148,7 +159,8 @@ class Pass:
     def planned(self) -> set[str]:
         """What only its budget wants to know, or the plan for it."""
         return set(self.budget.method.needs) | ({"grad_sq"} if self.chooses and not self.measures else set()) | (
-            {"gram", "grad_sq"} if self.ranks else set())
+            {"gram", "grad_sq"} if self.ranks else set()) | (set(self.steps["score"].method.needs) if self.ties and "score" in self.steps
+                                                             else set())
 
     @property
     def ranks(self) -> bool:
@@ -261,7 +273,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it sees calibration samples."""
-        return bool(self.needs) or any(p.trainer or p.measures or p.tries or p.looks for p in self.passes)
+        return bool(self.needs) or any(p.trainer or p.measures or p.tries or p.looks or p.pairs for p in self.passes)
 
     @property
     def methods(self) -> dict[str, str]:
@@ -531,7 +543,7 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
         if axis not in decided:
             steps[axis] = Step(key)
             decided |= dict.fromkeys((axis, *get(key).joint), key)
-    if "score" not in decided:
+    if "score" not in decided and not steps["edit"].method.facts["shares"]:
         raise BadInput(f"no score is named in {' | '.join(n for n, _ in tokens)!r}; add one, such as magnitude or wanda")
     ordered = {k: s for a in AXES for k, s in steps.items() if s.method.axis == a}
     return _checked(Pass(ordered, scope, own.get("keep"), own.get("order", "sequential")))
@@ -562,9 +574,16 @@ def _checked(p: Pass) -> Pass:
     if p.ends and edit.key != "edit/mask" and not edit.facts["fuses"]:
         raise BadInput(f"{p.steps['unit'].method.name} takes a part of the network as a whole, and {edit.name} decides about single "
                        "weights; name a score, such as wanda, and a repair, such as least_squares")
+    if p.ties and (others := [s for s in p.steps.values() if s.method.axis in ("rewrite", "grid", "gate", "repair", "input")]):
+        raise BadInput(f"{edit.name} leaves weights that another place has, and {others[0]} would make others of them; put it in a pass of "
+                       "its own")
+    if p.ties and "score" in p.steps and (p.ties != "layer" or p.steps["score"].method.facts["of"] != "sublayer"):
+        fits = [m.name for m in load_all().values() if m.axis == "score" and m.facts["of"] == "sublayer"]
+        raise BadInput(f"{p.steps['score'].method.name} does not say which {p.ties} goes; " + (
+            f"use {', '.join(fits)}" if p.ties == "layer" else f"leave it out, {edit.name} pairs them by their weights"))
     if p.takes in ("channel", "network") and p.repairs:
         raise BadInput(f"{p.repairs[0]} mends a map whose outputs stay, and {p.steps['unit'].method.name} leaves none; leave it out")
-    if (of := p.steps["score"].method.facts["of"] if "score" in p.steps else "weight") != "weight":
+    if (of := p.steps["score"].method.facts["of"] if "score" in p.steps and not p.ties else "weight") != "weight":
         unit = p.steps["unit"]
         if (of == "sublayer" and p.takes not in ("sublayer", "layer")) or not unit.method.facts["whole"]:
             fits = [m.name for m in load_all().values() if m.axis == "unit" and m.facts["whole"]

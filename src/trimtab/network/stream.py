@@ -280,8 +280,8 @@ class Network:
                 terms, gate = Terms.among(of_site(found, s.name)), gate_of(found, s)
                 if terms is None and gate is not None:
                     continue
-                name, dtype = f"{self._stem}{i}.{s.param}", self.stored_dtype(s)
-                stored = s.get(self._load(name, self._blocks[i].get_parameter(s.param), {}))
+                dtype = self.stored_dtype(s)
+                stored = s.get(self.stored_param(s, {}))
                 if terms is None or not torch.equal(terms.weight().to(dtype), stored.to(dtype)):
                     raise BadInput(f"{s.name}: the weights of {self.checkpoint.path} are not those that {PARTS} was written for; "
                                    f"trim the model again, or remove {PARTS} to run the weights as they are")
@@ -389,6 +389,10 @@ class Network:
         """The dtype of the site's weight in the files."""
         mine = [p for p in self._pieces_of(site) if p.expert in (None, site.expert)]
         return self.checkpoint.tensors[mine[0].file].dtype
+
+    def stored_param(self, site: Site, replaced: Mapping[str, Tensor]) -> nn.Parameter:
+        """The parameter that holds the site, in the compute dtype, from the files or, by stored name, from `replaced`."""
+        return self._load(f"{self._stem}{site.block}.{site.param}", self._blocks[site.block].get_parameter(site.param), replaced)
 
     def _load(self, name: str, like: Tensor, replaced: Mapping[str, Tensor]) -> nn.Parameter:
         """A parameter in the compute dtype, from its pieces."""

@@ -1,12 +1,14 @@
 """How large a checkpoint is: bytes as the file system counts them, and parameters as the files hold them."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from trimtab.methods import composite
 from trimtab.methods.format.lowrank import SIDES
+from trimtab.methods.format.panels import Packed
 from trimtab.network.checkpoint import Checkpoint, Entry, SafeFile
 from trimtab.runtime.layouts import restored
 
@@ -33,15 +35,22 @@ def _plain(c: Checkpoint) -> int:
     return sum((e.end - e.begin) // e.dtype.itemsize for f in c.files for e in _weights(c, f))
 
 
+def _maps(before: str, p: Packed) -> Iterator[tuple[str, Packed]]:
+    """The maps that a packed weight is made of in the end, and what stands before their buffers' names."""
+    if not p.factors:
+        yield before, p
+    sides = composite.names(p.format, len(p.factors)) if p.format in composite.FORMATS else SIDES
+    for side, f in zip(sides, p.factors, strict=False):
+        yield from _maps(f"{before}{side}_", f)
+
+
 def sizes(c: Checkpoint) -> dict[str, int]:
     """`bytes` (os.stat), `params`, `nonzero` of the weight files, read 16 MB or a packed layer at a time. Minus zero is a zero; of
     factors each one's entries count, and of what layers share once."""
     params, nonzero = _plain(c), 0
     seen: set[frozenset[str]] = set()
     for name in c.packed:
-        linear = c.linear(name)
-        sides = composite.names(linear.format, len(linear.factors)) if linear.format in composite.FORMATS else SIDES
-        for side, one in zip([f"{s}_" for s in sides], linear.factors, strict=True) if linear.factors else [("", linear)]:
+        for side, one in _maps("", c.linear(name)):
             at = frozenset(c.place(name, k) for k in c.buffers[name] if k.startswith(side))
             if at in seen:
                 continue

@@ -235,6 +235,13 @@ recipe("subclone", "subclone | activation | mask", source="arXiv:2312.09299 (Sam
 recipe("select", "select | mask", source="arXiv:2311.18823 (Xu et al. 2023, weight selection)",
        note="`select(config=PATH)`, or sizes: `select(layers=4,width=128,neurons=384)`. A start for training, without calibration.")
 recipe("deeper_attention", "attn: sublayer | shallow | mask", source="arXiv:2407.15516")
+recipe("tie", "edit/tie", source="ours; blocks that follow each other share their weights in MobileLLM, arXiv:2402.14905",
+       note="Bytes of a packed model, and no time: every block computes with all of its weights. `tie(near=false)` pairs any two blocks.")
+recipe("flexigpt", "block_influence | adapt", source="arXiv:2501.14713 (FlexiGPT)", claims=[
+    Claim("better than to drop the blocks at 30 %", "flexigpt", "shortgpt", "shapes-30%", "figures not read; after a recovery training"),
+], note="One shot, without the source's recovery training. `flexigpt(rank=0,scaled=false)` is the bare sharing.")
+recipe("directshare", "*.q,*.k,*.v: direct", source="arXiv:2402.11819 (DirectShare)",
+       note="--keep is the share that is left of the weights of heads, whose outputs stay.")
 
 # ---- the network rewritten as a whole ---------------------------------------------------------------------------------
 recipe("slicegpt", "principal ; channel | activation", source="arXiv:2401.15024 (Ashkboos et al. 2024, SliceGPT)", claims=[
