@@ -400,7 +400,8 @@ def shapes_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
 
 # What is taken, by what a pipeline names; of those that name none of it, weights are kept as products of a small rank.
 KINDS = {"unit/neuron": "neurons", "unit/inner": "heads and neurons", "unit/kvgroup": "heads", "unit/head": "heads",
-         "unit/channel": "channels", "unit/sublayer": "depth", "unit/layer": "depth"}
+         "unit/channel": "channels", "unit/sublayer": "depth", "unit/layer": "depth", "edit/tie": "sharing", "edit/adapt": "sharing",
+         "edit/direct": "sharing"}
 
 
 def shape_winners_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
@@ -408,7 +409,7 @@ def shape_winners_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[
     some = [r for r in fresh(every, SHAPES, reg) if r["value"] is not None]
     if not some:
         return NOT_YET
-    kinds = list(dict.fromkeys([*KINDS.values(), "small ranks"]))
+    kinds = [*dict.fromkeys(KINDS.values()), "small ranks"]
     best: dict[tuple[str, str], tuple[float, str]] = {}
     for r in some:
         kind = next((kind for key, kind in KINDS.items() if re.search(rf"\b{key}\b", r["pipeline"])), "small ranks")

@@ -96,9 +96,9 @@ SETTINGS = {
           for end in ("", " | mask | least_squares")), "neuron | random", "neuron(order=dense) | taylor", "minitron",
         "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse",
         "neuron | fuse(refit=true)", "amp", "transact", "inner | amp | mask | least_squares", "inner | transact | mask | least_squares",
-        "llm_drop", "sublayer | entropy", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude", "slicegpt",
-        "svd", "svdllm", "ranks | svdllm", "utilised", "cur", "tie", "tie(near=false)", "tie(tried=false)", "block_influence | tie",
-        "flexigpt", "flexigpt(scaled=false)", "flexigpt(tried=true)", "directshare"),
+        "llm_drop", "sublayer | entropy", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude",
+        "slicegpt", "svd", "svdllm", "ranks | svdllm", "utilised", "cur", "tie", "tie(near=false)", "tie(tried=false)",
+        "block_influence | tie", "flexigpt", "flexigpt(scaled=false)", "flexigpt(tried=true)", "directshare"),
         f"{gone} % of the blocks' weights gone, with neurons, heads, layers, channels, in factors or shared") for gone in (10, 20, 30, 50)},
 }
 

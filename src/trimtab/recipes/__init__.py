@@ -245,7 +245,7 @@ recipe("directshare", "*.q,*.k,*.v: direct", source="arXiv:2402.11819 (DirectSha
 
 # ---- the network rewritten as a whole ---------------------------------------------------------------------------------
 recipe("slicegpt", "principal ; channel | activation", source="arXiv:2401.15024 (Ashkboos et al. 2024, SliceGPT)", claims=[
-    Claim("channels in the principal basis cost less than channels as they are, with 30 % gone", "slicegpt", "channel | wanda", "shapes-30%",
+    Claim("channels in the principal basis cost less than as they are, with 30 % gone", "slicegpt", "channel | wanda", "shapes-30%",
           "figures not read"),
 ],
        note="One basis for all blocks, and so nothing is added to the network; without the fine-tuning that may follow there.")
