@@ -12,6 +12,7 @@ from tests.cases import Case
 from trimtab.core.registry import Method, get, load_all
 from trimtab.methods.basis import Basis
 from trimtab.methods.codes import Grid, rounded
+from trimtab.methods.experts import Experts
 from trimtab.methods.gates import Gate
 from trimtab.methods.rounding import Rounding
 
@@ -28,6 +29,8 @@ def result(m: Method, case: Case):
         out = out("site", case.env["net"].new)
     if m.facts.get("of") == "run":  # what all of it became
         ((_, out),) = out
+    if isinstance(out, Experts):
+        return {k: v for k, v in vars(out).items() if v is not None}
     if isinstance(out, Grid):
         w = case.env["w"]
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()

@@ -34,6 +34,7 @@ from trimtab.methods.basis import Basis
 from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
 from trimtab.methods.edit.share import adapted
+from trimtab.methods.experts import Experts
 from trimtab.methods.factors import Factors, losses_of_ranks, rank_of
 from trimtab.methods.format.panels import Packed
 from trimtab.methods.gates import Gate
@@ -255,7 +256,7 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
     if m.facts.get("level") == "net":
         return {"net": edited(), **given}
     if m.axis == "wiring":
-        return {**{k: v() for k, v in GROUPS.items()}, **given}
+        return {**{k: v() for k, v in GROUPS.items()}, "keep": keep, **given}
     pattern = unit(w.float().abs(), keep)
     if m.axis == "budget":
         have = {k: {n: stats(n, poor)[k] for n in SITES} for k in have}
@@ -290,7 +291,14 @@ def mlps() -> list[dict[str, Tensor]]:
 GROUPS: dict[str, Callable[[], Any]] = {
     "mlps": mlps, "apart": lambda: torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0], [0.3, 0.2, 0.0]]),
     "gram": lambda: stats("0.mlp.gate")["gram"], "writes": lambda: heavy(330, 20, 12),
+    "mlp": lambda: {r: mlps()[0][r] for r in ("gate", "up", "down")},
+    "source": lambda: heavy(71, 60, 20), "fed": lambda: hidden(GROUPS["mlp"](), heavy(71, 60, 20)),
 }
+
+
+def hidden(mlp: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The hidden values of an MLP without biases, of x [tokens, width]."""
+    return torch.nn.functional.silu(x @ mlp["gate"].T) * (x @ mlp["up"].T)
 
 
 def call(m: Method, at: dict[str, Any], /, **knobs: Any) -> Any:
@@ -383,6 +391,8 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, list | tuple):
         for v in x:
             yield from tensors(v)
+    elif isinstance(x, Experts):
+        yield from tensors(vars(x))
     elif isinstance(x, Choices):
         yield from tensors([x.bytes, x.losses])
     elif isinstance(x, Spectrum):
@@ -489,7 +499,7 @@ def law_uses_data(m: Method) -> None:
     """Each weight, statistic and share it names changes the result somewhere."""
     turned = 1 if m.axis in ("rewrite", "gate") else 0  # the order of the outputs is nothing to a scale of the inputs
     fresh = {"w": lambda t: t.flip(turned), "target": lambda t: t / 2, "keep": lambda t: t / 2}
-    if m.axis in ("score", "edit", "repair", "budget", "unit", "grid", "rewrite", "input", "gate"):
+    if m.axis in ("wiring", "score", "edit", "repair", "budget", "unit", "grid", "rewrite", "input", "gate"):
         for d in (d for d in m.data if d in m.needs or d in fresh):
             if (d == "keep" and m.axis == "unit" and not m.facts["free"]) or (d == "w" and m.facts.get("basis")):
                 continue  # a basis may be one of so many inputs, whatever the weights
@@ -516,7 +526,7 @@ def jumbled(t: Any) -> Any:
 def law_uses_knobs(m: Method) -> None:
     """Each knob changes the result somewhere."""
     for k, v in small(m).items():
-        words = ["out", "in", "max", "mse", "percentile", "entropy", "rms"]
+        words = ["out", "in", "max", "mse", "percentile", "entropy", "rms", "coactive", "weights", "order", "random"]
         tries = {bool: [not v] if isinstance(v, bool) else [], str: words}.get(type(v))
         if tries is None:
             tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
@@ -762,6 +772,58 @@ def law_wiring_stream_is_all_but_its_mean(m: Method) -> None:
     new = call(m, env(m))
     close(new - new.mean(0), w - w.mean(0), 1e-5)
     assert float(new.sum(0).abs().max()) < 1e-4
+def of_experts(found: Experts, mlp: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What experts add to tokens x [tokens, width], as the families have it that have experts, the maps behind stored in `dtype`."""
+    down, h = (mlp["down"] if found.down is None else found.down), hidden(mlp, x)
+    behind = [(down * gain).to(dtype).float() for gain in found.gains]
+    most = torch.softmax(x @ found.router.T, -1).topk(found.active, -1)
+    weights = torch.zeros(len(x), len(found.neurons)).scatter(1, most.indices, most.values / most.values.sum(-1, keepdim=True))
+    y = torch.stack([weights[:, e, None] * (h[:, mine] @ behind[0][:, mine].T) for e, mine in enumerate(found.neurons)]).sum(0)
+    return y if found.shared is None else y + 0.5 * (h[:, found.shared] @ behind[1][:, found.shared].T)
+
+
+def law_wiring_mlp_adds_what_it_did(m: Method) -> None:
+    """Where a token meets everything, in whatever type it is stored."""
+    if m.facts["of"] != "mlp":
+        return
+    for (dtype, tol), knobs in itertools.product(((torch.float32, 1e-5), (torch.bfloat16, 1e-2)), ({}, {"always": 1}, {"parts": 6})):
+        mlp, x = {r: w.to(dtype).float() for r, w in GROUPS["mlp"]().items()}, heavy(72, 30, 20)
+        close(of_experts(call(m, env(m, mlp=mlp, keep=1.0), **knobs), mlp, x, dtype), hidden(mlp, x) @ mlp["down"].T, tol)
+
+
+def law_wiring_mlp_parts_are_all_of_it(m: Method) -> None:
+    """Each hidden neuron is in one place, or in each copy; those that a token meets are the share at most, and its router's choice."""
+    if m.facts["of"] != "mlp":
+        return
+    at = env(m)
+    for knobs in ({}, {"always": 1}, {"parts": 12, "always": 2}):
+        found = call(m, at, **knobs)
+        n, parts = at["mlp"]["down"].shape[1], {**m.knobs, **knobs}["parts"]
+        if found.copies:
+            assert all(torch.equal(mine.sort().values, torch.arange(n)) for mine in found.neurons)
+            continue
+        shared = found.neurons.new_empty(0) if found.shared is None else found.shared
+        assert torch.equal(torch.cat([found.neurons.flatten(), shared]).sort().values, torch.arange(n))
+        met = found.met(at["source"])
+        assert bool(met[:, shared].all())
+        if "keep" in m.data:
+            assert bool((met.sum(1) == n // parts * int(at["keep"] * parts)).all())
+
+
+def law_wiring_mlp_mends(m: Method) -> None:
+    """Fitted to what is met, the map behind comes nearer to what the MLP adds, and nearer than where neurons are met at random."""
+    if m.facts["of"] != "mlp" or "refit" not in m.knobs:
+        return
+    at = env(m)
+    want = at["fed"] @ at["mlp"]["down"].T
+
+    def off(**knobs: Any) -> float:
+        found = call(m, at, **knobs)
+        down = at["mlp"]["down"] if found.down is None else found.down
+        return float(((at["fed"] * found.met(at["source"])) @ down.T - want).square().sum())
+
+    assert off() < 0.9 * off(refit=False)
+    assert off(refit=False) < off(refit=False, split="random")
 
 
 def law_unit_mask(m: Method) -> None:

@@ -91,6 +91,11 @@ SETTINGS = {
         "*.o&!0.*: gate_magnitude", "*.o&!0.*: gated | heads", "polar", "gptq ; gate_magnitude", "gptq ; teal | gate_magnitude",
         "nm(n=2,m=4) | sparsegpt ; teal | gate_magnitude"),
         f"gates that leave out {dropped} % of the inputs of what they are on") for dropped in (25, 40, 50, 65, 80)},
+    # What is behind a gate is not all of an MLP: `cats` leaves out of two maps of three.
+    **{f"experts-{met}%": Setting(met / 100, None, (
+        "moefication", "moefication(parts=16)", "moefication(split=weights)", "moefication(split=random)", "moefication(refit=false)",
+        "moefication(split=random,refit=false)", "shared_experts", "mlp: neuron | wanda", "mlp: neuron | wanda | mask | least_squares",
+        "cats", "dejavu"), f"{met} % of the MLPs met by a token, or left: experts beside gates and smaller MLPs") for met in (50, 75)},
     **{f"shapes-{gone}%": Setting(1 - gone / 100, None, (
         *(f"neuron{feeders} | {score}{end}" for score in ("magnitude", "wanda") for feeders in ("", "(feeders=true)")
           for end in ("", " | mask | least_squares")), "neuron | random", "neuron(order=dense) | taylor", "minitron",
@@ -128,6 +133,7 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                         seed=seed, calib=calib, text=text, proof_tokens=proof_tokens if lm else None, speed=False, fresh=False,
                         cache=cache), _quiet)
                 gated = r.get("sparsity")
+                met = r.get("met")
                 gone = r["removed"]["blocks"] if "removed" in r else round(1 - r["factored_share"], 6) if "factored_share" in r else \
                     r["shared"]["gone"] if "shared" in r else None
                 yield {
@@ -137,6 +143,7 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
                     "recovery": r["recovery"], "kl": r.get("kl"), "top1_agreement": r.get("top1_agreement"),
                     **({"skipped": {k: round(v, 4) for k in ("target", "reached") if (v := gated[k]) is not None}} if gated else {}),
                     **({"removed": {"target": round(1 - (s.keep or 1), 4), "reached": gone}} if gone is not None else {}),
+                    **({"met": met["blocks"]} if met else {}),
                     "edit_seconds": r["edit_seconds"], "plan_hash": r["plan_hash"], "methods": recipe.methods,
                     "machine": machine(), "date": time.strftime("%Y-%m-%d"),
                 }

@@ -8,9 +8,22 @@ from tests.cases import Case
 ONE = {"up": torch.tensor([[1.0, 2.0]]), "down": torch.tensor([[1.0], [0.0]]), "norm": torch.tensor([2.0, 3.0])}
 TWO = {"up": torch.tensor([[4.0, 5.0]]), "down": torch.tensor([[6.0], [7.0]]), "norm": torch.tensor([1.0, 10.0])}
 
+# Four neurons of which 0 and 2 are active for the first two tokens, and 1 and 3 for the others: what comes first of x tells.
+MLP = {"gate": torch.eye(4)[:, :2], "up": torch.eye(4)[:, :2], "down": torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])}
+TOKENS = {"source": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]),
+          "fed": torch.tensor([[1.0, 0.0, 2.0, 0.0], [2.0, 0.0, 4.0, 0.0], [0.0, 3.0, 0.0, 1.0], [0.0, 6.0, 0.0, 2.0]])}
+
 CASES = {
     # The eigenvectors of 3 and of 1, the larger first; of a vector and its negative, the one this gives.
     "wiring/principal": Case({"gram": torch.tensor([[1.0, 0.0], [0.0, 3.0]])}, [[0, 1], [1, 0]]),
+    "wiring/experts": Case({"mlp": MLP}, {"neurons": [[1], [2], [3]], "active": 3, "router": [[0, 0]] * 3, "shared": [0], "copies": 0},
+                           {"parts": 4, "always": 1}),
+    "wiring/upcycle": Case({"mlp": MLP}, {"neurons": [[0, 1, 2, 3]] * 4, "active": 2, "router": [[0, 0]] * 4, "copies": 1}, {"parts": 4},
+                           differs="wiring/experts"),
+    # x tells which expert adds most: W is 1/2 and -1/2, made as small as logits are to be, 1/64. Nothing is missing of what it adds.
+    "wiring/moefication": Case({"mlp": MLP, "keep": 0.5, **TOKENS}, {
+        "neurons": [[0, 2], [1, 3]], "active": 1, "router": [[1 / 64, -1 / 64], [-1 / 64, 1 / 64]], "copies": 0, "down": MLP["down"]},
+        {"parts": 2, "damp": 0.0}, differs="wiring/experts"),
     # Columns of what reads the norm take its weight: [1 * 2, 2 * 3] and [4 * 1, 5 * 10].
     "wiring/fusion": Case({"mlps": [ONE, TWO], "apart": torch.zeros(2, 2)}, {
         "norm": [1, 1], "up": [[2, 6], [4, 50]], "down": [[1, 6], [0, 7]]}),

@@ -653,7 +653,7 @@ def check_parts(net: Network, recipe: Recipe, opts: Options) -> list[Recipe]:
         check_recipe(net, part, sweeps(part, net.sites), opts, opts.samples)
     rewire.check_later(net, recipe)
     if recipe.passes and recipe.passes[0].wiring is not None:  # of any other one it hangs on what those before it leave
-        rewire.check_groups(net, recipe.passes[0])
+        rewire.check_groups(net, recipe.passes[0], opts.keep)
     return parts
 
 
@@ -668,12 +668,13 @@ def shaped(net: Network, recipe: Recipe, samples: list[data_.Batch], journal: Jo
             spill = None if opts.max_memory is None else opts.max_memory // 16
             walk_on = walker(net, samples, journal.dir, spill, None, opts.cache)
 
-            def walk(needs: dict[str, set[str]], look: Visit) -> None:
-                walk_on(needs, look, "dense", lambda d, n: tick("edit", d, n), 0)
+            def walk(needs: dict[str, set[str]], look: Visit, order: str = "dense") -> None:
+                walk_on(needs, look, order, lambda d, n: tick("edit", d, n), 0)
 
             if p.wiring is not None:
-                rewire.check_groups(net, p)
-                went = rewire.written(net, p, rewire.Given(samples, journal.dir, spill, walk, lambda d, n: tick("edit", d, n)), out)
+                rewire.check_groups(net, p, opts.keep)
+                went = rewire.written(net, p, rewire.Given(samples, journal.dir, spill, walk, lambda d, n: tick("edit", d, n),
+                                                           opts.keep if p.keep is None else p.keep), out)
             elif p.takes == "network":
                 went = resize.written(net, p, walk, out)
             else:

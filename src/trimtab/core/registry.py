@@ -20,7 +20,7 @@ AXES = ("stat", "wiring", "unit", "score", "budget", "rewrite", "grid", "gate", 
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
-    "wiring": {"mlps", "apart", "writes"},
+    "wiring": {"mlps", "apart", "writes", "mlp", "keep"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
     "budget": {"scores", "target", "options", "trial", "spectra"},
@@ -75,6 +75,8 @@ KNOBS = {
     "near": "whether places share that follow each other alone", "tried": "whether what is lost is tried on calibration text",
     "layers": "blocks of a network", "width": "channels of the residual stream", "neurons": "hidden neurons of an MLP",
     "experts": "hidden neurons of an expert", "shared": "hidden neurons of the shared expert",
+    "parts": "experts that an MLP becomes, those that every token meets included", "active": "experts that a token meets",
+    "always": "parts of an MLP that every token meets", "split": "how hidden neurons are split: coactive, weights, order or random",
     "length": "members of a run at most, 0 for all",
     "dependency": "how much what follows may depend on what it is fused with, a cosine distance, 0 for however much",
     "heads": "query heads of an attention", "kv_heads": "key and value heads of an attention",
@@ -178,8 +180,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
              "into": None, "some": lambda value, inputs: value[inputs]},
     # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between, a
-    # tensor that writes the residual "stream", the "axes" of that; looks: of the knobs whether that is told by calibration samples,
-    # beside the statistics it names.
+    # tensor that writes the residual "stream", the "axes" of that, one "mlp"; looks: of the knobs whether that is told by calibration
+    # samples, beside the statistics it names.
     "wiring": {"of": "", "looks": None},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;

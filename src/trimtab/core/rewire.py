@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core import experts
 from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
 from trimtab.core.memory import Store
@@ -28,22 +29,24 @@ LEAST = 1e-3  # of the largest weight of a norm: what is smaller is not divided 
 @dataclass(frozen=True)
 class Given:
     """What a handler may look at: calibration samples, a folder for what it holds of them and above how many bytes it goes there, and
-    `walk`(needs, look), which takes `look`(i, module, statistics) over all blocks. `tick`(done, of) says how far it is."""
+    `walk`(needs, look), which takes `look`(i, module, statistics) over all blocks. `tick`(done, of) says how far it is; `keep` is the
+    share that is asked for."""
 
     samples: list[Batch]
     scratch: Path
     spill: int | None
     walk: Callable[..., None]
     tick: Callable[[int, int], None]
+    keep: float = 1.0
 
 
 @dataclass(frozen=True)
 class Handler:
-    """`check`(net, step): BadInput where the family has no such groups, or its knobs mean nothing; `groups`(net, step): BadInput where
-    this network has none; `written`(net, step, given, out) writes the checkpoint and returns what was rewired."""
+    """`check`(net, step): BadInput where the family has no such groups, or its knobs mean nothing; `groups`(net, step, keep): BadInput
+    where this network has none; `written`(net, step, given, out) writes the checkpoint and returns what was rewired."""
 
     check: Callable[[Network, Step], None]
-    groups: Callable[[Network, Step], Any]
+    groups: Callable[[Network, Step, float], Any]
     written: Callable[[Network, Step, Given, Path], dict[str, Any]]
 
 
@@ -60,10 +63,10 @@ def check(net: Network, p: Pass) -> None:
     mine.check(net, step)
 
 
-def check_groups(net: Network, p: Pass) -> None:
-    """BadInput where nothing of the network as it is now would be rewired."""
+def check_groups(net: Network, p: Pass, keep: float) -> None:
+    """BadInput where nothing of the network as it is now would be rewired, for this share."""
     step, mine = handler(p)
-    mine.groups(net, step)
+    mine.groups(net, step, keep if p.keep is None else p.keep)
 
 
 def written(net: Network, p: Pass, given: Given, out: Path) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def ends_mlp(net: Network, i: int) -> Site | None:
     return downs[0] if len(downs) == 1 and downs[0].expert is None else None
 
 
-def runs(net: Network, step: Step) -> list[list[int]]:
+def runs(net: Network, step: Step, keep: float = 1.0) -> list[list[int]]:
     """Blocks whose MLPs nothing stands between. BadInput where there are none."""
     found: list[list[int]] = [[]]
     for i in range(net.n_blocks):
@@ -304,7 +307,7 @@ def check_stream(net: Network, step: Step) -> None:
                        f"those with one in front of each, of {fits}")
 
 
-def stream_of(net: Network, step: Step) -> None:
+def stream_of(net: Network, step: Step, keep: float) -> None:
     """There is one in every network."""
 
 
@@ -352,4 +355,5 @@ def check_later(net: Network, recipe: Recipe) -> None:
 
 
 HANDLERS = {"run": Handler(check_run, runs, fused), "stream": Handler(check_stream, stream_of, centred),
-            "axes": Handler(check_axes, lambda net, step: None, turned)}
+            "axes": Handler(check_axes, lambda net, step: None, turned),
+            "mlp": Handler(experts.check, experts.groups, experts.written)}

@@ -67,7 +67,7 @@ class Pass:
         if "unit" in self.steps:
             return bool(self.steps["unit"].method.facts["free"]) and self.takes != "network" and not self.owns
         if self.wiring is not None:
-            return False
+            return "keep" in self.wiring.method.data
         edit = self.steps["edit"]
         factors = bool(edit.method.facts["factors"]) and not any(edit.bound.get(k) for k in ("rank", "energy"))
         return self.gates or bool(self.ties) or factors
@@ -551,8 +551,8 @@ def _pipeline(tokens: list[tuple[str, dict[str, Any]]], scope: str | None) -> Pa
 
 def _checked(p: Pass) -> Pass:
     if p.wiring is not None:
-        if p.keep is not None or p.order != "sequential":
-            raise BadInput(f"{p.wiring} has neither keep nor order; leave them out")
+        if (p.keep is not None and not p.free) or p.order != "sequential":
+            raise BadInput(f"{p.wiring} has {'no order; leave it' if p.free else 'neither keep nor order; leave them'} out")
         return p
     edit = p.steps["edit"].method
     if "gate" in p.steps and not p.gates:
@@ -678,7 +678,7 @@ def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
             mine = {k: v for k, v in knobs.items() if k in s.method.knobs}
             used |= set(mine)
             steps[axis] = _step(s.method, {**dict(s.knobs), **mine})
-        own = {} if p.wiring is not None else whole
+        own = whole if p.wiring is None else {k: v for k, v in whole.items() if k == "keep" and p.free}
         out.append(_checked(replace(p, steps=steps, keep=own.get("keep", p.keep), order=own.get("order", p.order))))
     if left := sorted((set(knobs) | {k for k, v in (("unit", unit), ("grid", grid)) if v is not None}) - used):
         known = sorted({k for p in row.passes for s in p.steps.values() for k in s.method.knobs}

@@ -213,6 +213,59 @@ def can_skip(family: Family, config: Any) -> bool:
         and not family.transposed
 
 
+# ---- experts ----------------------------------------------------------------------------------
+# Families of the same blocks but for experts in place of the MLP: (without an expert that every token meets, with one).
+SPARSE = {"llama": ("mixtral", "qwen2_moe"), "mistral": ("mixtral", "qwen2_moe"), "qwen2": ("", "qwen2_moe"), "qwen3": ("qwen3_moe", "")}
+ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+# What a config says that both have, and that each may leave out where it is what its own class would say.
+COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
+          "max_position_embeddings", "initializer_range", "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+          "pad_token_id")
+
+
+def sparse(family: Family, config: Any, shared: bool) -> Family:
+    """The family that a dense one becomes with experts, `shared` where every token meets one of them. BadInput where there is none."""
+    if family.name not in SPARSE:
+        raise BadInput(f"no family has the blocks of a {family.name} with experts in them; there is one for {', '.join(sorted(SPARSE))}")
+    name = SPARSE[family.name][shared]
+    if not name:
+        how = "none that every token meets: leave always out" if shared else "one that every token meets: use always=1 or more"
+        raise BadInput(f"a {family.name} with experts is a {SPARSE[family.name][not shared]}, which has {how}")
+    h, _, d = heads(config)
+    if biased := [k for k in ("attention_bias", "mlp_bias") if getattr(config, k, False) and (name, k) != ("qwen3_moe", "attention_bias")]:
+        raise BadInput(f"config.json says {biased[0]}, and a {name}, which this {family.name} would become, has no such biases")
+    slides = getattr(config, "sliding_window", None) if family.name == "mistral" else "sliding_attention" in (
+        getattr(config, "layer_types", None) or ())
+    if name != "mixtral" and slides:
+        raise BadInput(f"this {family.name} slides a window, and not every program that runs a {name} does; "
+                       + ("leave always out" if family.name == "mistral" else "take one with use_sliding_window off"))
+    if name == "qwen2_moe" and h * d != config.hidden_size:
+        raise BadInput(f"the heads of a {name} are as wide as their number divides the model, and {h} of {d} are {h * d} of "
+                       f"{config.hidden_size} here" + ("; leave always out" if SPARSE[family.name][0] else ""))
+    return FAMILIES[name]
+
+
+def sparse_config(family: Family, config: Any, said: Mapping[str, Any], experts: int, size: int, active: int,
+                  shared: int) -> dict[str, Any]:
+    """The config.json of `family` for a dense network of `config`, as its files have `said` it: so many experts of `size` hidden neurons,
+    of which a token meets `active`, and one of `shared` that all meet."""
+    own = ("attention_bias", "mlp_bias", "pretraining_tp", "intermediate_size", "layer_types", "use_sliding_window", "sliding_window",
+           "max_window_layers", "head_dim", "num_experts")
+    new = {k: v for k, v in said.items() if k not in own} | {k: getattr(config, k) for k in COMMON if hasattr(config, k)}
+    if "rope_parameters" not in new:
+        new["rope_theta"] = config.rope_parameters["rope_theta"]
+    new |= {"model_type": family.name, "architectures": [ARCHITECTURES[family.name]], "num_experts_per_tok": active,
+            "output_router_logits": False}
+    if family.name == "mixtral":
+        return new | {"head_dim": heads(config)[2], "sliding_window": getattr(config, "sliding_window", None), "intermediate_size": size,
+                      "num_local_experts": experts}
+    new |= {"intermediate_size": config.intermediate_size, "moe_intermediate_size": size, "num_experts": experts, "norm_topk_prob": True,
+            "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False}
+    if family.name == "qwen2_moe":
+        return new | {"shared_expert_intermediate_size": shared}
+    return new | {"head_dim": heads(config)[2], "attention_bias": config.attention_bias}
+
+
 # ---- sites ------------------------------------------------------------------------------------
 def heads(config: Any) -> tuple[int, int, int]:
     """Query heads, key/value heads, width of a head."""

@@ -120,6 +120,20 @@ def removed(nets: list[Any], timed: dict[str, Any] | None) -> dict[str, Any] | N
     return {"blocks": round(1 - blocks[1] / blocks[0], 6), "work": round(work["decode_tok_s"], 6), "became_time": saved}
 
 
+def met_share(nets: list[Any]) -> dict[str, Any] | None:
+    """Of a dense network that has experts now, of which a token meets some: the share of the weights of the blocks, as many as there were,
+    that it meets. None for any other."""
+    if len(nets) < 2 or any(s.expert is not None for s in nets[0].sites) or not any(s.expert is not None for s in nets[1].sites):
+        return None
+    count: dict[int, int] = {}
+    for s in nets[1].sites:
+        if s.expert is not None:
+            count[s.block] = max(count.get(s.block, 0), s.expert + 1)
+    share = {i: nets[1].config_of(i).num_experts_per_tok / n for i, n in count.items()}
+    its = sum(s.size * (1 if s.expert is None else share[s.block]) for s in nets[1].sites)
+    return {"blocks": round(its / sum(s.size for s in nets[0].sites), 6)}
+
+
 def _plain(x: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(x, dict):
@@ -185,6 +199,8 @@ def prove(before: Path, after: Path | None, batches: list[dict[str, Any]], *, by
         result["faster"] = faster_line(timed, masked)
         if (gone := removed(nets, timed)) is not None:
             result["removed"] = gone
+        if (some := met_share(nets)) is not None:
+            result["met"] = some
         met, lines = verdict(result, min_recovery)
         result |= {"warnings": [*lines, *noted], "proof": "passed" if met else "failed"}
     return _plain(result | {"seconds": perf_counter() - start, "peak_rss_bytes": peak_rss()})

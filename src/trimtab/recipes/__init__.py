@@ -254,3 +254,14 @@ recipe("ffn_fusion", "attn: sublayer | influence | mask ; fusion", source="arXiv
             "There attention goes by another program, and distillation follows.")
 recipe("pre_rmsnorm", "rms", source="arXiv:2305.14858 (Jiang et al. 2023, Pre-RMSNorm)",
        note="Exact; OPT, GPT-2, GPT-NeoX and ViT. In torch on a processor it saves no time.")
+recipe("union_of_experts", "experts", source="arXiv:2503.02495 (Yang et al. 2025), its equivalent decomposition",
+       note="The same outputs. `experts(parts=8)`; `experts(always=1)` has a shared expert, which a qwen2 needs.")
+recipe("upcycle", "upcycle", source="arXiv:2212.05055 (Komatsuzaki et al. 2022); arXiv:1806.02639 (Cai et al. 2018), replicate",
+       note="The same outputs, from more weights: a start for training. `upcycle(parts=8,active=2)`.")
+recipe("moefication", "moefication", source="arXiv:2110.01786 (Zhang et al. 2021)", claims=[
+    Claim("neurons split by what they do, better than at random", "moefication", "moefication(split=random)", "experts-50%",
+          "figures recalled, not asserted"),
+], note="`--keep` is the share of an MLP that a token meets. A llama or mistral becomes a mixtral, a qwen3 a qwen3_moe.")
+recipe("shared_experts", "moefication(parts=16,always=4)", source="arXiv:2502.04416 (Pei et al. 2025, CMoE), its shared experts", claims=[
+    Claim("better than without experts that are always met", "shared_experts", "moefication(parts=16)", "experts-50%", "ours: no figure"),
+], note="A llama, mistral or qwen2 becomes a qwen2_moe. Its router and its clusters are those of `moefication`.")

@@ -97,6 +97,8 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
         out.append(("weights of the blocks removed", "", percent(gone["blocks"])))
         if gone["became_time"]:
             out.append(("of the work removed, became time", "", ", ".join(f"{percent(v, 0)} {k}" for k, v in gone["became_time"].items())))
+    if some := run.get("met"):
+        out.append(("weights of the blocks that a token meets", "", percent(some["blocks"])))
     if run.get("ranks"):
         out += [("rank", "", ranks(run)), ("parameters left in factors", "", percent(run["factored_share"]))]
     out += [(what, "", f) for what, f in (
