@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Site
-from trimtab.methods.experts import Experts, copied, number, split
+from trimtab.methods.experts import Experts, choosable, copied, split
 from trimtab.methods.wiring.experts import SPLITS
 from trimtab.network import graph
 from trimtab.network.checkpoint import SafeFile, write_safetensors
@@ -56,7 +56,7 @@ def groups(net: Network, step: Step, keep: float) -> None:
             if (row := size * net.stored_dtype(down).itemsize) % ROW:
                 raise BadInput(f"experts of {size} neurons take {row} bytes a row, and transformers multiplies rows of whole {ROW} bytes; "
                                "use fewer parts")
-            number(step.bound["parts"], step.bound["always"], keep if "keep" in step.method.data else 1.0)
+            choosable(step.bound["parts"], step.bound["always"], keep if "keep" in step.method.data else 1.0)
     except BadInput as e:
         raise BadInput(f"{step.method.name}: {e}") from None
 
@@ -78,8 +78,8 @@ def written(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]
     needs = set(step.method.needs)
     given.walk({s.name: needs for s in net.sites if s.role == "down" and needs}, look, "sequential" if needs else "dense")
     first, source = shapes[0], Source(net)
-    shared = 0 if first.shared is None else len(first.shared)
-    config = graph.sparse_config(becomes(net, step), net.config, net.checkpoint.config, *first.neurons.shape, first.active, shared)
+    (number, size), shared = first.neurons.shape, 0 if first.shared is None else len(first.shared)
+    config = graph.sparse_config(becomes(net, step), net.config, net.checkpoint.config, number, size, first.active, shared)
     target = Target(config)
 
     def tensor(name: str) -> Tensor:
@@ -99,9 +99,7 @@ def written(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]
     write(net, config, tensor, out)
     for file in kept:
         file.unlink()
-    total = len(first.neurons) + (shared > 0)
-    return {"experts": {"family": target.family.name, "of": total, "met": first.active + (shared > 0), "neurons": first.neurons.shape[1],
-                        "shared": shared}}
+    return {"experts": {"family": target.family.name, "of": number, "met": first.active, "neurons": size, "shared": shared}}
 
 
 def meet(net: Network, module: Any, down: Site, found: Experts) -> None:

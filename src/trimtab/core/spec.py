@@ -678,7 +678,7 @@ def _row(row: Recipe, knobs: dict[str, Any]) -> list[Pass]:
             mine = {k: v for k, v in knobs.items() if k in s.method.knobs}
             used |= set(mine)
             steps[axis] = _step(s.method, {**dict(s.knobs), **mine})
-        own = whole if p.wiring is None else {k: v for k, v in whole.items() if k == "keep" and p.free}
+        own = whole if p.wiring is None or len(row.passes) == 1 else {k: v for k, v in whole.items() if k == "keep" and p.free}
         out.append(_checked(replace(p, steps=steps, keep=own.get("keep", p.keep), order=own.get("order", p.order))))
     if left := sorted((set(knobs) | {k for k, v in (("unit", unit), ("grid", grid)) if v is not None}) - used):
         known = sorted({k for p in row.passes for s in p.steps.values() for k in s.method.knobs}

@@ -68,7 +68,7 @@ def copied(parts: int, active: int) -> None:
         raise BadInput(f"a token cannot meet {active} of {parts} copies; parts is 2 or more, and active 1 to parts")
 
 
-def number(parts: int, always: int, keep: float) -> int:
+def choosable(parts: int, always: int, keep: float) -> int:
     """How many of the parts that are not met always a token meets, for at most the share `keep` of all. BadInput where that is none."""
     if not 0 <= always < parts:
         raise BadInput(f"always={always} of {parts} parts leaves none to choose from; it is 0 to {parts - 1}")
@@ -158,5 +158,5 @@ def mended(found: Experts, x: Tensor, h: Tensor, down: Tensor, damp: float) -> E
 def of_parts(mlp: Mapping[str, Tensor], parts: int, always: int) -> tuple[int, Tensor]:
     """The size of equal parts of an MLP's hidden neurons, and a router to those that are not met always to which all are alike."""
     down = mlp["down"]
-    number(parts, always, 1.0)
+    choosable(parts, always, 1.0)
     return split(down.shape[1], parts), down.new_zeros(parts - always, down.shape[0], dtype=torch.float32)

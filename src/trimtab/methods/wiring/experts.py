@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput
-from trimtab.methods.experts import Experts, alike, clusters, coactive, copied, mended, number, of_parts, routed, worth
+from trimtab.methods.experts import Experts, alike, choosable, clusters, coactive, copied, mended, of_parts, routed, worth
 
 SPLITS = ("coactive", "weights", "order", "random")
 
@@ -63,7 +63,7 @@ def moefication(mlp: dict[str, Tensor], keep: float, source: Tensor, fed: Tensor
     size, router = of_parts(mlp, parts, always)
     if split not in SPLITS:
         raise BadInput(f"split={split} is no way to split neurons; use {', '.join(SPLITS)}")
-    count, down = number(parts, always, keep), mlp["down"]
+    count, down = choosable(parts, always, keep), mlp["down"]
     first = worth(fed, down).square().mean(0).argsort(descending=True, stable=True)[:always * size].sort().values
     rest = torch.ones(parts * size, dtype=torch.bool, device=down.device)
     rest[first] = False
