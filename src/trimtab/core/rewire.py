@@ -355,5 +355,5 @@ def check_later(net: Network, recipe: Recipe) -> None:
 
 
 HANDLERS = {"run": Handler(check_run, runs, fused), "stream": Handler(check_stream, stream_of, centred),
-            "axes": Handler(check_axes, lambda net, step: None, turned),
+            "axes": Handler(check_axes, lambda net, step, keep: None, turned),
             "mlp": Handler(experts.check, experts.groups, experts.written)}
