@@ -34,6 +34,7 @@ from trimtab.methods.basis import Basis
 from trimtab.methods.books import Books, typed
 from trimtab.methods.codes import LEVELS, TABLES, Codes, Grid, grouped, nearest, rounded, steps
 from trimtab.methods.edit.share import adapted
+from trimtab.methods.entrywise import Entrywise
 from trimtab.methods.experts import Experts
 from trimtab.methods.factors import Factors, losses_of_ranks, rank_of
 from trimtab.methods.format.panels import Packed
@@ -1581,7 +1582,10 @@ def law_edit_parts_are_the_truth(m: Method) -> None:
             new = pruned(m, name, plain(), 0.5, dtype=dtype)
             terms, spared = Terms.among(new.parts), Spared.among(new.parts)
             assert (terms is not None and terms.codes is not None) == bool(m.facts["codes"])
-            assert m.facts["codes"] or (Factors.among(new.parts) is not None) == m.facts["factors"]
+            assert m.facts["codes"] or (Factors.among(new.parts) is not None) == (m.facts["factors"] is True)
+            products = Entrywise.among(new.parts)
+            assert (products is not None) == (m.facts["factors"] == "entrywise")
+            assert products is None or torch.equal(products.weight().to(dtype), new.w)
             assert (Books.among(new.parts) is not None) == m.facts["books"]
             if terms is not None:
                 assert torch.equal(terms.weight().to(dtype), new.w)
@@ -1619,18 +1623,24 @@ def law_edit_spares(m: Method) -> None:
         assert not Spared.among(call(m, {**env(m, name), "mask": torch.zeros_like(mask)}).parts)
 
 
+def columns(new: Change) -> int:
+    """The rank of its factors, of two products together."""
+    products = Entrywise.among(new.parts)
+    return Factors.among(new.parts).rank if products is None else products.rank
+
+
 def law_edit_factors_have_the_share(m: Method) -> None:
     """As many parameters as the share allows and no rank more; or the rank that was asked for, between 1 and the shorter side."""
     if m.facts["factors"]:
         for name in THREE:
             out, inputs = SITES[name].shape
             for keep in (0.01, *SHARES, 1.0):
-                rank = Factors.among(pruned(m, name, plain(), keep).parts).rank
-                assert rank == rank_of((out, inputs), keep) == max(1, int(keep * out * inputs / (out + inputs)))
-                assert rank == 1 or rank * (out + inputs) <= keep * out * inputs < (rank + 1) * (out + inputs)
+                rank, least = columns(pruned(m, name, plain(), keep)), 1 + (m.facts["factors"] == "entrywise")
+                assert rank == max(least, rank_of((out, inputs), keep)) == max(least, int(keep * out * inputs / (out + inputs)))
+                assert rank == least or rank * (out + inputs) <= keep * out * inputs < (rank + 1) * (out + inputs)
             for rank in (1, 3, min(out, inputs)):
                 new = call(m, env(m, name), rank=rank)
-                assert Factors.among(new.parts).rank == rank >= int(torch.linalg.matrix_rank(new.w))
+                assert columns(new) == least * rank and rank ** least >= int(torch.linalg.matrix_rank(new.w))
             for rank in (-1, min(out, inputs) + 1):
                 with pytest.raises(BadInput, match="a rank is 1 to"):
                     call(m, env(m, name), rank=rank)
@@ -1972,6 +1982,11 @@ def held(m: Method, knobs: dict[str, Any], dtype: torch.dtype) -> Iterator[Chang
                 yield Factors(w[:, :rank], w[:rank]).change()
             yield Factors(w[:, :3] * mask[:, :3], (w * mask).T.contiguous().T[:3]).change()
             continue
+        if kind == "entrywise":
+            for rank in (1, 2, 7):
+                for more in (0, 1):
+                    yield Entrywise(Factors(w[:, :rank + more], w[:rank + more]), Factors(w[:, -rank:], w[-rank:])).change()
+            continue
         if kind == "books":
             for vector, width, second in ((4, 8, 0), (3, 1, 3), (2, 9, 0), (5, 16, 10)):
                 yield books(w, vector, width, second).change()
@@ -2046,6 +2061,7 @@ def awkward(dtype: torch.dtype) -> Iterator[Change]:
         yield nearest(w * loose, 8).change(loose)
         yield nearest(w, 2, 4, ternary=True).change()
         yield Factors(w[:, :1], w[:1]).change()
+        yield Entrywise(Factors(w[:, :1], w[:1]), Factors(w[:, -1:], w[-1:])).change()
         yield books(w, 3, 4).change()
 
 
@@ -2074,7 +2090,7 @@ def law_format_bytes(m: Method) -> None:
         for new in [*held(m, knobs, torch.float32), *held(m, knobs, torch.bfloat16), *coded(m, knobs)]:
             kept = int((new.w != 0).sum() if new.mask is None else new.mask.sum())
             packed = m.fn(new, **knobs)
-            if m.facts["holds"] in ("block", "mask", "factors"):  # a block is kept whole; others may fill up
+            if m.facts["holds"] in ("block", "mask", "factors", "entrywise"):  # a block is kept whole; others may fill up
                 kept = m.facts["stored"](packed)
             its = {k: getattr(packed, k) for k in ("rows", "n", "m")} if m.facts["holds"] == "books" else knobs
             want = m.facts["bytes"](tuple(new.w.shape), packed.entries, kept, its)
@@ -2092,6 +2108,8 @@ def law_format_knows_what_it_stores(m: Method) -> None:
             packed = m.fn(new, **knobs)
             if (factors := Factors.among(new.parts)) is not None:
                 assert m.facts["stored"](packed) == factors.left.numel() + factors.right.numel()
+            elif (products := Entrywise.among(new.parts)) is not None:
+                assert m.facts["stored"](packed) == sum(t.numel() for t in new.parts.values()) == products.rank * sum(new.w.shape)
             elif (vectors := Books.among(new.parts)) is not None:
                 assert m.facts["stored"](packed) == new.w.numel()
                 assert (packed.rows, packed.n) == (vectors.book.shape[1], len(vectors.book).bit_length() - 1)

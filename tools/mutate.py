@@ -79,6 +79,7 @@ SIZES = ("tests/line/test_subclone.py",)
 GATES = ("tests/test_laws.py", "tests/test_cases.py", "tests/line/test_gates.py", "tests/line/test_routers.py",
          "-k", "gate or router or sentence or step")
 COLUMNS = ("tests/runtime/test_gates.py", "tests/runtime/test_kernels.py", "-k", "gate or columns")
+ENTRYWISE = ("tests/line/test_fedpara.py",)
 SUMMARY = ("tests/test_laws.py", "-k", "summary")
 
 BUGS = [
@@ -218,6 +219,17 @@ BUGS = [
     Bug("methods/format/bsr.py", "flatten(2).any(-1)", "flatten(2).all(-1)", "a block with one zero is lost"),
     Bug("methods/format/bsr.py", "held.sum(1)", "held.sum(0)", "row pointers count columns"),
     Bug("methods/edit/svd.py", "root[:, None] * vt[:r]", "vt[:r]", "singular values on one side only"),
+    Bug("methods/edit/fedpara.py", "2 * rank_of(w.shape, keep, rank) if rank", "rank_of(w.shape, keep, rank) if rank", "half the rank"),
+    Bug("methods/edit/fedpara.py", "(x / scale).float()", "x.float()", "the inputs' sizes stay in the factors"),
+    Bug("methods/edit/fedpara.py", "slope.mul(first).mul_(2 / size), slope.mul(second)",
+        "slope.mul(second).mul_(2 / size), slope.mul(first)", "the slope of one product goes to the other"),
+    Bug("methods/format/entrywise.py", "return first * second", "return first + second", "products added"),
+    Bug("methods/entrywise.py", "return rank - rank // 2, rank // 2", "return rank // 2, rank - rank // 2", "the second has one more",
+        ENTRYWISE),
+    Bug("runtime/native.py", 'torch.bfloat16 if packed.type == "bf16" else torch.float32', "torch.float32", "twice the bytes that are read",
+        ENTRYWISE),
+    Bug("prove/size.py", 'linear.factors if linear.format == "entrywise" else (linear,)', "(linear,)", "products counted as weights",
+        ENTRYWISE),
     Bug("methods/format/lowrank.py", "each = (dense(Change(factors.right)), dense(Change(factors.left)))",
         "each = (dense(Change(factors.right * 2)), dense(Change(factors.left)))", "a factor is not what was given"),
     # --- the line

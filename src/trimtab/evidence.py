@@ -60,7 +60,8 @@ SETTINGS = {
             f"{r}int(bits=4,group=128) | gptq | token(act_bits=4)" for r in ("", "hadamard | ", "kurtail | ", "smooth | ", "quarot | "))),
     )},
     **{f"rank-{gone}%": Setting(1 - gone / 100, None, (
-        "svd", "svdllm", "svdllm_ranks", "utilised", "ranks | utilised", "cur", "cur(whiten=true)", "ranks | cur"),
+        "svd", "svdllm", "svdllm_ranks", "utilised", "ranks | utilised", "cur", "cur(whiten=true)", "ranks | cur",
+        "fedpara"),
         f"{gone} % of the parameters gone by small ranks") for gone in (10, 20, 30)},
     "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
@@ -102,7 +103,7 @@ SETTINGS = {
         "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse",
         "neuron | fuse(refit=true)", "amp", "transact", "inner | amp | mask | least_squares", "inner | transact | mask | least_squares",
         "llm_drop", "sublayer | entropy", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude",
-        "slicegpt", "svd", "svdllm", "ranks | svdllm", "utilised", "cur", "tie", "tie(near=false)", "tie(tried=false)",
+        "slicegpt", "svd", "svdllm", "ranks | svdllm", "utilised", "cur", "fedpara", "tie", "tie(near=false)", "tie(tried=false)",
         "block_influence | tie", "flexigpt", "flexigpt(scaled=false)", "flexigpt(tried=true)", "directshare"),
         f"{gone} % of the blocks' weights gone, with neurons, heads, layers, channels, in factors or shared") for gone in (10, 20, 30, 50)},
 }

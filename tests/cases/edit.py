@@ -96,6 +96,10 @@ CASES = {
     # and with R^T 90, over |C|^2 |R|^2 = 10 * 25: U = 0.36.
     "edit/cur": Case(site([[3.0, 4.0], [1.0, 3.0]], [[9.0, 0.0], [0.0, 1.0]]), [[3.24, 4.32], [1.08, 1.44]], {"rank": 1},
                      differs="edit/svd"),
+    # Two products of rank 1 are one of rank 1. Where the second input counts three times, rows (6, 3) and (1, -2) have nothing in common:
+    # the longer one is left.
+    "edit/fedpara": Case(site([[6.0, 1.0], [1.0, -2 / 3]], [[1.0, 0.0], [0.0, 9.0]]), [[6, 1], [0, 0]], {"rank": 1, "damp": 0.0},
+                         differs="edit/svd", tol=1e-4),
     # One step is 1: what is nearer to 1 than to 2, or than to 0, is 1.
     "edit/rtn": Case(site([[1.4, 2.2]], [[2.0, 1.0], [1.0, 1.0]], grid=Whole(4, 1.0)), [[1, 2]], differs="edit/gptq"),
     # U as for sparsegpt: 1.4 becomes 1, e = 0.4, and 2.2 - 0.4 * -1 = 2.6 becomes 3.

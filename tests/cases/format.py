@@ -6,6 +6,7 @@ from tests.cases import Case
 from trimtab.core.types import Change
 from trimtab.methods.books import Books
 from trimtab.methods.codes import Codes, Grid
+from trimtab.methods.entrywise import Entrywise
 from trimtab.methods.factors import Factors
 
 # A pattern that is at once 2:4 along the input and one block of 1 x 2 in each row.
@@ -19,6 +20,11 @@ FOUR = Codes(torch.tensor([[1, 2, 8, 8, 5, 6, 8, 8]], dtype=torch.uint8), Grid(t
 
 # Rank 1: (3, 4)^T (5, 6, 7).
 PAIR = Factors(torch.tensor([[3.0], [4.0]]), torch.tensor([[5.0, 6.0, 7.0]])).change()
+
+
+# That, entry by entry with (1, 2)^T (1, 0, 1).
+BOTH = Entrywise(Factors(torch.tensor([[3.0], [4.0]]), torch.tensor([[5.0, 6.0, 7.0]])),
+                 Factors(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 0.0, 1.0]]))).change()
 
 
 # Vector 0, 1 and 3 of four, for outputs 0 and 1; then 2, 0 and 0 for output 2, which is alone.
@@ -37,6 +43,10 @@ CASES = {
         differs="format/nm"),
     # Of three inputs one output, the rank; of that two.
     "format/lowrank": Case({"new": PAIR}, {"right_values": panel([5], [6], [7]), "left_values": panel([3, 4])}, differs="format/dense"),
+    # (3, 4)^T (5, 6, 7) and (1, 2)^T (1, 0, 1), each as lowrank has it.
+    "format/entrywise": Case({"new": BOTH}, {"first_right_values": panel([5], [6], [7]), "first_left_values": panel([3, 4]),
+                                             "second_right_values": panel([1], [0], [1]), "second_left_values": panel([1, 2])},
+                             differs="format/dense"),
     # Of two bits: a byte holds an index of vectors 0, 4, 8 and 12, or of 1, 5, 9 and 13, and one of inputs 0 to 3.
     "format/book": Case({"new": VECTORS}, {"values": [[[0, 1, 3, 0, 2, 0, 0, 0] + [0] * 8]], "book": [[1, 2], [3, 4], [5, 6], [7, 8]],
                                            "scales": [1, 0.5, 2]}, differs="format/dense"),

@@ -16,6 +16,7 @@ from trimtab.core.spec import Pass, Step
 from trimtab.core.types import Change, Failed, Site
 from trimtab.methods.basis import Basis
 from trimtab.methods.codes import Grid, length
+from trimtab.methods.entrywise import FIRST, Entrywise
 from trimtab.methods.format.panels import unpack_mask
 from trimtab.methods.gates import Gate
 from trimtab.methods.rounding import Rounding
@@ -222,7 +223,7 @@ def edit_block(net: Network, module: Any, i: int, owner: dict[str, Pass], shares
         return stats.of(s) if stats else {}
 
     spared = {s.name: Spared.among(of_site(priors, s.name)) for s in net.sites_of(i)}
-    settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", ":book", ":entries", ":columns"))}
+    settled = {n.rpartition(":")[0] for n in priors if n.endswith((":codes", ":left", f":{FIRST}", ":book", ":entries", ":columns"))}
     refit, changed = rewrite_block(net, module, i, owner, its, settled)
     bases = bases_of(net, module, i, owner, its, lambda s: spared[s.name])
 
@@ -327,7 +328,8 @@ def checked(p: Pass, site: Site, w: Tensor, prior: Tensor | None, change: Change
         raise Failed(f"{site.name}: {edit} returned a weight of wrong shape or with NaN; please report this")
     if mask is not None and bool((change.w[~mask] != 0).any()):
         raise Failed(f"{site.name}: {edit} left weights outside its own mask; please report this")
-    if (terms := Terms.among(change.parts)) is not None and not torch.equal(terms.weight(), change.w):
+    terms = Terms.among(change.parts) or Entrywise.among(change.parts)
+    if terms is not None and not torch.equal(terms.weight(), change.w):
         raise Failed(f"{site.name}: {edit} returned parts that do not decode to its weight; please report this")
     if prior is not None and bool((change.w[~prior] != 0).any()):
         raise Failed(f"{site.name}: {edit} brought back weights an earlier pass dropped; please report this")

@@ -276,7 +276,7 @@ def check_terms(s: Site, passes: list[Pass]) -> None:
                        "scope the pass to the others, such as attn:")
     if spares and spares[0].free and spares[0].keep is None:
         raise BadInput(f"{s.name}: say how much {spares[0].steps['edit']} keeps, such as spare(keep=0.1%)")
-    if any(p.turns and not (pack.rounds(p) or p.steps["edit"].method.facts["factors"]) for p in passes):
+    if any(p.turns and not (pack.rounds(p) or p.steps["edit"].method.facts["factors"] is True) for p in passes):
         raise BadInput(f"{s.name}: a weight stays in another basis as codes or factors alone; use rtn, gptq or svd behind the rewrite")
 
 

@@ -23,6 +23,7 @@ from trimtab.methods.books import Books, widths
 from trimtab.methods.codes import LEVELS, Codes, Grid, length, nearest, rounded
 from trimtab.methods.composite import based, stacked, summed
 from trimtab.methods.edit.share import OWN, adapted
+from trimtab.methods.entrywise import Entrywise, ranks_of
 from trimtab.methods.factors import Factors, checked_rank, rank_of
 from trimtab.methods.format.book import book
 from trimtab.methods.format.dense import dense
@@ -69,7 +70,8 @@ class Format:
 
     def of(self, change: Change) -> Step:
         """Single weights that nobody named a format for lie in steps where few are left; a weight that was left whole, whole."""
-        if not self.named and self.holds == "factors" and Terms.among(change.parts) is None:
+        factored = Entrywise.among(change.parts) if self.holds == "entrywise" else Terms.among(change.parts)
+        if not self.named and self.holds in ("factors", "entrywise") and factored is None:
             return Step("format/dense")
         if self.named or self.step != Step("format/bitmask") or Codes.among(change.parts) is not None:
             return self.step
@@ -105,8 +107,8 @@ def format_of(passes: Iterable[Pass], asked: str = "") -> Format:
             found, named = of_unit(p, p.steps["format"]), True
         elif "unit" in p.steps and not named:
             found = of_unit(p, Step(f"format/{p.steps['unit'].method.facts['format']}"))
-        elif p.steps["edit"].method.facts["factors"] and not named:
-            found = Step("format/lowrank")
+        elif (factors := p.steps["edit"].method.facts["factors"]) and not named:
+            found = Step(f"format/{'lowrank' if factors is True else factors}")
         elif p.steps["edit"].method.facts["books"] and not named:
             found = Step("format/book")
     if gated and not named and found == Step("format/dense"):
@@ -152,7 +154,8 @@ def try_format(how: Format, passes: list[Pass], shape: tuple[int, int], keep: fl
             change = rounded(w * mask, fitted, length(grid.bound["group"], w.shape[1])).change(change.mask)
         if p.steps["edit"].method.facts["factors"]:
             rank = rank_of((len(w), w.shape[1]), p.keep or keep, p.steps["edit"].bound["rank"])
-            change = Change(change.w, Factors(w[:, :rank], w[:rank]).parts())
+            some = [Factors(w[:, :r], w[:r]) for r in (rank, *ranks_of(max(2, rank)))]
+            change = Change(change.w, (some[0] if p.steps["edit"].method.facts["factors"] is True else Entrywise(*some[1:])).parts())
         if p.steps["edit"].method.facts["books"]:
             change = some_books(w, p.steps["edit"].bound).change()
         for knobs in (r.bound for r in p.repairs if "rank" in r.bound):
@@ -178,6 +181,8 @@ def valued(how: Format, change: Change, dtype: torch.dtype | None = None) -> Cha
     """What is packed of a site: codes as they are, else values of `dtype`, or that take no more bytes than those of its weight."""
     dtype, terms, gate = dtype or value_dtype(change.w.dtype), Terms.among(change.parts), Gate.among(change.parts)
     gated = gate.parts() if gate else {}
+    if how.holds == "entrywise" and (products := Entrywise.among(change.parts)) is not None:
+        return Change(change.w, {**products.to(dtype).parts(), **gated})
     kind = None if terms is None or not terms.simple or terms.codes is not None else "factors" if terms.factors is not None else "books"
     if terms is None or (kind is not None and how.holds != kind):
         return Change(change.w.to(dtype), gated, change.mask)
@@ -528,7 +533,7 @@ def formats(sites: list[Site], recipe: Recipe, asked: str) -> dict[str, Format]:
 
 def rank_left(p: Pass, site: Site, change: Change) -> int | None:
     """The rank of the factors that a pass left; of a weight that it could have made factors of and left whole, the shorter side."""
-    factors = Factors.among(change.parts)
+    factors = Factors.among(change.parts) or Entrywise.among(change.parts)
     whole = min(site.shape) if p.steps["edit"].method.facts["factors"] else None
     return whole if factors is None else factors.rank
 

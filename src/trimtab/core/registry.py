@@ -213,7 +213,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "gate": {"of": "input", "by": "token", "free": True, "roles": (), "check": None},
     # drops: whether it zeroes what the share says; codes: whether it leaves a grid, which no later pass could keep, or the type of codes
     # where the grid is its own; factors: whether
-    # it leaves two of them, for a share of the parameters that is its own, or for its knobs `rank` and `energy`;
+    # it leaves two of them, for a share of the parameters that is its own, or for its knobs `rank` and `energy`, or the format where it
+    # leaves others, for the same;
     # books: whether it leaves indices into
     # codebooks, which no later pass could keep; spares: whether what the share says is
     # kept as it is, out of the hands of later passes, which have the rest; zero: whether a weight of zero stays zero, where it decides the
@@ -229,10 +230,10 @@ FACTS: dict[str, dict[str, Any]] = {
     # the sweep, trains, and returns what mends a site: f(name, change) -> change.
     "repair": {"keeps": ("mask",), "leaves": (), "level": "site"},
     "input": {},
-    # holds: what it can store: "any", "mask", "nm", "block", "factors", "books"; codes: the types of codes it stores; bytes: the size of
-    # every buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored: that
-    # number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose
-    # kernels run it.
+    # holds: what it can store: "any", "mask", "nm", "block", "factors", "entrywise", "books"; codes: the types of codes it stores; bytes:
+    # the size of every buffer as (shape, values, kept, knobs) -> {buffer: bytes}, where kept counts the entries its pattern keeps; stored:
+    # that number, from the buffers of a packed weight, every index of which it checks; factors: the format of its factors, whose kernels
+    # run it.
     "format": {"holds": "any", "codes": (), "bytes": None, "stored": None, "factors": ""},
 }
 

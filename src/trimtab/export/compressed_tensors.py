@@ -29,6 +29,7 @@ from trimtab.core.line import file_digest
 from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Site
 from trimtab.methods.codes import Codes, e4m3_step
+from trimtab.methods.entrywise import FIRST
 from trimtab.methods.rounding import ACT, Rounding
 from trimtab.methods.terms import ALONE
 from trimtab.network.checkpoint import NOT_JSON, PARTS, Checkpoint, SafeFile, copy_others, write_sharded
@@ -157,9 +158,10 @@ def quantized(net: Network, parts: SafeFile) -> list[Layer]:
     layers = [x for x in net.layers() if not x.is_head]
     plain = {s.name for x in layers for s in x.sites}
     for s in net.sites:
-        if more := next((k for k in ALONE if f"{s.name}:{k}" in parts.names), None):
+        if more := next((k for k in (*ALONE, FIRST) if f"{s.name}:{k}" in parts.names), None):
             spared = dict.fromkeys(("entries", "columns"), "weights that were spared")
-            what = {"left": "factors", "book": "vectors of a codebook", **spared}.get(more, "a basis of its own")
+            known = {"left": "factors", FIRST: "products of factors", "book": "vectors of a codebook", **spared}
+            what = known.get(more, "a basis of its own")
             raise BadInput(f"{s.name}: it has {what}, which compressed-tensors does not hold; {RIGHT}")
         if s.expert is not None:
             raise BadInput(f"{s.name}: it is an expert, and transformers opens those with compressed-tensors only as codes, which are not "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from trimtab.methods import composite
+from trimtab.methods.entrywise import PRODUCTS
 from trimtab.methods.format.lowrank import SIDES
 from trimtab.methods.format.panels import Packed
 from trimtab.network.checkpoint import Checkpoint, Entry, SafeFile
@@ -39,7 +40,7 @@ def _maps(before: str, p: Packed) -> Iterator[tuple[str, Packed]]:
     """The maps that a packed weight is made of in the end, and what stands before their buffers' names."""
     if not p.factors:
         yield before, p
-    sides = composite.names(p.format, len(p.factors)) if p.format in composite.FORMATS else SIDES
+    sides = composite.names(p.format, len(p.factors)) if p.format in composite.FORMATS else PRODUCTS if p.format == "entrywise" else SIDES
     for side, f in zip(sides, p.factors, strict=False):
         yield from _maps(f"{before}{side}_", f)
 

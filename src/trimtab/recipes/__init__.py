@@ -92,6 +92,10 @@ recipe("cur", "cur", source="arXiv:2501.04211 (Park and Moon 2025), CURing", cla
     Claim("better than plain singular value decomposition with 80 % of the parameters", "cur", "svd", "rank-20%",
           "the paper compares with pruned layers; ours: no figure"),
 ], note="`cur(whiten=true)` links rows and columns for the nearest outputs. Half of every product are rows of the weight as they were.")
+recipe("fedpara", "fedpara", source="arXiv:2108.06098 (Hyeon-Woo et al. 2022), FedPara, fitted to trained weights", claims=[
+    Claim("better than plain singular value decomposition with 80 % of the parameters", "fedpara", "svd", "rank-20%",
+          "the paper trains its factors; ours: no figure"),
+], note="Two products, multiplied entry by entry: smaller files, the same time, as the runtime makes the weight of them.")
 recipe("ternary", "ternary(group=0) | rtn", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",
        note="Below two bits a weight, for a model that was trained to be ternary; of any other it is an honest zero point.")
 recipe("quip", "incoherent | int(bits=2,group=64,asymmetric=true,clip=mse) | gptq", source="arXiv:2307.13304 (Chee et al. 2023)", claims=[

@@ -156,17 +156,17 @@ class Decoder:
         if core is None:
             raise BadInput(f"there is no native decoder: {native.absent()}")
         try:
-            made = _Made()
+            made, linears = _Made(), {name: _runnable(name, w) for name, w in linears.items()}
             for name, w in linears.items():
-                made.add(name, _runnable(name, w))
+                made.add(name, w)
             plain = {name: _plain(t) for name, t in tensors.items()}
             self._core = core.Decoder(made.description(description), made.maps, plain | made.tensors)
         except ValueError as e:
             raise BadInput(str(e)) from None
-        self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in _packed(w).buffers.items()}
+        self._floats = plain | {f"{name}.{k}": t for name, w in linears.items() for k, t in w.packed.buffers.items()}
         self._session, self.narrowest, self.cache = core.Session, narrowest, cache
-        self.chunk = COLUMNS if any(_by_columns(_packed(w)) for w in linears.values()) else CHUNK
-        self.weight_bytes = sum(_packed(w).nbytes for w in linears.values())  # that every step reads
+        self.chunk = COLUMNS if any(_by_columns(w.packed) for w in linears.values()) else CHUNK
+        self.weight_bytes = sum(w.packed.nbytes for w in linears.values())  # that every step reads
         self.context: int = description["context"]
         self.vocabulary: int = description["vocabulary"]
 
@@ -248,10 +248,6 @@ class Decoder:
             if bool(((p < 0) | (p >= self.vocabulary)).any()):
                 raise BadInput(f"the prompt holds ids from {int(p.min())} to {int(p.max())}, the model knows 0 to {self.vocabulary - 1}")
         return found
-
-
-def _packed(w: Packed | native.Linear) -> Packed:
-    return w.packed if isinstance(w, native.Linear) else w
 
 
 def _by_columns(p: Packed) -> bool:

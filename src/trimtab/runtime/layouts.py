@@ -12,6 +12,7 @@ from trimtab.core.registry import load_all
 from trimtab.core.types import BadInput, Change
 from trimtab.methods import composite
 from trimtab.methods.codes import LEVELS
+from trimtab.methods.entrywise import PRODUCTS
 from trimtab.methods.format.bitmask import bitmask
 from trimtab.methods.format.bsr import bsr
 from trimtab.methods.format.dense import dense
@@ -109,7 +110,8 @@ def _said(about: Any, buffers: Mapping[str, Tensor], depth: int = 0) -> Packed:
         if p.format in composite.FORMATS:
             raise BadInput(f"{p.format}: it is made of other maps, and none is described")
         return p
-    sides = composite.names(p.format, len(each)) if isinstance(each, list) and p.format in composite.FORMATS else list(SIDES)
+    own_sides = list(PRODUCTS if p.format == "entrywise" else SIDES)
+    sides = composite.names(p.format, len(each)) if isinstance(each, list) and p.format in composite.FORMATS else own_sides
     if not isinstance(each, list) or len(each) != len(sides) or depth >= DEEPEST:
         raise BadInput(f"its factors should be a list of {len(sides)}" if depth < DEEPEST else "it is made of maps of maps of maps")
     parts = [{k.removeprefix(f"{side}_"): t for k, t in own.items() if k.startswith(f"{side}_")} for side in sides]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import trimtab
-from trimtab.core.types import BadInput
+from trimtab.core.types import BadInput, Change
 from trimtab.methods import composite
 from trimtab.methods.codes import e4m3_step
 from trimtab.methods.composite import BASED, STACK, SUM
+from trimtab.methods.format.dense import dense
 from trimtab.methods.format.panels import BITS, DENSE, Packed
 from trimtab.methods.gates import HIDDEN, INPUT, Gate, gate_of
 from trimtab.methods.rounding import rounding_of
@@ -91,12 +92,16 @@ class Linear:
 
     `kernels`: names of those that can run it here, best last; empty where torch does it, which is said in one warning.
     `factors`: where the weight is made of several, those; kernels are then the ones of the first that run, as far as they can, the rest.
+    What is multiplied entry by entry is the weight it stands for, made here: `packed` is that then.
     BadInput if the buffers contradict each other: every index and length is checked once, here.
     """
 
     def __init__(self, packed: Packed):
-        self.packed, self._weight = packed, None
         self.gate = gate_of(packed)
+        if packed.format == "entrywise":
+            layouts.check(packed)
+            packed = dense(Change(layouts.restored(packed).to(torch.bfloat16 if packed.type == "bf16" else torch.float32)))
+        self.packed, self._weight = packed, None
         self.kernels: list[str] = []
         self.factors: list[Linear] = []
         if packed.factors:

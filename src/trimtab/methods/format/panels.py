@@ -57,16 +57,17 @@ class Values:
 class Packed:
     """One linear map [out, in] as a kernel reads it.
 
-    `format`: dense, bsr, bitmask, sell, nm, lowrank, book, sum or based; `type` of the values: f32, bf16, of codes, or v, of indices;
+    `format`: dense, bsr, bitmask, sell, nm, lowrank, entrywise, book, sum or based; `type` of the values: f32, bf16, of codes, or v, of
+    indices;
     `rows`, `cols` of a block, of a book the outputs of a vector; `n`, `m` of n:m along `dim` (in, or out: the transpose is what is
     packed), of a book the bits of its indices; `group`: inputs that share a scale;
     `buffers`: values (float32, bfloat16, or uint8 for words of codes), bits (uint8), columns (int32 of blocks, uint8 of
     entries), pointers (int64), windows (int32), scales (float32 or float16), zeros (uint8), table (float32), book (float16), act_scale
     (float32 [1]), those it has. `act_bits`: what x is rounded to before it meets codes, by the token, or by `act_scale` where that is
     there; 0 leaves it to who runs it.
-    A map that is made of others, applied in turn (lowrank), added (sum) or with a change of inputs and outputs around it (based), has
-    these as its `factors` and their buffers as its own, what they are before the name. Buffers whose names begin with gate_ say which
-    inputs of a token are computed (gates.py).
+    A map that is made of others, applied in turn (lowrank), multiplied entry by entry (entrywise), added (sum) or with a change of inputs
+    and outputs around it (based), has these as its `factors` and their buffers as its own, what they are before the name. Buffers whose
+    names begin with gate_ say which inputs of a token are computed (gates.py).
     """
 
     format: str
@@ -89,7 +90,7 @@ class Packed:
     @property
     def label(self) -> str:
         """In a word: the format, and what its codes are; of a map made of others theirs."""
-        if self.factors and self.format != "lowrank":
+        if self.factors and self.format not in ("lowrank", "entrywise"):
             return " + ".join(f.label for f in self.factors)
         met = f" x a{self.act_bits}" if self.act_bits else ""
         return f"{self.format} {self.type}{met}" if self.type in LEVELS else self.format
