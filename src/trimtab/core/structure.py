@@ -182,15 +182,30 @@ def settled(net: Network, p: Pass, sites: list[Site], target: float, shares: Map
             n = more
         found[s.name] = n / count
         over[s.block] = over.get(s.block, 0.0) + (n / count - share) * weights_of(net, p, s)
-    for s in (s for s in sites if s.role == "down"):
-        mine = sum(weights_of(net, p, o) for o in sites if o.block == s.block and o.role == "down")
-        count, share = units_of(net, p, s), shares[s.name] - over.get(s.block, 0.0) / mine
-        step = min(unit.bound["multiple"], max(1, count // FEW))
-        n = min(count, int(share * count / step * (1 + 1e-9)) * step)
-        if n < step:
-            raise BadInput(f"{s.name}: a share of {target:g} leaves it no neurons; raise --keep")
-        found[s.name] = n / count
-    return found
+    return found | neurons(net, p, [s for s in sites if s.role == "down"], target, shares, over)
+
+
+def neurons(net: Network, p: Pass, sites: list[Site], target: float, shares: Mapping[str, float],
+            over: Mapping[int, float]) -> dict[str, float]:
+    """Shares of the neurons of MLPs that are whole multiples, and no more weights than these shares keep, less by block what is `over`.
+
+    Every MLP keeps one multiple at least, which is taken of those that have the most. BadInput where none has more than that."""
+    kept: dict[str, int] = {}
+    steps = {s.name: min(p.steps["unit"].bound["multiple"], max(1, units_of(net, p, s) // FEW)) for s in sites}
+    each = {s.name: weights_of(net, p, s) / units_of(net, p, s) for s in sites}
+    room = 0.0  # weights that might stay besides
+    for s in sites:
+        mine = sum(weights_of(net, p, o) for o in sites if o.block == s.block)
+        count, step = units_of(net, p, s), steps[s.name]
+        share = shares[s.name] - over.get(s.block, 0.0) / mine
+        kept[s.name] = max(step, min(count, int(share * count / step * (1 + 1e-9)) * step))
+        room += (share * count - kept[s.name]) * each[s.name]
+    while room < -1e-6 * max(each.values(), default=0.0):
+        if kept[(most := max(kept, key=lambda n: kept[n] / steps[n]))] <= steps[most]:
+            raise BadInput(f"{sites[0].name}: a share of {target:g} leaves it no neurons; raise --keep")
+        kept[most] -= steps[most]
+        room += steps[most] * each[most]
+    return {s.name: kept[s.name] / units_of(net, p, s) for s in sites}
 
 
 def enough(net: Network, p: Pass, sites: list[Site], shares: Mapping[str, float], uniform: bool) -> dict[str, float]:
