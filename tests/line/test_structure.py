@@ -270,7 +270,8 @@ def of_blocks(path: Path) -> int:
 RECIPES = [
     ("mlp: neuron | wanda", 0.5), ("neuron | minitron", 0.6), ("mlp_fusion", 0.5), ("mlp: neuron | fuse(refit=true)", 0.5),
     ("mlp: neuron(feeders=true) | magnitude | uniform | mask | least_squares", 0.6),
-    ("mlp: neuron | wanda | global", 0.6), ("mlp: neuron | random | global", 0.1), ("mlp: neuron(order=dense) | taylor", 0.5), ("attn: kvgroup | wanda", 0.5),
+    ("mlp: neuron | wanda | global", 0.6), ("mlp: neuron | random | global", 0.1),
+    ("mlp: neuron(order=dense) | taylor", 0.5), ("attn: kvgroup | wanda", 0.5),
     ("attn: head(feeders=true) | transact", 0.7), ("amp", 0.6), ("transact", 0.7), ("shortgpt", 0.5), ("llm_drop", 0.7),
     ("deeper_attention", 0.5), ("attention_entropy", 0.5), ("channel | minitron", 0.7), ("channel(scaled=false) | magnitude", 0.5),
     ("layer(keep=0.5) | block_influence ; mlp: neuron(keep=0.5) | wanda", None),
