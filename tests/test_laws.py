@@ -294,6 +294,7 @@ GROUPS: dict[str, Callable[[], Any]] = {
     "gram": lambda: stats("0.mlp.gate")["gram"], "writes": lambda: heavy(330, 20, 12),
     "mlp": lambda: {r: mlps()[0][r] for r in ("gate", "up", "down")},
     "source": lambda: heavy(71, 60, 20), "fed": lambda: hidden(GROUPS["mlp"](), heavy(71, 60, 20)),
+    "embed": lambda: heavy(340, 30, 20), "head": lambda: heavy(350, 30, 20),
 }
 
 
@@ -825,6 +826,19 @@ def law_wiring_mlp_mends(m: Method) -> None:
 
     assert off() < 0.9 * off(refit=False)
     assert off(refit=False) < off(refit=False, split="random")
+
+
+def law_wiring_table_finds_the_map(m: Method) -> None:
+    """The factors that there are between two tables, whatever is added to all words; of others those that leave the logits nearest."""
+    if m.facts["of"] != "table":
+        return
+    at, d = env(m), heavy(351, 20)
+    head = at["embed"] * d + heavy(352, 20)
+    close(call(m, {**at, "head": head}, damp=0.0), d, 1e-3)
+    e, o = (t - t.mean(0) for t in (at["embed"], at["head"]))
+    best = call(m, at, damp=0.0)
+    off = [error(o, e * f, at["gram"]) for f in (best, best * 1.01, torch.ones(20), torch.zeros(20), ((e * o).sum(0) / (e * e).sum(0)))]
+    assert off[0] == min(off)
 
 
 def law_unit_mask(m: Method) -> None:

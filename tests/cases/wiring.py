@@ -27,6 +27,10 @@ CASES = {
     # Columns of what reads the norm take its weight: [1 * 2, 2 * 3] and [4 * 1, 5 * 10].
     "wiring/fusion": Case({"mlps": [ONE, TWO], "apart": torch.zeros(2, 2)}, {
         "norm": [1, 1], "up": [[2, 6], [4, 50]], "down": [[1, 6], [0, 7]]}),
+    # Tables without a mean: 2 * 1 and 3 * 1 against 1 * 1, twice each; what else the head has of the other channel is nothing to G = I.
+    "wiring/table": Case({"embed": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]),
+                          "head": torch.tensor([[2.0, 0.0], [-2.0, 0.0], [1.0, 3.0], [-1.0, -3.0]]), "gram": torch.eye(2)}, [2, 3],
+                         {"damp": 0.0}),
     # Channels first: means 2 and 5.
     "wiring/rms": Case({"writes": torch.tensor([[1.0, 3.0], [3.0, 7.0]])}, [[-1, -2], [1, 2]]),
 }

@@ -268,3 +268,34 @@ def test_other_families_share_too(capsys, tmp_path, ready, name):
     for k, recipe in enumerate(("flexigpt(rank=2)", "directshare")):
         code, result, err = trim(capsys, model, recipe, tmp_path / str(k), text, "--keep", "0.8", *(["--pack"] if name != "gpt2" else []))
         assert code == 0 and result["shared"]["gone"] > 0, (recipe, err)
+
+
+# ---- one table --------------------------------------------------------------------------------
+def test_a_head_that_is_nearly_the_table_becomes_it(capsys, tmp_path, ready):
+    """A head that is the table times a factor a channel, and something that all words have: nothing changes but for that."""
+    model, text = tiny.build("llama", seed=3), ready("llama")
+    d = torch.rand(32, generator=torch.Generator().manual_seed(0)) + 0.5
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data * d + 0.1 * torch.randn(32)
+    model.save_pretrained(tmp_path / "m")
+    code, result, err = trim(capsys, tmp_path / "m", "table(damp=0.0000001)", tmp_path / "o", text, "--min-recovery", "0.99")
+    assert code == 0, err
+    before, after = tensors(tmp_path / "m"), tensors(tmp_path / "o")
+    assert before.keys() - after.keys() == {"lm_head.weight"}
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["tie_word_embeddings"] is True
+    torch.testing.assert_close(after.pop("model.norm.weight"), before["model.norm.weight"] * d, atol=1e-3, rtol=1e-3)
+    assert all(torch.equal(w, before[n]) for n, w in after.items())
+    assert result["kl"] < 1e-5 and result["after"]["params"] == result["before"]["params"] - 80 * 32
+    x = tiny.inputs("llama")
+    with torch.no_grad():
+        logits = [load_module(tmp_path / n)(**x).logits.log_softmax(-1)[:2] for n in "mo"]
+    torch.testing.assert_close(logits[1], logits[0], atol=2e-3, rtol=1e-3)
+    code, packed_, err = trim(capsys, tmp_path / "m", "tie_embeddings ; tie(keep=0.5)", tmp_path / "p", text, "--pack")
+    assert code == 0 and packed_["structure"] == [{"tied": True}] and packed_["shared"]["gone"] == 0.5, err
+
+
+def test_who_has_one_table_already_or_no_such_stream_is_told(capsys, tmp_path, ready):
+    for name, want in (("llama_tied", "as it is; leave it out"), ("gpt2", "it takes language models"), ("bert", "takes language models")):
+        model = tiny.save(name, tmp_path / name)
+        capsys.readouterr()
+        code, _, err = trim(capsys, model, "tie_embeddings", tmp_path / "o", ready(name))
+        assert code == 2 and want in err and err.count("\n") == 1 and not (tmp_path / "o").exists()

@@ -20,7 +20,7 @@ AXES = ("stat", "wiring", "unit", "score", "budget", "rewrite", "grid", "gate", 
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
-    "wiring": {"mlps", "apart", "writes", "mlp", "keep"},
+    "wiring": {"mlps", "apart", "writes", "mlp", "keep", "embed", "head"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
     "budget": {"scores", "target", "options", "trial", "spectra"},

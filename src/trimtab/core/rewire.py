@@ -341,6 +341,56 @@ def centred(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]
     return {"norms": "rms", **({"untied": True} if untied else {})}
 
 
+# ---- the head ---------------------------------------------------------------------------------
+def untied(net: Network, step: Step, keep: float) -> None:
+    if net.tied_head:
+        raise BadInput(f"{step.method.name}: the head of {net.checkpoint.path} is its table of embeddings as it is; leave it out")
+
+
+def tabled(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
+    """Write the network with its table of embeddings as its head. Returns that it is."""
+    stream, source = graph.stream(net.family), Source(net)
+    assert stream is not None
+    last, head = f"{net.base}{stream.last}.weight", next(
+        f"{n}.weight" for n, m in net.model.named_modules() if m is net.model.get_output_embeddings())
+    scale = step.method({"embed": source.around(net.table), "head": source.around(head), "gram": met_by_head(net, given)}, **step.bound)
+
+    def tensor(name: str) -> Tensor:
+        if (at := target.placed(name)) is not None:
+            return source.block(at[0]).get_parameter(at[1])
+        return source.around(name).float() * scale if name == last else source.around(name)
+
+    target = Target(config := {**net.checkpoint.config, "tie_word_embeddings": True})
+    write(net, config, tensor, out)
+    return {"tied": True}
+
+
+@torch.no_grad()
+def met_by_head(net: Network, given: Given) -> Tensor:
+    """The second moment of what the head is given [width, width]."""
+    walk, width = Walk(net, given.samples, given.scratch, given.spill), int(net.config.hidden_size)
+    moment, done = torch.zeros(width, width, dtype=torch.float64), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        given.tick(done, net.n_blocks * len(walk.batches))
+
+    try:
+        walk.embed()
+        for i in range(net.n_blocks):
+            walk.forward(net.block(i), i, None, True, step)
+        assert walk.store is not None
+        for b, x in enumerate(walk.store):
+            mask, seen = walk.contexts[b].mask, net.ends(x, walk.contexts[b], walk.batches[b])[0].double().flatten(0, 1)
+            seen = seen if mask is None else seen[mask]
+            moment += seen.T @ seen
+    finally:
+        walk.close()
+        net.release()
+    return moment.float()
+
+
 def check_later(net: Network, recipe: Recipe) -> None:
     """BadInput where a pass would leave what is added to a residual stream without a mean with one, which norms no longer take off."""
     free = bool(graph.ours(net.checkpoint.config).get("norms"))
@@ -356,4 +406,5 @@ def check_later(net: Network, recipe: Recipe) -> None:
 
 HANDLERS = {"run": Handler(check_run, runs, fused), "stream": Handler(check_stream, stream_of, centred),
             "axes": Handler(check_axes, lambda net, step, keep: None, turned),
-            "mlp": Handler(experts.check, experts.groups, experts.written)}
+            "mlp": Handler(experts.check, experts.groups, experts.written),
+            "table": Handler(check_axes, untied, tabled)}

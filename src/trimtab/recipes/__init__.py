@@ -269,3 +269,5 @@ recipe("moefication", "moefication", source="arXiv:2110.01786 (Zhang et al. 2021
 recipe("shared_experts", "moefication(parts=16,always=4)", source="arXiv:2502.04416 (Pei et al. 2025, CMoE), its shared experts", claims=[
     Claim("better than without experts that are always met", "shared_experts", "moefication(parts=16)", "experts-50%", "ours: no figure"),
 ], note="A llama, mistral or qwen2 becomes a qwen2_moe. Its router and its clusters are those of `moefication`.")
+recipe("tie_embeddings", "table", source="arXiv:1608.05859 (Press and Wolf 2016)",
+       note="One table in place of two, in plain files as well. The source trains with it; fitted afterwards it is a start for training.")
