@@ -360,9 +360,9 @@ import trimtab
 from transformers import AutoModel, AutoModelForCausalLM
 from trimtab.runtime.modules import PackedLinear
 model = AutoModelForCausalLM.from_pretrained({str(every_format)!r})
-assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 29
+assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 36
 bare = AutoModel.from_pretrained({str(every_format)!r})
-assert sum(isinstance(m, PackedLinear) for m in bare.modules()) == 28
+assert sum(isinstance(m, PackedLinear) for m in bare.modules()) == 35
 """
     env = {"PYTHONPATH": str(Path(pack.__file__).parents[2]), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
