@@ -293,7 +293,7 @@ GROUPS: dict[str, Callable[[], Any]] = {
     "mlps": mlps, "apart": lambda: torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0], [0.3, 0.2, 0.0]]),
     "gram": lambda: stats("0.mlp.gate")["gram"], "writes": lambda: heavy(330, 20, 12),
     "mlp": lambda: {r: mlps()[0][r] for r in ("gate", "up", "down")},
-    "source": lambda: heavy(71, 60, 20), "fed": lambda: hidden(GROUPS["mlp"](), heavy(71, 60, 20)),
+    "source": lambda: torch.randn(400, 20, generator=generator(71)), "fed": lambda: hidden(GROUPS["mlp"](), GROUPS["source"]()),
     "embed": lambda: heavy(340, 30, 20), "head": lambda: heavy(350, 30, 20),
 }
 
@@ -537,6 +537,7 @@ def law_uses_knobs(m: Method) -> None:
         with_it = {"clip": k} if k == "percentile" else {"whiten": True} if k == "damp" and "whiten" in m.knobs else {}
         with_it = {"clip": "mse"} if k == "act_bits" and "clip" in m.knobs else with_it  # who else looks at steps
         with_it = {"feedback": True} if k == "damp" and "feedback" in m.knobs else with_it
+        with_it = {"lr": 0.03} if k == "epochs" and m.axis == "wiring" else with_it  # of so few tokens, in larger steps
         if m.facts.get("spares"):  # which has knobs for whole inputs too
             given += [env(m, name, unit=Unit(get("unit/inputs"))) for name in THREE]
         assert any(differs(m, at, {k: t}, with_it) for t in tries if t != v for at in given), f"{k} makes no difference"
@@ -790,7 +791,8 @@ def law_wiring_mlp_adds_what_it_did(m: Method) -> None:
         return
     for (dtype, tol), knobs in itertools.product(((torch.float32, 1e-5), (torch.bfloat16, 1e-2)), ({}, {"always": 1}, {"parts": 6})):
         mlp, x = {r: w.to(dtype).float() for r, w in GROUPS["mlp"]().items()}, heavy(72, 30, 20)
-        close(of_experts(call(m, env(m, mlp=mlp, keep=1.0), **knobs), mlp, x, dtype), hidden(mlp, x) @ mlp["down"].T, tol)
+        found = call(m, env(m, mlp=mlp, keep=1.0), **{k: v for k, v in knobs.items() if k in m.knobs})
+        close(of_experts(found, mlp, x, dtype), hidden(mlp, x) @ mlp["down"].T, tol)
 
 
 def law_wiring_mlp_parts_are_all_of_it(m: Method) -> None:
@@ -799,14 +801,17 @@ def law_wiring_mlp_parts_are_all_of_it(m: Method) -> None:
         return
     at = env(m)
     for knobs in ({}, {"always": 1}, {"parts": 12, "always": 2}):
-        found = call(m, at, **knobs)
+        found = call(m, at, **{k: v for k, v in knobs.items() if k in m.knobs})
         n, parts = at["mlp"]["down"].shape[1], {**m.knobs, **knobs}["parts"]
+        if m.facts["overlap"]:
+            assert bool((found.met(at["source"], n).sum(1) == n // 2).all())
+            continue
         if found.copies:
             assert all(torch.equal(mine.sort().values, torch.arange(n)) for mine in found.neurons)
             continue
         shared = found.neurons.new_empty(0) if found.shared is None else found.shared
         assert torch.equal(torch.cat([found.neurons.flatten(), shared]).sort().values, torch.arange(n))
-        met = found.met(at["source"])
+        met = found.met(at["source"], n)
         assert bool(met[:, shared].all())
         if "keep" in m.data:
             assert bool((met.sum(1) == n // parts * int(at["keep"] * parts)).all())
@@ -820,12 +825,11 @@ def law_wiring_mlp_mends(m: Method) -> None:
     want = at["fed"] @ at["mlp"]["down"].T
 
     def off(**knobs: Any) -> float:
-        found = call(m, at, **knobs)
-        down = at["mlp"]["down"] if found.down is None else found.down
-        return float(((at["fed"] * found.met(at["source"])) @ down.T - want).square().sum())
+        return float((call(m, at, **knobs).adds(at["source"], at["fed"], at["mlp"]["down"]) - want).square().sum())
 
     assert off() < 0.9 * off(refit=False)
-    assert off(refit=False) < off(refit=False, split="random")
+    if "split" in m.knobs:
+        assert off(refit=False) < off(refit=False, split="random")
 
 
 def law_wiring_table_finds_the_map(m: Method) -> None:

@@ -95,7 +95,8 @@ SETTINGS = {
     # What is behind a gate is not all of an MLP: `cats` leaves out of two maps of three.
     **{f"experts-{met}%": Setting(met / 100, None, (
         "moefication", "moefication(parts=16)", "moefication(split=weights)", "moefication(split=random)", "moefication(refit=false)",
-        "moefication(split=random,refit=false)", "shared_experts", "mlp: neuron | wanda", "mlp: neuron | wanda | mask | least_squares",
+        "moefication(split=random,refit=false)", "shared_experts", "tomoe",
+        "tomoe(parts=8)", "mlp: neuron | wanda", "mlp: neuron | wanda | mask | least_squares",
         "cats", "dejavu"), f"{met} % of the MLPs met by a token, or left: experts beside gates and smaller MLPs") for met in (50, 75)},
     **{f"shapes-{gone}%": Setting(1 - gone / 100, None, (
         *(f"neuron{feeders} | {score}{end}" for score in ("magnitude", "wanda") for feeders in ("", "(feeders=true)")

@@ -13,6 +13,8 @@ MLP = {"gate": torch.eye(4)[:, :2], "up": torch.eye(4)[:, :2], "down": torch.ten
 TOKENS = {"source": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]),
           "fed": torch.tensor([[1.0, 0.0, 2.0, 0.0], [2.0, 0.0, 4.0, 0.0], [0.0, 3.0, 0.0, 1.0], [0.0, 6.0, 0.0, 2.0]])}
 
+WIDE = {k: t.repeat(8, 1) for k, t in TOKENS.items()}
+
 CASES = {
     # The eigenvectors of 3 and of 1, the larger first; of a vector and its negative, the one this gives.
     "wiring/principal": Case({"gram": torch.tensor([[1.0, 0.0], [0.0, 3.0]])}, [[0, 1], [1, 0]]),
@@ -24,6 +26,11 @@ CASES = {
     "wiring/moefication": Case({"mlp": MLP, "keep": 0.5, **TOKENS}, {
         "neurons": [[0, 2], [1, 3]], "active": 1, "router": [[1 / 64, -1 / 64], [-1 / 64, 1 / 64]], "copies": 0, "down": MLP["down"]},
         {"parts": 2, "damp": 0.0}, differs="wiring/experts"),
+    # Eight times each neuron: tokens meet the half that is not zero for them, and nothing is missing.
+    "wiring/tomoe": Case({"mlp": {r: w.repeat_interleave(8, int(r == "down")) for r, w in MLP.items()}, "keep": 0.5,
+                          "source": WIDE["source"], "fed": WIDE["fed"].repeat_interleave(8, 1)}, {
+        "neurons": [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]], "active": 1, "copies": 0,
+        "router": [[1, -1], [-1, 1]]}, {"parts": 2, "epochs": 1, "refit": False}, tol=0.05),
     # Columns of what reads the norm take its weight: [1 * 2, 2 * 3] and [4 * 1, 5 * 10].
     "wiring/fusion": Case({"mlps": [ONE, TWO], "apart": torch.zeros(2, 2)}, {
         "norm": [1, 1], "up": [[2, 6], [4, 50]], "down": [[1, 6], [0, 7]]}),

@@ -57,7 +57,7 @@ EXACT = [
     ("mistral", {}, "experts", "MixtralForCausalLM"), ("mistral", {"sliding_window": None}, "experts(always=2)", "Qwen2MoeForCausalLM"),
     ("qwen2", {}, "experts(parts=6,always=1)", "Qwen2MoeForCausalLM"), ("qwen2", {}, "upcycle(always=1)", "Qwen2MoeForCausalLM"),
     ("qwen3", {}, "experts", "Qwen3MoeForCausalLM"), ("qwen3", {"attention_bias": True}, "upcycle", "Qwen3MoeForCausalLM"),
-    ("llama", {}, "moefication(parts=4,keep=1)", "MixtralForCausalLM"),
+    ("llama", {}, "moefication(parts=4,keep=1)", "MixtralForCausalLM"), ("llama", {}, "tomoe(parts=2,keep=1)", "MixtralForCausalLM"),
 ]
 
 
@@ -117,7 +117,8 @@ def test_a_token_meets_what_its_router_chooses(saved, tmp_path, ready, capsys):
 
 
 @pytest.mark.parametrize(("name", "recipe"), [("llama", "moefication(parts=4)"), ("mistral", "moefication(parts=6,split=weights)"),
-                                              ("qwen2", "moefication(parts=6,always=1)"), ("qwen3", "moefication(parts=4,split=random)")])
+                                              ("qwen2", "moefication(parts=6,always=1)"), ("qwen3", "moefication(parts=4,split=random)"),
+                                              ("llama", "tomoe"), ("qwen3", "tomoe(parts=3,refit=false)")])
 def test_what_is_written_is_what_was_fitted(saved, name, recipe, tmp_path, ready, capsys):
     code, said, err = trim(capsys, saved(name), recipe, tmp_path / "out", ready, "--keep", "0.5")
     assert code == 0, err
@@ -126,10 +127,11 @@ def test_what_is_written_is_what_was_fitted(saved, name, recipe, tmp_path, ready
     assert 0 < said["recovery"] < 1.5
 
 
-def test_a_refit_is_nearer_than_none(saved, tmp_path, ready, capsys):
+@pytest.mark.parametrize("recipe", ["moefication(parts=4", "tomoe(parts=2"])
+def test_a_refit_is_nearer_than_none(saved, recipe, tmp_path, ready, capsys):
     kl = []
     for refit in ("false", "true"):
-        code, said, err = trim(capsys, saved("llama"), f"moefication(parts=4,refit={refit})", tmp_path / refit, ready, "--keep", "0.5")
+        code, said, err = trim(capsys, saved("llama"), f"{recipe},refit={refit})", tmp_path / refit, ready, "--keep", "0.5")
         assert code == 0, err
         kl.append(said["kl"])
     assert kl[1] < kl[0]
@@ -193,6 +195,7 @@ REFUSED = [
     ("llama", {}, "upcycle(active=0)", "upcycle: a token cannot meet 0 of 4 copies"),
     ("llama", {}, "moefication(parts=4,keep=0.1)", "a share of 0.1 of 4 parts, 0 of them always met, leaves none to choose; raise --keep"),
     ("llama", {}, "moefication(parts=4,always=2,keep=0.5)", "2 of them always met, leaves none to choose; raise --keep, or lower always"),
+    ("llama", {}, "tomoe(keep=0.01)", "tomoe: parts=4 with a share of 0.01 of 48 neurons makes no experts"),
     ("llama", {}, "moefication(split=heads)", "split=heads is no way to split neurons; use coactive, weights, order, random"),
     ("llama", {}, "mlp: experts", "leave the scope out"), ("llama", {}, "experts(keep=0.5)", "has neither keep nor order"),
     ("llama", {}, "moefication(order=dense)", "has no order; leave it out"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.core.spec import Step
 from trimtab.core.types import BadInput, Site
-from trimtab.methods.experts import Experts, choosable, copied, split
+from trimtab.methods.experts import Experts, choosable, copied, sized, split
 from trimtab.methods.wiring.experts import SPLITS
 from trimtab.network import graph
 from trimtab.network.checkpoint import SafeFile, write_safetensors
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trimtab.core.rewire import Given
 
 
+PARTS = ("neurons", "router", "shared", "down", "own")  # tensors of `Experts`
 ROW = 16  # bytes of a row that grouped products of torch are made for
 
 
@@ -32,7 +33,7 @@ def becomes(net: Network, step: Step) -> graph.Family:
     try:
         if net.kind != "lm":
             raise BadInput(f"{type(net.model).__name__} is no language model, and the families with experts are")
-        return graph.sparse(net.family, net.config, bool(step.bound["always"]))
+        return graph.sparse(net.family, net.config, bool(step.bound.get("always")))
     except BadInput as e:
         raise BadInput(f"{step.method.name}: {e}") from None
 
@@ -43,20 +44,28 @@ def check(net: Network, step: Step) -> None:
         raise BadInput(f"{step.method.name}: split={step.bound['split']} is no way to split neurons; use {', '.join(SPLITS)}")
 
 
-def groups(net: Network, step: Step, keep: float) -> None:
+def groups(net: Network, step: Step) -> None:
     if graph.PER_LAYER in net.checkpoint.config:
         raise BadInput(f"{step.method.name}: the layers of {net.checkpoint.path} differ, and those of a {becomes(net, step).name} do not; "
                        "take a network whose layers are alike")
+    fits(net, step, 1.0)
+
+
+def fits(net: Network, step: Step, keep: float) -> None:
+    """BadInput where its MLPs do not make such experts, for this share."""
+    down, knobs = next(s for s in net.sites if s.role == "down"), step.bound
     try:
-        if "active" in step.bound:  # copies are as wide as the MLP
-            copied(step.bound["parts"], step.bound["active"])
+        if step.method.facts["overlap"]:
+            size = sized(down.shape[1], knobs["parts"], keep)
+        elif "active" in knobs:  # copies are as wide as the MLP
+            size = down.shape[1]
+            copied(knobs["parts"], knobs["active"])
         else:
-            down = next(s for s in net.sites if s.role == "down")
-            size = split(down.shape[1], step.bound["parts"])
-            if (row := size * net.stored_dtype(down).itemsize) % ROW:
-                raise BadInput(f"experts of {size} neurons take {row} bytes a row, and transformers multiplies rows of whole {ROW} bytes; "
-                               "use fewer parts")
-            choosable(step.bound["parts"], step.bound["always"], keep if "keep" in step.method.data else 1.0)
+            size = split(down.shape[1], knobs["parts"])
+            choosable(knobs["parts"], knobs["always"], keep)
+        if (row := size * net.stored_dtype(down).itemsize) % ROW:
+            raise BadInput(f"experts of {size} neurons take {row} bytes a row, and transformers multiplies rows of whole {ROW} bytes; "
+                           "use fewer parts" + (", or another share" if step.method.facts["overlap"] else ""))
     except BadInput as e:
         raise BadInput(f"{step.method.name}: {e}") from None
 
@@ -72,7 +81,7 @@ def written(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]
         shapes.append(found)
         if stats:  # which the blocks behind it see
             meet(net, module, maps["down"], found)
-        parts = {n: t for n in ("neurons", "router", "shared", "down") if (t := getattr(found, n)) is not None}
+        parts = {n: t for n in PARTS if (t := getattr(found, n)) is not None}
         write_safetensors(kept[i], {n: (t.dtype, tuple(t.shape)) for n, t in parts.items()}, lambda n: parts[n].contiguous(), {})
 
     needs = set(step.method.needs)
@@ -104,17 +113,15 @@ def written(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]
 
 def meet(net: Network, module: Any, down: Site, found: Experts) -> None:
     """Let the MLP of a block compute what its experts will."""
-    if found.down is not None:
-        net.set_weight(module, down, found.down.to(net.stored_dtype(down)))
-    layer, seen = module.get_submodule(down.param.rpartition(".")[0]), dict[str, Tensor]()
+    layer, seen, before = module.get_submodule(down.param.rpartition(".")[0]), dict[str, Tensor](), net.weight(module, down)
     net.on_source(module, down.block, down, into(seen, "x"))
 
-    def some(m: Any, args: Any) -> Any:
+    def some(m: Any, args: Any, y: Tensor) -> Tensor:
         x, h = seen.pop("x"), args[0]
-        return (h * found.met(x.reshape(-1, x.shape[-1])).view(h.shape), *args[1:])
+        return found.adds(x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1]), before).view(y.shape).to(y.dtype)
 
-    layer.register_forward_pre_hook(some)
-    for name in ("neurons", "router"):  # who looks at the block sees that it is another one
+    layer.register_forward_hook(some)
+    for name in PARTS:  # who looks at the block sees that it is another one
         layer.register_buffer(f"experts_{name}", getattr(found, name), persistent=False)
 
 
@@ -128,5 +135,8 @@ def assembled(net: Network, module: Any, i: int, shape: tuple[int, ...], sites: 
         dense["down"] = parts.read("down")
     for s in sites:
         mine, gain = (parts.read("shared"), gains[1]) if s.expert is None else (neurons[s.expert], gains[0])
-        s.put(new, dense["down"][:, mine] * gain if s.role == "down" else dense[s.role][mine])
+        if s.role != "down":
+            s.put(new, dense[s.role][mine])
+        else:
+            s.put(new, gain * (parts.read("own")[s.expert] if s.expert is not None and "own" in parts.names else dense["down"][:, mine]))
     return new

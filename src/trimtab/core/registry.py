@@ -181,8 +181,8 @@ FACTS: dict[str, dict[str, Any]] = {
              "into": None, "some": lambda value, inputs: value[inputs]},
     # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between, a
     # tensor that writes the residual "stream", the "axes" of that, one "mlp"; looks: of the knobs whether that is told by calibration
-    # samples, beside the statistics it names.
-    "wiring": {"of": "", "looks": None},
+    # samples, beside the statistics it names; overlap: whether experts may have neurons in common.
+    "wiring": {"of": "", "looks": None, "overlap": False},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;
     # ends: where it is a part of the network that goes with all its weights, the roles of the sites whose inputs say so; takes: all of a

@@ -42,11 +42,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Handler:
-    """`check`(net, step): BadInput where the family has no such groups, or its knobs mean nothing; `groups`(net, step, keep): BadInput
-    where this network has none; `written`(net, step, given, out) writes the checkpoint and returns what was rewired."""
+    """`check`(net, step): BadInput where the family has no such groups, or its knobs mean nothing; `groups`(net, step): BadInput where
+    this network has none; `written`(net, step, given, out) writes the checkpoint and returns what was rewired."""
 
     check: Callable[[Network, Step], None]
-    groups: Callable[[Network, Step, float], Any]
+    groups: Callable[[Network, Step], Any]
     written: Callable[[Network, Step, Given, Path], dict[str, Any]]
 
 
@@ -66,7 +66,9 @@ def check(net: Network, p: Pass) -> None:
 def check_groups(net: Network, p: Pass, keep: float) -> None:
     """BadInput where nothing of the network as it is now would be rewired, for this share."""
     step, mine = handler(p)
-    mine.groups(net, step, keep if p.keep is None else p.keep)
+    mine.groups(net, step)
+    if p.free:
+        experts.fits(net, step, keep if p.keep is None else p.keep)
 
 
 def written(net: Network, p: Pass, given: Given, out: Path) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def ends_mlp(net: Network, i: int) -> Site | None:
     return downs[0] if len(downs) == 1 and downs[0].expert is None else None
 
 
-def runs(net: Network, step: Step, keep: float = 1.0) -> list[list[int]]:
+def runs(net: Network, step: Step) -> list[list[int]]:
     """Blocks whose MLPs nothing stands between. BadInput where there are none."""
     found: list[list[int]] = [[]]
     for i in range(net.n_blocks):
@@ -307,7 +309,7 @@ def check_stream(net: Network, step: Step) -> None:
                        f"those with one in front of each, of {fits}")
 
 
-def stream_of(net: Network, step: Step, keep: float) -> None:
+def stream_of(net: Network, step: Step) -> None:
     """There is one in every network."""
 
 

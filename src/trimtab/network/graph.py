@@ -229,7 +229,8 @@ def sparse(family: Family, config: Any, shared: bool) -> Family:
         raise BadInput(f"no family has the blocks of a {family.name} with experts in them; there is one for {', '.join(sorted(SPARSE))}")
     name = SPARSE[family.name][shared]
     if not name:
-        how = "none that every token meets: leave always out" if shared else "one that every token meets: use always=1 or more"
+        how = "none that every token meets: leave always out" if shared else \
+            "one that every token meets: use always=1 or more, where a method has it"
         raise BadInput(f"a {family.name} with experts is a {SPARSE[family.name][not shared]}, which has {how}")
     h, _, d = heads(config)
     if biased := [k for k in ("attention_bias", "mlp_bias") if getattr(config, k, False) and (name, k) != ("qwen3_moe", "attention_bias")]:

@@ -269,5 +269,9 @@ recipe("moefication", "moefication", source="arXiv:2110.01786 (Zhang et al. 2021
 recipe("shared_experts", "moefication(parts=16,always=4)", source="arXiv:2502.04416 (Pei et al. 2025, CMoE), its shared experts", claims=[
     Claim("better than without experts that are always met", "shared_experts", "moefication(parts=16)", "experts-50%", "ours: no figure"),
 ], note="A llama, mistral or qwen2 becomes a qwen2_moe. Its router and its clusters are those of `moefication`.")
+recipe("tomoe", "tomoe", source="arXiv:2501.15316 (Gao et al. 2026)", claims=[
+    Claim("better than a smaller MLP of the same share", "tomoe", "mlp: neuron | wanda | mask | least_squares", "experts-50%",
+          "figures not read"),
+], note="Experts have neurons in common, so that the files grow: `tomoe(parts=2)` least. A token meets one of them.")
 recipe("tie_embeddings", "table", source="arXiv:1608.05859 (Press and Wolf 2016)",
        note="One table in place of two, in plain files as well. The source trains with it; fitted afterwards it is a start for training.")

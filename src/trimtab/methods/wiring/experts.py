@@ -6,7 +6,21 @@ from torch import Tensor
 
 from trimtab.core.registry import method
 from trimtab.core.types import BadInput
-from trimtab.methods.experts import Experts, alike, choosable, clusters, coactive, copied, mended, of_parts, routed, worth
+from trimtab.methods.experts import (
+    Experts,
+    alike,
+    choosable,
+    clusters,
+    coactive,
+    copied,
+    learned,
+    mended,
+    of_parts,
+    routed,
+    separate,
+    sized,
+    worth,
+)
 
 SPLITS = ("coactive", "weights", "order", "random")
 
@@ -79,3 +93,29 @@ def moefication(mlp: dict[str, Tensor], keep: float, source: Tensor, fed: Tensor
         return found
     found = Experts(found.neurons, count, routed(source, fed, down, found.neurons, count, damp), found.shared)
     return mended(found, source, fed, down, damp) if refit else found
+
+
+@method("wiring", of="mlp", overlap=True)
+def tomoe(mlp: dict[str, Tensor], keep: float, source: Tensor, fed: Tensor, *, parts: int = 4, refit: bool = True,
+          damp: float = 0.01, lr: float = 0.003, epochs: int = 3, seed: int = 0) -> Experts:
+    """Experts that are subsets of the hidden neurons, of which a token meets one: neurons and router are learned together.
+
+    `mlp`: the maps by role; `keep`: the share of the neurons that an expert has; `source` [tokens, width], what the MLP is given, and `fed`
+    [tokens, neurons], its hidden values, for some calibration tokens. A neuron that several experts have is stored in each.
+
+    Formula: minimise E_t sum_e p_te |D (m_e h_t) - D h_t|^2 / E|D h|^2 + balance over Z and W, p_t = softmax(W x_t / T), m_e the keep * n
+        largest of Z_e, its slope that of sigmoid((Z_e - edge) / T), T = 0.4; then D_e minimises the same for the tokens that meet e
+    Source: Gao et al. 2025 (ToMoE), arXiv:2501.15316: masks of neurons as experts and a router to one of them, learned together on a
+        budget of active parameters, with all weights left as they are
+    Deviations: block by block against the MLP's own output, where theirs distils the network's; logits of their own in place of a network
+        that makes them; the budget is met by construction, not by a penalty; the mean over experts in place of a Gumbel sample, and none on
+        masks; nothing asks that every neuron is somewhere; attention is left; starts at groups of tokens; `refit` is ours
+    """
+    down = mlp["down"]
+    neurons = down.shape[1]
+    size = sized(neurons, parts, keep)
+    if size == neurons:
+        every = torch.arange(neurons, device=down.device)
+        return Experts(every.expand(parts, -1), 1, down.new_zeros(parts, len(down), dtype=torch.float32), None, True)
+    found = learned(source, fed, down, parts, size, lr=lr, epochs=epochs, seed=seed)
+    return separate(found, source, fed, down, damp) if refit else found
