@@ -295,6 +295,7 @@ GROUPS: dict[str, Callable[[], Any]] = {
     "mlp": lambda: {r: mlps()[0][r] for r in ("gate", "up", "down")},
     "source": lambda: torch.randn(400, 20, generator=generator(71)), "fed": lambda: hidden(GROUPS["mlp"](), GROUPS["source"]()),
     "embed": lambda: heavy(340, 30, 20), "head": lambda: heavy(350, 30, 20),
+    "damage": lambda: heavy(331, 12).abs(),
 }
 
 
@@ -528,7 +529,7 @@ def jumbled(t: Any) -> Any:
 def law_uses_knobs(m: Method) -> None:
     """Each knob changes the result somewhere."""
     for k, v in small(m).items():
-        words = ["out", "in", "max", "mse", "percentile", "entropy", "rms", "coactive", "weights", "order", "random"]
+        words = ["out", "in", "max", "mse", "percentile", "entropy", "rms", "first", "coactive", "weights", "order", "random"]
         tries = {bool: [not v] if isinstance(v, bool) else [], str: words}.get(type(v))
         if tries is None:
             tries = [v + 1, 2 * v, v // 2, 1, 4] if isinstance(v, int) else [3 * v, v / 3, v + 0.1, v + 10]
@@ -843,6 +844,18 @@ def law_wiring_table_finds_the_map(m: Method) -> None:
     best = call(m, at, damp=0.0)
     off = [error(o, e * f, at["gram"]) for f in (best, best * 1.01, torch.ones(20), torch.zeros(20), ((e * o).sum(0) / (e * e).sum(0)))]
     assert off[0] == min(off)
+
+
+def law_wiring_layer_takes_the_share(m: Method) -> None:
+    """By count, those that cost least, and more of them are the same and others."""
+    if m.facts["of"] != "layer":
+        return
+    damage = GROUPS["damage"]()
+    found = {share: call(m, env(m), share=share) for share in (0.25, 0.5, 1.0)}
+    for share, its in found.items():
+        assert int(its.sum()) == share * len(damage)
+        assert share == 1 or float(damage[its].max()) <= float(damage[~its].min())
+    assert bool((found[0.5] | ~found[0.25]).all())
 
 
 def law_unit_mask(m: Method) -> None:

@@ -38,6 +38,8 @@ CASES = {
     "wiring/table": Case({"embed": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]),
                           "head": torch.tensor([[2.0, 0.0], [-2.0, 0.0], [1.0, 3.0], [-1.0, -3.0]]), "gram": torch.eye(2)}, [2, 3],
                          {"damp": 0.0}),
+    # The last but one costs least.
+    "wiring/parallel": Case({"damage": torch.tensor([0.3, 0.2, 0.1, 0.4])}, [0, 0, 1, 0]),
     # Channels first: means 2 and 5.
     "wiring/rms": Case({"writes": torch.tensor([[1.0, 3.0], [3.0, 7.0]])}, [[-1, -2], [1, 2]]),
 }

@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.line.test_families import plain, stream
-from tests.line.test_structure import trim
+from tests.line.test_structure import masked, trim
 from trimtab.core import rewire
 from trimtab.core.spec import parse
+from trimtab.core.types import BadInput
 from trimtab.network import graph
 from trimtab.network.stream import Network, silence
 from trimtab.network.surgery import Cut, apply
 from trimtab.prove.proof import answer
-from trimtab.runtime.decoder import open_decoder
+from trimtab.runtime.decoder import open_decoder, supported
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +227,9 @@ BAD = [
                                                                     "leaves nothing to fuse"),
     ("gemma2", "attn: sublayer | influence ; fusion", "a norm behind"), ("opt_post", "fusion", "a norm behind"),
     ("bert", "fusion", "a norm behind"), ("gpt_neox", "fusion", "attention beside"), ("gpt2", "fusion", "cannot do without its attention"),
+    *((name, "parallel", "a norm behind") for name in ("gemma2", "opt_post", "bert")), ("gpt_neox", "parallel", "parallel as it is"),
+    ("llama", "parallel(share=0.1)", "that is none"), ("llama", "parallel(share=0.0)", "is above 0"),
+    ("llama", "parallel(by=middle)", "use damage, first or last"),
     *((name, "rms", "take no mean off the residual stream") for name in ("llama", "gemma2", "mixtral", "bert", "opt_post")),
     ("gpt2", "rms ; rms", "as it is; leave it out"), ("opt", "attn: rms", "leave the scope out"),
     ("opt", "fusion", "cannot do without its attention"), ("mixtral", "fusion", "attention stands between"),
@@ -303,3 +307,93 @@ def test_what_config_says_to_us_is_checked(saved, ours, tmp_path, ready, capsys)
     capsys.readouterr()
     code, _, err = trim(capsys, path, "wanda", tmp_path / "out", ready("opt"))
     assert code == 2 and "update trimtab" in err and len(err.strip().splitlines()) == 1, err
+
+
+# ---- side by side -----------------------------------------------------------------------------
+PARALLEL = ("llama", "llama_tied", "mistral", "qwen3", "phi3", "opt", "gpt2", "gpt_neox_serial", "vit", "mixtral", "qwen2_moe")
+
+
+def by_hand(net: Network, batch: dict, layers: list[int]) -> torch.Tensor:
+    """From what each sublayer adds to the same input, the other one of its layer all zeros."""
+    def alone(module: torch.nn.Module, i: int, group: str) -> torch.nn.Module:
+        masked(net, Cut(skips={i: frozenset({"attn", "mlp"} - {group})}))(module, i)
+        return module
+
+    with torch.no_grad():
+        hidden, context = net.embed(batch)
+        for i in range(net.n_blocks):
+            if i in layers:
+                hidden = sum(net.run(alone(net.block(i), i, g), i, hidden, context) for g in ("attn", "mlp")) - hidden
+            else:
+                hidden = net.run(net.block(i), i, hidden, context)
+        return net.finish(hidden, context, batch)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_layers_side_by_side(saved, name, tmp_path, ready, capsys):
+    """In our loading; plain transformers opens the files and runs them one after the other."""
+    path, batch = saved(name, num_hidden_layers=3) if name not in ("gpt2",) else saved(name, n_layer=3), tiny.inputs(name)
+    code, result, _ = trim(capsys, path, "parallel(share=0.34,by=last)", tmp_path / "out", ready(name))
+    assert code == 0 and result["structure"] == [{"parallel": [2]}]
+    assert any("side by side" in w and "plain transformers" in w for w in result["warnings"])
+    net = Network.open(tmp_path / "out")
+    want = by_hand(Network.open(path), batch, [2])
+    torch.testing.assert_close(stream(net, batch), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        out = getattr(transformers, tiny.MODELS[name][0]).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(**batch)
+    torch.testing.assert_close(out.logits, plain(path, batch), atol=1e-5, rtol=1e-5)
+    assert float((out.logits - want).abs().max()) > 1e-4
+
+
+def test_the_layers_that_cost_least(saved, tmp_path, ready, capsys):
+    """What each costs is told by the network with that one parallel; the cheapest are taken; what follows runs on them, packed too."""
+    path, batch = saved("llama", num_hidden_layers=4), tiny.inputs("llama")
+    code, result, _ = trim(capsys, path, "parallel(share=0.5) ; layer(keep=0.75) | block_influence", tmp_path / "out", ready("llama"))
+    assert code == 0
+    net, (said, less) = Network.open(path), result["structure"]
+
+    def behind(layers: list[int]) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hook = net.model.base_model.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        by_hand(net, batch, layers)
+        hook.remove()
+        return seen[-1][batch["attention_mask"].bool()].double()
+
+    own = behind([])
+    for i in range(4):
+        want = ((behind([i]) - own).square().sum(1) / own.square().sum(1)).mean()
+        assert said["damage"][str(i)] == pytest.approx(float(want), rel=1e-3)
+    least = sorted(range(4), key=lambda i: said["damage"][str(i)])
+    assert said["parallel"] == sorted(least[:2])
+    stay = [i for i in range(4) if i not in less["layers"]]
+    small = Network.open(tmp_path / "out")
+    assert [bool(getattr(small.config_of(j), "parallel", False)) for j in range(3)] == [i in said["parallel"] for i in stay]
+    assert not supported(small.checkpoint)
+    with pytest.raises(BadInput, match="some layers here are parallel"):
+        open_decoder(tmp_path / "out")
+    want = stream(small, batch)
+    assert trim(capsys, tmp_path / "out", "*.q: wanda", tmp_path / "packed", ready("llama"), "--pack", "--keep", "1")[0] == 0
+    torch.testing.assert_close(stream(Network.open(tmp_path / "packed"), batch), want, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()(**batch)
+    torch.testing.assert_close(out.logits, want, atol=1e-4, rtol=1e-4)
+
+
+def test_sublayers_of_a_parallel_layer_are_told_apart(saved, tmp_path):
+    """What attention adds and what the MLP adds, both to the block's input."""
+    rewire.with_own(Network.open(saved("llama")), {1: {"parallel": True}}, tmp_path / "out")
+    net, batch, seen = Network.open(tmp_path / "out"), tiny.inputs("llama"), {}
+    with torch.no_grad():
+        hidden, context = net.embed(batch)
+        hidden = net.run(net.block(0), 0, hidden, context)
+        module = net.block(1)
+        with net.taps(module, 1, {"sublayer"}, lambda kind, key, x, y: seen.update({key: (x, y)})):
+            out = net.run(module, 1, hidden, context)
+        bare = net.block(1)
+        silence(net.family, bare, {"mlp"}, 1)
+        attn = net.run(bare, 1, hidden, context)
+    real = context.mask
+    for key, (x, y) in {"attn": (hidden, attn), "mlp": (hidden, out - attn + hidden), "block": (hidden, out)}.items():
+        for got, want in zip(seen[key], (x, y), strict=True):
+            torch.testing.assert_close(got, want.flatten(0, 1)[real], atol=1e-5, rtol=1e-5)

@@ -20,7 +20,7 @@ AXES = ("stat", "wiring", "unit", "score", "budget", "rewrite", "grid", "gate", 
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
-    "wiring": {"mlps", "apart", "writes", "mlp", "keep", "embed", "head"},
+    "wiring": {"mlps", "apart", "writes", "mlp", "keep", "embed", "head", "damage"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
     "budget": {"scores", "target", "options", "trial", "spectra"},
@@ -77,6 +77,7 @@ KNOBS = {
     "experts": "hidden neurons of an expert", "shared": "hidden neurons of the shared expert",
     "parts": "experts that an MLP becomes, those that every token meets included", "active": "experts that a token meets",
     "always": "parts of an MLP that every token meets", "split": "how hidden neurons are split: coactive, weights, order or random",
+    "share": "share that is rewired", "by": "what decides which are rewired: damage, as it is measured, first or last",
     "length": "members of a run at most, 0 for all",
     "dependency": "how much what follows may depend on what it is fused with, a cosine distance, 0 for however much",
     "heads": "query heads of an attention", "kv_heads": "key and value heads of an attention",
@@ -180,9 +181,10 @@ FACTS: dict[str, dict[str, Any]] = {
     "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
              "into": None, "some": lambda value, inputs: value[inputs]},
     # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between, a
-    # tensor that writes the residual "stream", the "axes" of that, one "mlp"; looks: of the knobs whether that is told by calibration
-    # samples, beside the statistics it names; overlap: whether experts may have neurons in common.
-    "wiring": {"of": "", "looks": None, "overlap": False},
+    # tensor that writes the residual "stream", the "axes" of that, one "mlp", the "table" of embeddings, what rewiring each "layer" costs;
+    # looks: of the knobs whether that is told by calibration samples, beside the statistics it names; overlap: whether experts may have
+    # neurons in common; ours: what our runtime alone computes so, as the proof says it of plain files.
+    "wiring": {"of": "", "looks": None, "overlap": False, "ours": ""},
     # free: whether it honours the asked share; period: columns that must be decided together (a function of the knobs).
     # along: the dimension its groups run along; format: the storage made for its pattern; whole: whether it decides inputs as a whole;
     # ends: where it is a part of the network that goes with all its weights, the roles of the sites whose inputs say so; takes: all of a

@@ -5,7 +5,7 @@ handler's to say: one for every kind of group, as a method's fact `of` names it.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from trimtab.core import experts
 from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
+from trimtab.core.journal import write_json
+from trimtab.core.measured import SEQUENCES
 from trimtab.core.memory import Store
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Site
 from trimtab.network import graph, surgery
+from trimtab.network.checkpoint import write_like
 from trimtab.network.rewire import Source, Target, write
-from trimtab.network.stream import Network, silence
+from trimtab.network.stream import Network, as_parallel, silence
 
 LEAST = 1e-3  # of the largest weight of a norm: what is smaller is not divided by
 
@@ -406,7 +409,119 @@ def check_later(net: Network, recipe: Recipe) -> None:
                            f"to {','.join(f'*.{r}' for r in dict.fromkeys(s.role for s in net.sites) if r not in ('o', 'down'))}")
 
 
+# ---- layers -----------------------------------------------------------------------------------
+class Damage(Walk):
+    """The network block by block, and beside it others that differ in one block each, so many `count`."""
+
+    def __init__(self, net: Network, given: Given, count: int):
+        super().__init__(net, given.samples[:SEQUENCES], given.scratch, given.spill)
+        self.places, self.others = count + 1, dict[Hashable, Store]()
+        self.embed(self.places)
+
+    @torch.no_grad()
+    def through(self, i: int, module: nn.Module, variants: Mapping[Hashable, nn.Module]) -> None:
+        """Through block i, which each of the `variants` has another one for."""
+        assert self.store is not None
+        begun = {name: self._new(self.store[0], self.places) for name in variants}
+        for name, other in variants.items():
+            for b, x in enumerate(self.store):
+                begun[name].append(self.net.run(other, i, x, self.contexts[b]))
+        for store in (self.store, *self.others.values()):
+            for b, x in enumerate(store):
+                store[b] = self.net.run(module, i, x, self.contexts[b])
+        self.others |= begun
+
+    def found(self) -> dict[Hashable, float]:
+        """How far the hidden states behind the last block are off, squared, as a share of them, the mean over tokens."""
+        assert self.store is not None
+        off, count = dict.fromkeys(self.others, 0.0), 0
+        for b, x in enumerate(self.store):
+            mask = self.contexts[b].mask
+            own, *theirs = (t.double().flatten(0, 1)[slice(None) if mask is None else mask]
+                            for t in (x, *(store[b] for store in self.others.values())))
+            count += len(own)
+            for name, y in zip(self.others, theirs, strict=True):
+                off[name] += float(((y - own).square().sum(1) / own.square().sum(1).clamp_min(1e-30)).sum())
+        return {name: total / max(1, count) for name, total in off.items()}
+
+    def close(self) -> None:
+        super().close()
+        for store in self.others.values():
+            store.close()
+
+
+def damages(net: Network, given: Given, count: int, variants: Callable[[int, nn.Module], Mapping[Hashable, nn.Module]]) -> dict[Hashable,
+                                                                                                                                float]:
+    """What it costs to have one of the `variants`(i, module) of block i in its place, by their names; `count` of them in all."""
+    walk = Damage(net, given, count)
+    try:
+        for i in range(net.n_blocks):
+            module = net.block(i)
+            walk.through(i, module, variants(i, module))
+            given.tick(i + 1, net.n_blocks)
+        return walk.found()
+    finally:
+        walk.close()
+
+
+def check_layer(net: Network, step: Step) -> None:
+    name, how = step.method.name, net.family.between(net.config)[0]
+    if how != "in" or len(net.family.norms) != 2:
+        why = "are parallel as it is" if how == "parallel" else "have a norm behind their attention"
+        raise BadInput(f"{name}: the layers of this {net.family.name} {why}; it takes families with one norm, in front of each sublayer")
+    chosen(step, torch.zeros(net.n_blocks))
+
+
+def chosen(step: Step, damage: Tensor) -> Tensor:
+    """Which of them are rewired, bool [n]. BadInput where none would be."""
+    mine: Tensor = step.method({"damage": damage}, **step.bound)
+    if not mine.any():
+        raise BadInput(f"{step}: of {len(mine)} layers that is none; raise share")
+    return mine
+
+
+def layers_of(net: Network, step: Step, keep: float = 1.0) -> list[int]:
+    """Layers with both sublayers, one after the other. BadInput where there are none."""
+    found = [i for i in range(net.n_blocks) if {"attn", "mlp"} <= {s.group for s in net.sites_of(i)}
+             and not getattr(net.config_of(i), "parallel", False)]
+    if not found:
+        raise BadInput(f"{step.method.name}: no layer of {net.checkpoint.path} runs an MLP behind attention; leave it out")
+    chosen(step, torch.zeros(len(found)))
+    return found
+
+
+def side_by_side(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
+    """Write the network with the same weights, some layers parallel. Returns which, and what each alone costs where that was measured."""
+    found = layers_of(net, step)
+    costs: dict[Hashable, float] = {}
+
+    def variants(i: int, module: nn.Module) -> dict[Hashable, nn.Module]:
+        if i not in found:
+            return {}
+        other = net.twin(module)
+        as_parallel(net.family, other, net.config_of(i))
+        return {i: other}
+
+    if step.method.facts["looks"](step.bound):
+        costs = damages(net, given, len(found), variants)
+    mine = chosen(step, torch.tensor([costs.get(i, 0.0) for i in found]))
+    which = [i for i, is_one in zip(found, mine.tolist(), strict=True) if is_one]
+    with_own(net, {i: {"parallel": True} for i in which}, out)
+    return {"parallel": which, **({"damage": {str(i): v for i, v in costs.items()}} if costs else {})}
+
+
+def with_own(net: Network, own: Mapping[int, Mapping[str, Any]], out: Path) -> None:
+    """Write the network with the same weights, more said of some layers."""
+    config = {k: v for k, v in net.checkpoint.config.items() if k != "quantization_config"}
+    before = graph.per_layer(config)
+    config |= {k: type(v)() for its in own.values() for k, v in its.items()}  # transformers wants a value for the others
+    config[graph.PER_LAYER] = {str(i): {**before.get(i, {}), **own.get(i, {})} for i in sorted({*before, *own})}
+    write_like(net.checkpoint, out, lambda name: None)
+    write_json(out / "config.json", config)
+
+
 HANDLERS = {"run": Handler(check_run, runs, fused), "stream": Handler(check_stream, stream_of, centred),
             "axes": Handler(check_axes, lambda net, step, keep: None, turned),
             "mlp": Handler(experts.check, experts.groups, experts.written),
-            "table": Handler(check_axes, untied, tabled)}
+            "table": Handler(check_axes, untied, tabled),
+            "layer": Handler(check_layer, layers_of, side_by_side)}

@@ -165,15 +165,16 @@ def family_of(config: dict[str, Any], where: Any = "config.json") -> Family:
 
 # ---- layers that differ -------------------------------------------------------------------------
 PER_LAYER = "per_layer_config"  # of config.json: {layer: what of it is another there}, as transformers has it
+OWN = ("skip", "parallel")  # what is said of single layers and never of all: `parallel`, where the MLP is given what attention is
 SKIPPED = {"attn": "attention", "mlp": "mlp"}  # sublayers, as a layer's `skip` names them
 
 
 def per_layer(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """What a config.json says of single layers, by number; `skip` lists the sublayers that a layer lacks."""
+    """What a config.json says of single layers, by number; `skip` lists the sublayers that a layer lacks: see OWN."""
     given = config.get(PER_LAYER) or {}
     try:
         found = {int(i): dict(own) for i, own in given.items()}
-        if not all(set(own.get("skip", ())) <= set(SKIPPED.values()) for own in found.values()):
+        if not all(set(own.get("skip", ())) <= set(SKIPPED.values()) and type(own.get("parallel", True)) is bool for own in found.values()):
             raise ValueError
     except (TypeError, ValueError, AttributeError):
         raise BadInput(f"config.json: {PER_LAYER} is no mapping of layers to what is another there; save the model again") from None
@@ -199,6 +200,11 @@ def beyond(config: Mapping[str, Any]) -> bool:
 def size_key(family: Family, what: str) -> str:
     """What config.json calls this size: see SIZES."""
     return family.sizes.get(what, SIZES[what])
+
+
+def between(family: Family, config: Any) -> tuple[str, str]:
+    """The family's, of a layer's own config."""
+    return ("parallel", root(family.attn)) if getattr(config, "parallel", False) else family.between(config)
 
 
 def root(roles: Roles) -> str:
@@ -538,6 +544,8 @@ def _description(family: Family, c: dict[str, Any]) -> dict[str, Any]:
     layers = []
     for i in range(c["num_hidden_layers"]):
         mine = {**c, **own.get(i, {})}
+        if mine.get("parallel"):
+            raise BadInput("the native decoder runs attention and MLP one after the other, and some layers here are parallel")
         h, kv, d = heads(SimpleNamespace(**mine))
         stem = f"model.{family.blocks}.{i}."
 

@@ -688,7 +688,7 @@ class Network:
                 handles.append(module.get_submodule(s.param.rpartition(".")[0]).register_forward_pre_hook(
                     lambda m, args, key=s.input: sink("fed", key, self._tokens(given.pop(key)), self._tokens(args[0])), prepend=True))
         if "sublayer" in want:
-            handles += self._sublayer_taps(module, sink)
+            handles += self._sublayer_taps(module, i, sink)
         try:
             yield
         finally:
@@ -725,8 +725,8 @@ class Network:
                 sink("input", f"experts.{e}.mlp.in", x)
                 sink("input", f"experts.{e}.mlp.mid", m.act_fn(gate) * up)
 
-    def _sublayer_taps(self, module: nn.Module, sink: Sink) -> list[Any]:
-        how, where = self.family.between(self.config)
+    def _sublayer_taps(self, module: nn.Module, i: int, sink: Sink) -> list[Any]:
+        how, where = graph.between(self.family, self.config_of(i))
         seen: dict[str, Tensor] = {}
 
         def begin(m: nn.Module, args: Any) -> None:
@@ -882,7 +882,22 @@ def _differing(family: graph.Family, block: nn.Module, config: Any, i: int) -> n
     kind = type(block)
     made: nn.Module = kind(config, layer_idx=i) if "layer_idx" in inspect.signature(kind).parameters else kind(config)
     silence(family, made, getattr(config, "skip", ()), i)
+    if getattr(config, "parallel", False):
+        as_parallel(family, made, config)
     return made
+
+
+def as_parallel(family: graph.Family, block: nn.Module, config: Any) -> None:
+    """Let the MLP of a block that norms what its sublayers are given see what its attention does."""
+    seen: dict[str, Tensor] = {}
+
+    def begin(m: nn.Module, args: Any, kwargs: Any) -> None:
+        seen["x"] = args[0] if args else kwargs["hidden_states"]
+
+    block.register_forward_pre_hook(begin, with_kwargs=True)
+    block.get_submodule(family.between(config)[1]).register_forward_pre_hook(lambda m, args: (seen.pop("x").view(args[0].shape), *args[1:]))
+    # Who looks at the block sees that it is another one.
+    block.register_buffer("parallel", torch.ones(1, device="cpu"), persistent=False)
 
 
 class _Rms(nn.LayerNorm):

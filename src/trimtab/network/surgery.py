@@ -159,7 +159,7 @@ def of_layers(net: Network, config: Mapping[str, Any], each: list[dict[str, Any]
     """What config.json says of layers that are `each` so, of the blocks `stay` of the network: once what all share, what differs by
     layer."""
     new: dict[str, Any] = {}
-    for k in sorted({k for own in each for k in own if k != "skip"}):
+    for k in sorted({k for own in each for k in own if k not in graph.OWN}):
         common = Counter(own[k] for own in each if k in own).most_common(1)[0][0]
         if k in config or common != getattr(net.config, k, None):  # what a class says by itself need not be said
             new[k] = common
