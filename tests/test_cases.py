@@ -31,6 +31,8 @@ def result(m: Method, case: Case):
         ((_, out),) = out
     if isinstance(out, Experts):
         return {k: v for k, v in vars(out).items() if v is not None}
+    if m.facts.get("of") == "norm":
+        return dict(zip(("which", "constants"), out, strict=True))
     if isinstance(out, Grid):
         w = case.env["w"]
         return rounded(w, out, case.knobs["group"] or w.shape[1]).weight()

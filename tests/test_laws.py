@@ -295,7 +295,7 @@ GROUPS: dict[str, Callable[[], Any]] = {
     "mlp": lambda: {r: mlps()[0][r] for r in ("gate", "up", "down")},
     "source": lambda: torch.randn(400, 20, generator=generator(71)), "fed": lambda: hidden(GROUPS["mlp"](), GROUPS["source"]()),
     "embed": lambda: heavy(340, 30, 20), "head": lambda: heavy(350, 30, 20),
-    "damage": lambda: heavy(331, 12).abs(),
+    "damage": lambda: heavy(331, 12).abs(), "sizes": lambda: heavy(332, 12, 40).abs() + 0.1, "means": lambda: heavy(333, 12, 40),
 }
 
 
@@ -856,6 +856,19 @@ def law_wiring_layer_takes_the_share(m: Method) -> None:
         assert int(its.sum()) == share * len(damage)
         assert share == 1 or float(damage[its].max()) <= float(damage[~its].min())
     assert bool((found[0.5] | ~found[0.25]).all())
+
+
+def law_wiring_norm_is_exact_for_tokens_alike(m: Method) -> None:
+    """Where all are of one size, that is what each is divided by; scaled by two, by half of it."""
+    if m.facts["of"] != "norm":
+        return
+    alike = {"sizes": torch.full((12, 40), 0.25), "means": torch.full((12, 40), 3.0)}
+    for share in (0.25, 1.0):
+        which, constants = call(m, env(m, **alike), share=share)
+        assert int(which.sum()) == share * 12
+        close(constants, torch.tensor([4.0, 3.0]).expand(12, 2), 1e-5)
+    sizes = GROUPS["sizes"]()
+    close(call(m, env(m, sizes=2 * sizes))[1][:, 0], call(m, env(m, sizes=sizes))[1][:, 0] / 2, 1e-5)
 
 
 def law_unit_mask(m: Method) -> None:

@@ -40,6 +40,10 @@ CASES = {
                          {"damp": 0.0}),
     # The last but one costs least.
     "wiring/parallel": Case({"damage": torch.tensor([0.3, 0.2, 0.1, 0.4])}, [0, 0, 1, 0]),
+    # Of 1 and 4 the geometric mean is 2; 100 is above twice their mean, and so is left out.
+    "wiring/offline": Case({"sizes": torch.tensor([[1.0, 4.0, 100.0], [5.0, 5.0, 5.0]]), "damage": torch.tensor([0.1, 0.2]),
+                            "means": torch.tensor([[1.0, 2.0, 9.0], [0, 0, 0]])}, {"which": [1, 0], "constants": [[0.5, 1.5], [0.2, 0]]},
+                           {"share": 0.5, "outlier": 2.0}),
     # Channels first: means 2 and 5.
     "wiring/rms": Case({"writes": torch.tensor([[1.0, 3.0], [3.0, 7.0]])}, [[-1, -2], [1, 2]]),
 }

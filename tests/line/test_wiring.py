@@ -230,6 +230,7 @@ BAD = [
     *((name, "parallel", "a norm behind") for name in ("gemma2", "opt_post", "bert")), ("gpt_neox", "parallel", "parallel as it is"),
     ("llama", "parallel(share=0.1)", "that is none"), ("llama", "parallel(share=0.0)", "is above 0"),
     ("llama", "parallel(by=middle)", "use damage, first or last"),
+    ("bert", "offline", "lie behind"), ("opt_post", "offline", "lie behind"), ("llama", "offline(share=0.1)", "that is none"),
     *((name, "rms", "take no mean off the residual stream") for name in ("llama", "gemma2", "mixtral", "bert", "opt_post")),
     ("gpt2", "rms ; rms", "as it is; leave it out"), ("opt", "attn: rms", "leave the scope out"),
     ("opt", "fusion", "cannot do without its attention"), ("mixtral", "fusion", "attention stands between"),
@@ -397,3 +398,73 @@ def test_sublayers_of_a_parallel_layer_are_told_apart(saved, tmp_path):
     for key, (x, y) in {"attn": (hidden, attn), "mlp": (hidden, out - attn + hidden), "block": (hidden, out)}.items():
         for got, want in zip(seen[key], (x, y), strict=True):
             torch.testing.assert_close(got, want.flatten(0, 1)[real], atol=1e-5, rtol=1e-5)
+
+
+# ---- norms by constants -----------------------------------------------------------------------
+OFFLINE = ("llama", "qwen3", "phi3", "gemma2", "opt", "gpt2", "gpt_neox", "vit", "mixtral")
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_norms_by_constants(saved, name, tmp_path, ready, capsys):
+    """Of one norm what it finds is put in its place; plain transformers runs the files as before."""
+    path, batch = saved(name), tiny.inputs(name)
+    code, result, _ = trim(capsys, path, "offline(share=0.25,by=first,outlier=1.02)", tmp_path / "out", ready(name))
+    assert code == 0
+    net, norm = Network.open(path), Network.open(path).family.norms[0]
+    assert result["structure"] == [{"offline": [f"0.{norm}"]}]
+    assert any("by a constant" in w or "a constant in place" in w for w in result["warnings"])
+    with torch.no_grad():
+        hidden, context = net.embed(batch)
+        x = hidden.flatten(0, 1)[slice(None) if context.mask is None else context.mask].double()
+        module = net.block(0).get_submodule(norm)
+        mean = x.mean(1) if type(module) is torch.nn.LayerNorm else torch.zeros(len(x), dtype=torch.float64)
+        size = ((x - mean[:, None]).square().mean(1) + graph.eps_of(module)).sqrt()
+        near = size <= 1.02 * size.mean()
+        assert not near.all()
+        scale, less = float((-size[near].log().mean()).exp()), float(mean[near].mean())
+        bias = getattr(module, "bias", None)
+
+        def edit(block, i):
+            if i == 0:
+                w = block.get_submodule(norm).weight + net.family.norm_offset
+                block.get_submodule(norm).forward = lambda x: (x - less) * scale * w + (0 if bias is None else bias)
+
+        want = stream(net, batch, edit)
+    got = Network.open(tmp_path / "out")
+    torch.testing.assert_close(stream(got, batch), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        out = getattr(transformers, tiny.MODELS[name][0]).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(**batch)
+    torch.testing.assert_close(out.logits, plain(path, batch), atol=1e-5, rtol=1e-5)
+    assert float((out.logits - want).abs().max()) > 1e-4
+
+
+def test_the_norms_that_cost_least(saved, tmp_path, ready, capsys):
+    """They are those of the least measured damage, and what follows is calibrated on them, packed and in transformers, too."""
+    path, batch = saved("llama", num_hidden_layers=3), tiny.inputs("llama")
+    recipe = "offline(share=0.5) ; parallel(share=0.34) ; *.q: wanda(keep=1)"
+    code, result, _ = trim(capsys, path, recipe, tmp_path / "out", ready("llama"))
+    assert code == 0
+    said = result["structure"][0]
+    assert sorted(said["offline"]) == sorted(sorted(said["damage"], key=said["damage"].get)[:3]) and len(said["damage"]) == 6
+    net = Network.open(tmp_path / "out")
+    assert not supported(net.checkpoint)
+    assert {f"{i}.{n}" for i in range(3) for n in getattr(net.config_of(i), "offline", {})} == set(said["offline"])
+    assert [i for i in range(3) if getattr(net.config_of(i), "parallel", False)] == result["structure"][1]["parallel"]
+    want = stream(net, batch)
+    assert trim(capsys, path, recipe, tmp_path / "packed", ready("llama"), "--pack")[0] == 0
+    torch.testing.assert_close(stream(Network.open(tmp_path / "packed"), batch), want, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()(**batch)
+    torch.testing.assert_close(out.logits, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("own", [{"offline": {"input_layernorm": [1.0]}}, {"offline": {"input_layernorm": ["x", 0.0]}},
+                                 {"offline": {"none": [1.0, 0.0]}}, {"parallel": 1}, {"offline": [1.0]}])
+def test_what_config_says_of_a_layer_is_checked(tmp_path, own, ready, capsys):
+    path = tiny.save("llama", tmp_path / "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, graph.PER_LAYER: {"0": own}}))
+    capsys.readouterr()
+    code, _, err = trim(capsys, path, "wanda", tmp_path / "out", ready("llama"))
+    assert code == 2 and len(err.strip().splitlines()) == 1, err

@@ -20,7 +20,7 @@ AXES = ("stat", "wiring", "unit", "score", "budget", "rewrite", "grid", "gate", 
 # Positional names an axis may ask for besides registered statistics.
 DATA: dict[str, set[str]] = {
     "stat": {"x", "y", "g"},
-    "wiring": {"mlps", "apart", "writes", "mlp", "keep", "embed", "head", "damage"},
+    "wiring": {"mlps", "apart", "writes", "mlp", "keep", "embed", "head", "damage", "sizes", "means"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
     "budget": {"scores", "target", "options", "trial", "spectra"},
@@ -40,7 +40,8 @@ KNOBS = {
     "damp": "ridge, as a share of the mean diagonal unless the method says otherwise",
     "block": "entries handled together by a blocked solver",
     "alpha": "exponent of an activation norm", "scale": "weight of a second term",
-    "outlier": "multiple of the mean above which a score is an outlier", "spread": "half-width of a window of shares",
+    "outlier": "multiple of the mean above which a score, or the size of a token, is an outlier",
+    "spread": "half-width of a window of shares",
     "iters": "iterations", "steps": "how many values are tried",
     "step": "share of the weights of a block that is dropped at a time",
     "rho": "penalty of an augmented Lagrangian", "ramp": "iterations over which a mask hardens",
@@ -180,8 +181,8 @@ FACTS: dict[str, dict[str, Any]] = {
     # moved: of (value, z [in], the inputs' mean) what it is where z was taken off every input; None where that cannot be told.
     "stat": {"of": "input", "merge": "sum", "mean": False, "done": None, "rescaled": None, "moved": None, "of_gram": None, "turned": None,
              "into": None, "some": lambda value, inputs: value[inputs]},
-    # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between, a
-    # tensor that writes the residual "stream", the "axes" of that, one "mlp", the "table" of embeddings, what rewiring each "layer" costs;
+    # of: what it sees at a time, the name of a handler in core/rewire.py: a "run" of MLPs that nothing stands between, a tensor that writes
+    # the residual "stream", the "axes" of that, one "mlp", the "table" of embeddings, what rewiring each "layer" or each "norm" costs;
     # looks: of the knobs whether that is told by calibration samples, beside the statistics it names; overlap: whether experts may have
     # neurons in common; ours: what our runtime alone computes so, as the proof says it of plain files.
     "wiring": {"of": "", "looks": None, "overlap": False, "ours": ""},

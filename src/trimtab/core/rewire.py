@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trimtab.core.types import BadInput, Site
 from trimtab.network import graph, surgery
 from trimtab.network.checkpoint import write_like
 from trimtab.network.rewire import Source, Target, write
-from trimtab.network.stream import Network, as_parallel, silence
+from trimtab.network.stream import Network, as_offline, as_parallel, silence
 
 LEAST = 1e-3  # of the largest weight of a norm: what is smaller is not divided by
 
@@ -103,7 +104,7 @@ def runs(net: Network, step: Step) -> list[list[int]]:
     """Blocks whose MLPs nothing stands between. BadInput where there are none."""
     found: list[list[int]] = [[]]
     for i in range(net.n_blocks):
-        if ends_mlp(net, i) is None:
+        if ends_mlp(net, i) is None or getattr(net.config_of(i), "offline", None):
             found.append([])
         elif found[-1] and not any(s.group == "attn" for s in net.sites_of(i)):
             found[-1].append(i)
@@ -347,7 +348,7 @@ def centred(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]
 
 
 # ---- the head ---------------------------------------------------------------------------------
-def untied(net: Network, step: Step, keep: float) -> None:
+def untied(net: Network, step: Step) -> None:
     if net.tied_head:
         raise BadInput(f"{step.method.name}: the head of {net.checkpoint.path} is its table of embeddings as it is; leave it out")
 
@@ -480,7 +481,7 @@ def chosen(step: Step, damage: Tensor) -> Tensor:
     return mine
 
 
-def layers_of(net: Network, step: Step, keep: float = 1.0) -> list[int]:
+def layers_of(net: Network, step: Step) -> list[int]:
     """Layers with both sublayers, one after the other. BadInput where there are none."""
     found = [i for i in range(net.n_blocks) if {"attn", "mlp"} <= {s.group for s in net.sites_of(i)}
              and not getattr(net.config_of(i), "parallel", False)]
@@ -520,8 +521,96 @@ def with_own(net: Network, own: Mapping[int, Mapping[str, Any]], out: Path) -> N
     write_json(out / "config.json", config)
 
 
+# ---- norms ------------------------------------------------------------------------------------
+Place = tuple[int, str]  # a norm: its block, and its name there
+
+
+def check_norm(net: Network, step: Step) -> None:
+    if not graph.norms_in_front(net.family, net.config):
+        raise BadInput(f"{step.method.name}: the norms of this {net.family.name} lie behind its sublayers, where no map alone reads them; "
+                       "it takes families with norms in front")
+    constants(step, torch.ones(2 * net.n_blocks, 1), torch.zeros(2 * net.n_blocks, 1), torch.zeros(2 * net.n_blocks))
+
+
+def norms_of(net: Network, step: Step) -> list[Place]:
+    """Norms in front of a sublayer that go by each token's own size. BadInput where there are none."""
+    found = [(i, name) for i in range(net.n_blocks) for group, name in graph.norms_in_front(net.family, net.config).items()
+             if any(s.group == group for s in net.sites_of(i)) and name not in getattr(net.config_of(i), "offline", {})]
+    if not found:
+        raise BadInput(f"{step.method.name}: all norms of {net.checkpoint.path} have constants as it is; leave it out")
+    constants(step, torch.ones(len(found), 1), torch.zeros(len(found), 1), torch.zeros(len(found)))
+    return found
+
+
+def constants(step: Step, sizes: Tensor, means: Tensor, damage: Tensor) -> tuple[Tensor, Tensor]:
+    """Which norms are rewired [n], and by what constants [n, 2]. BadInput where none would be."""
+    mine, values = step.method({"sizes": sizes, "means": means, "damage": damage}, **step.bound)
+    if not mine.any():
+        raise BadInput(f"{step}: of {len(mine)} norms that is none; raise share")
+    return mine, values
+
+
+def seen_by(net: Network, found: list[Place], given: Given) -> tuple[Tensor, Tensor]:
+    """What each norm finds of every token [n, tokens]: its size, and the mean that is taken off first."""
+    walk, seen = Walk(net, given.samples, given.scratch, given.spill), dict[Place, list[tuple[Tensor, Tensor]]]()
+
+    mask: list[Tensor | None] = [None]  # of the batch that is run
+
+    def look(m: nn.Module, args: Any, at: Place) -> None:
+        x = args[0].double().flatten(0, -2)[slice(None) if mask[0] is None else mask[0]]
+        mean = x.mean(1) if graph.takes_mean(m) else x.new_zeros(len(x))
+        size = ((x - mean[:, None]).square().mean(1) + graph.eps_of(m)).sqrt()
+        seen.setdefault(at, []).append((size.float(), mean.float()))
+
+    try:
+        walk.embed()
+        for i in range(net.n_blocks):
+            module = net.block(i)
+            for at in (at for at in found if at[0] == i):
+                module.get_submodule(at[1]).register_forward_pre_hook(partial(look, at=at))
+            assert walk.store is not None
+            with torch.no_grad():
+                for b, x in enumerate(walk.store):
+                    mask[0] = walk.contexts[b].mask
+                    walk.store[b] = net.run(module, i, x, walk.contexts[b])
+            given.tick(i + 1, 2 * net.n_blocks)
+    finally:
+        walk.close()
+    sizes, means = (torch.stack([torch.cat([pair[k] for pair in seen[at]]) for at in found]) for k in (0, 1))
+    return sizes, means
+
+
+def by_constants(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
+    """Write the network with the same weights, constants in place of what some norms find of every token. Returns which norms, and what
+    each alone costs where that was measured."""
+    found = norms_of(net, step)
+    sizes, means = seen_by(net, found, given)
+    _, values = constants(step, sizes, means, torch.zeros(len(found)))
+    costs: dict[Hashable, float] = {}
+
+    def variants(i: int, module: nn.Module) -> dict[Hashable, nn.Module]:
+        others: dict[Hashable, nn.Module] = {}
+        for at, (scale, mean) in zip(found, values.tolist(), strict=True):
+            if at[0] == i:
+                others[at] = net.twin(module)
+                as_offline(net.family, others[at], at[1], scale, mean)
+        return others
+
+    if step.bound["by"] == "damage":
+        costs = damages(net, given, len(found), variants)
+    mine, _ = constants(step, sizes, means, torch.tensor([costs.get(at, 0.0) for at in found]))
+    own: dict[int, dict[str, Any]] = {}
+    which = []
+    for (i, name), pair, is_one in zip(found, values.tolist(), mine.tolist(), strict=True):
+        if is_one:
+            which.append(f"{i}.{name}")
+            own.setdefault(i, {"offline": dict(getattr(net.config_of(i), "offline", {}))})["offline"][name] = pair
+    with_own(net, own, out)
+    return {"offline": which, **({"damage": {f"{i}.{n}": costs[i, n] for i, n in found}} if costs else {})}
+
+
 HANDLERS = {"run": Handler(check_run, runs, fused), "stream": Handler(check_stream, stream_of, centred),
-            "axes": Handler(check_axes, lambda net, step, keep: None, turned),
+            "axes": Handler(check_axes, lambda net, step: None, turned),
             "mlp": Handler(experts.check, experts.groups, experts.written),
             "table": Handler(check_axes, untied, tabled),
-            "layer": Handler(check_layer, layers_of, side_by_side)}
+            "layer": Handler(check_layer, layers_of, side_by_side), "norm": Handler(check_norm, norms_of, by_constants)}

@@ -6,6 +6,7 @@ must be told of it.
 """
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -165,7 +166,9 @@ def family_of(config: dict[str, Any], where: Any = "config.json") -> Family:
 
 # ---- layers that differ -------------------------------------------------------------------------
 PER_LAYER = "per_layer_config"  # of config.json: {layer: what of it is another there}, as transformers has it
-OWN = ("skip", "parallel")  # what is said of single layers and never of all: `parallel`, where the MLP is given what attention is
+# What is said of single layers and never of all. `parallel`: the MLP is given what attention is; `offline`: of norms, by name, what every
+# token is multiplied by in place of its own size, and what is taken off it before.
+OWN = ("skip", "parallel", "offline")
 SKIPPED = {"attn": "attention", "mlp": "mlp"}  # sublayers, as a layer's `skip` names them
 
 
@@ -174,8 +177,11 @@ def per_layer(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     given = config.get(PER_LAYER) or {}
     try:
         found = {int(i): dict(own) for i, own in given.items()}
-        if not all(set(own.get("skip", ())) <= set(SKIPPED.values()) and type(own.get("parallel", True)) is bool for own in found.values()):
-            raise ValueError
+        for own in found.values():
+            numbers = [x for pair in own.get("offline", {}).values() for x in pair]
+            if not set(own.get("skip", ())) <= set(SKIPPED.values()) or type(own.get("parallel", True)) is not bool \
+                    or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+                raise ValueError
     except (TypeError, ValueError, AttributeError):
         raise BadInput(f"config.json: {PER_LAYER} is no mapping of layers to what is another there; save the model again") from None
     return found
@@ -195,6 +201,21 @@ def ours(config: Mapping[str, Any]) -> dict[str, Any]:
 def beyond(config: Mapping[str, Any]) -> bool:
     """Whether a config.json says more than transformers reads."""
     return bool(per_layer(config) or ours(config))
+
+
+def norms_in_front(family: Family, config: Any) -> dict[str, str]:
+    """The norms of a block that make what its sublayers are given, by their group; none where norms lie behind them."""
+    how, where = family.between(config)
+    return {} if how == "out" else {"attn": family.norms[0], "mlp": where if how == "in" else family.norms[1]}
+
+
+def eps_of(norm: nn.Module) -> float:
+    """What a norm adds to a mean square."""
+    return float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0)))
+
+
+def takes_mean(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm
 
 
 def size_key(family: Family, what: str) -> str:
@@ -466,9 +487,8 @@ class Fold:
 def folds(family: Family, config: Any, block: list[Site]) -> list[Fold]:
     """Every place of a block where an input can be scaled and nothing else sees it."""
     found = []
-    how, where = family.between(config)
-    norms = {"attn.in": family.norms[0], "mlp.in": where if how == "in" else family.norms[1]} if how != "out" else {}
-    for key, norm in norms.items():
+    for group, norm in norms_in_front(family, config).items():
+        key = f"{group}.in"
         readers = tuple(s for s in block if s.input == key)
         alone = key == "attn.in" or not (family.routers or any(s.input.endswith(key) and s.input != key for s in block))
         if readers and alone:
@@ -546,6 +566,8 @@ def _description(family: Family, c: dict[str, Any]) -> dict[str, Any]:
         mine = {**c, **own.get(i, {})}
         if mine.get("parallel"):
             raise BadInput("the native decoder runs attention and MLP one after the other, and some layers here are parallel")
+        if mine.get("offline"):
+            raise BadInput("the native decoder norms every token by its own size, and some norms here have a constant in its place")
         h, kv, d = heads(SimpleNamespace(**mine))
         stem = f"model.{family.blocks}.{i}."
 

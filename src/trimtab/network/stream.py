@@ -881,10 +881,37 @@ def _differing(family: graph.Family, block: nn.Module, config: Any, i: int) -> n
     """A block of the same class for another config, without the sublayers that are skipped there."""
     kind = type(block)
     made: nn.Module = kind(config, layer_idx=i) if "layer_idx" in inspect.signature(kind).parameters else kind(config)
-    silence(family, made, getattr(config, "skip", ()), i)
-    if getattr(config, "parallel", False):
-        as_parallel(family, made, config)
+    as_own(family, made, config, {k: getattr(config, k) for k in graph.OWN if hasattr(config, k)}, i)
     return made
+
+
+def as_own(family: graph.Family, block: nn.Module, config: Any, own: Mapping[str, Any], i: int) -> None:
+    """Let block i run as config.json says of it alone: see `graph.OWN`."""
+    silence(family, block, own.get("skip", ()), i)
+    for norm, (scale, mean) in own.get("offline", {}).items():
+        as_offline(family, block, norm, scale, mean)
+    if own.get("parallel"):
+        as_parallel(family, block, config)
+
+
+class _Offline(nn.Module):
+    """A norm that multiplies every token by the same, whatever its own size is."""
+
+    def __init__(self, norm: Any, scale: float, mean: float, offset: float):
+        super().__init__()
+        self.weight, self.bias, self.offset = norm.weight, getattr(norm, "bias", None), offset
+        self.scale, self.mean = scale, mean
+        # Who looks at the block sees that it is another one.
+        self.register_buffer("constants", torch.tensor([scale, mean], device="cpu"), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x - self.mean) * ((self.weight + self.offset) * self.scale)
+        return y if self.bias is None else y + self.bias
+
+
+def as_offline(family: graph.Family, block: nn.Module, norm: str, scale: float, mean: float) -> None:
+    """Put constants in place of what a norm of a block finds of every token."""
+    setattr(block, norm, _Offline(block.get_submodule(norm), scale, mean, family.norm_offset))
 
 
 def as_parallel(family: graph.Family, block: nn.Module, config: Any) -> None:
@@ -910,9 +937,11 @@ class _Rms(nn.LayerNorm):
 
 def _as_rms(model: Any, family: graph.Family) -> None:
     """Let the norms that read the residual stream take no mean off."""
-    base = model.base_model
-    for norm in [base.get_submodule(family.last), *(b.get_submodule(n) for b in base.get_submodule(family.blocks) for n in family.norms)]:
-        if type(norm) is not nn.LayerNorm:
+    base, blocks = model.base_model, model.base_model.get_submodule(family.blocks)
+    for norm in [base.get_submodule(family.last), *(b.get_submodule(n) for b in blocks for n in family.norms)]:
+        if isinstance(norm, _Offline):
+            continue
+        if not graph.takes_mean(norm):
             raise BadInput(f"its norms take no mean off, and {graph.OURS} says that they need not; remove that")
         norm.__class__ = _Rms
 

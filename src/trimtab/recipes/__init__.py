@@ -261,6 +261,8 @@ recipe("pre_rmsnorm", "rms", source="arXiv:2305.14858 (Jiang et al. 2023, Pre-RM
 recipe("parallel_layers", "parallel", source="arXiv:2212.06011 (Zhong et al. 2022), its layer in a network that was trained without",
        note="`parallel_layers(share=0.5)`, `parallel_layers(by=last)`. The paper trains such layers; without that it is an honest "
             "zero point.")
+recipe("offline_norms", "offline", source="arXiv:2208.01313 (Yang et al. 2022, Unified Normalization), without its training",
+       note="`offline_norms(share=0.1)`. In networks that were trained with norms of each token it is an honest zero point.")
 recipe("union_of_experts", "experts", source="arXiv:2503.02495 (Yang et al. 2025), its equivalent decomposition",
        note="The same outputs. `experts(parts=8)`; `experts(always=1)` has a shared expert, which a qwen2 needs.")
 recipe("upcycle", "upcycle", source="arXiv:2212.05055 (Komatsuzaki et al. 2022); arXiv:1806.02639 (Cai et al. 2018), replicate",

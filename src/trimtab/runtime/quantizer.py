@@ -15,7 +15,7 @@ from trimtab.methods.format.panels import Packed
 from trimtab.methods.gates import INPUT, ROUTER
 from trimtab.network import graph
 from trimtab.network.checkpoint import read_json
-from trimtab.network.stream import as_parallel, silence
+from trimtab.network.stream import as_own
 from trimtab.runtime import packed
 from trimtab.runtime.layouts import VERSION
 from trimtab.runtime.modules import PackedLinear
@@ -77,13 +77,11 @@ class TrimtabQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected.add(r"\.packed_\w+$")
 
     def _skip(self, model: Any, config: dict[str, Any]) -> None:
-        """Take the sublayers out that layers lack, whose weights are not in the files, and let others run side by side."""
+        """Let layers run as config.json says of them alone; the weights of sublayers that they lack are not in the files."""
         family = graph.family_of(config)
         blocks = model.base_model.get_submodule(family.blocks)
         for i, own in graph.per_layer(config).items():
-            silence(family, blocks[i], own.get("skip", ()), i)
-            if own.get("parallel"):
-                as_parallel(family, blocks[i], model.config)
+            as_own(family, blocks[i], model.config, own, i)
 
     def _replace(self, model: Any, linears: dict[str, Packed]) -> None:
         base = f"{model.base_model_prefix}."
