@@ -635,7 +635,7 @@ def trim(model: Path, recipe: Recipe, out: Path, opts: Options, tick: Report) ->
 def check_parts(net: Network, recipe: Recipe, opts: Options) -> list[Recipe]:
     """The parts of a recipe, one after the other: what takes parts of the network away, as much at once as meets on no site, and the rest.
     BadInput for what the network cannot take."""
-    if opts.uniform and not recipe.structure:
+    if opts.uniform and not any(p.ends for p in recipe.passes):
         raise BadInput("--uniform says how parts of the network are taken away, and the recipe takes none; leave it out")
     parts = [replace(recipe, passes=tuple(p for p in recipe.passes if not p.shapes))]
     groups: list[list[Pass]] = []

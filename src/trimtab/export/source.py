@@ -38,6 +38,8 @@ class Source:
         if about := self.config.get("quantization_config"):
             method = about.get("quant_method") if isinstance(about, Mapping) else about
             raise BadInput(f"{path} is quantised already ({method}); export the model it was made from")
+        if odd := [f"{k} in layer {i}" for i, own in graph.per_layer(self.config).items() for k in graph.OWN if own.get(k)]:
+            raise BadInput(f"{path} has {odd[0]}, which nobody else computes; export the model it was made from")
         self.family = graph.family_of(self.config, path / "config.json")
         self.notes = read_notes(path)
         self.parts = self._parts()
