@@ -28,7 +28,7 @@ from trimtab.core import train
 from trimtab.core.calibrate import Collector
 from trimtab.core.registry import AXES, Method, get, load_all
 from trimtab.core.train import Net
-from trimtab.core.types import BadInput, Change, Choices, Site, Spectrum, Summary
+from trimtab.core.types import BadInput, Change, Choices, Ranking, Site, Spectrum, Summary
 from trimtab.methods import select
 from trimtab.methods.basis import Basis
 from trimtab.methods.books import Books, typed
@@ -246,6 +246,14 @@ def spectra() -> dict[str, Spectrum]:
     return {n: Spectrum(s, losses_of_ranks(weight(n), stats(n)["gram"], stats(n)["grad_sq"])) for n, s in SITES.items()}
 
 
+@cache
+def rankings() -> dict[str, Ranking]:
+    """Scores of the singular values of every site: some went, a tenth of all at a time, and some stayed."""
+    sizes = {n: torch.linalg.svdvals(weight(n)) for n in SITES}
+    gone = {n: (10 - (10 * t / t.max()).floor()) * (t < t.max() / 2) for n, t in sizes.items()}
+    return {n: Ranking(SITES[n], tuple((t / 10 - gone[n]).tolist())) for n, t in sizes.items()}
+
+
 def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float32, keep: float = 0.5,
         unit: Unit | None = None, poor: bool = False, **given: Any) -> dict[str, Any]:
     """Everything the method's signature may name, for one site; `given` replaces it."""
@@ -262,7 +270,7 @@ def env(m: Method, name: str = "0.mlp.gate", *, dtype: torch.dtype = torch.float
     if m.axis == "budget":
         have = {k: {n: stats(n, poor)[k] for n in SITES} for k in have}
         return {"scores": summaries(m.facts["of"]), "target": keep, "options": choices(), "trial": trial(),
-                "spectra": spectra(), **have, **given}
+                "spectra": spectra(), "ranking": rankings(), **have, **given}
     if m.axis == "stat":
         of = m.facts["of"]
         return {**dict(zip(m.data, batches(name, of)[0], strict=True)), **given}
@@ -1058,7 +1066,7 @@ def law_budget_chooses_the_best(m: Method) -> None:
 
 
 def law_budget_meets_the_target(m: Method) -> None:
-    if m.facts["chooses"] or m.facts["spectra"] or m.facts["own"]:
+    if m.facts["chooses"] or m.facts["spectra"] or m.facts["own"] or m.facts["learns"]:
         return
     for wild in (False, True):
         for target in (0.05, *SHARES, 0.95):
@@ -1080,7 +1088,7 @@ def law_budget_order_of_sites(m: Method) -> None:
 
 def law_budget_treats_equals_alike(m: Method) -> None:
     """Sites that do not differ in anything a budget sees get the same share, the target."""
-    if m.facts["chooses"] or m.facts["spectra"] or m.facts["own"]:
+    if m.facts["chooses"] or m.facts["spectra"] or m.facts["own"] or m.facts["learns"]:
         return
     scores = {f"{k}.attn.o": replace(summaries(m.facts["of"])["2.attn.o"], site=replace(SITES["2.attn.o"], block=k))
               for k in range(4)}
@@ -1121,6 +1129,27 @@ def law_budget_ranks_are_the_best(m: Method) -> None:
         call(m, {"spectra": spectra(), "target": 0.05})
     with pytest.raises(BadInput, match="steps is 0"):
         call(m, {"spectra": spectra(), "target": 0.5}, steps=0)
+
+
+def law_budget_takes_the_head_of_a_ranking(m: Method) -> None:
+    """Of every site what scores highest of all, no more parameters than asked for, and no more that would fit; a smaller size lies within
+    a larger one."""
+    if m.facts["learns"] is None:
+        return
+    total, smaller = sum(s.size for s in SITES.values()), dict.fromkeys(SITES, 0.0)
+    most = max(sum(s.shape) for s in SITES.values())
+    for target in (0.35, 0.5, 0.7, 0.9, 1.0):
+        shares = call(m, {"ranking": rankings(), "target": target})
+        taken = {n: s.size if shares[n] == 1 else rank_of(s.shape, shares[n]) * sum(s.shape) for n, s in SITES.items()}
+        assert all(taken[n] == pytest.approx(shares[n] * s.size) for n, s in SITES.items())
+        assert target * total - most < sum(taken.values()) <= target * total or set(shares.values()) == {1.0}
+        kept = {n: sorted(r.scores, reverse=True)[:taken[n] // sum(SITES[n].shape)] for n, r in rankings().items() if shares[n] < 1}
+        gone = {n: sorted(r.scores, reverse=True)[len(kept[n]):] for n, r in rankings().items() if shares[n] < 1}
+        assert min((k[-1] for k in kept.values() if len(k) > 1), default=1) >= max((g[0] for g in gone.values()), default=-1e9)
+        assert all(shares[n] >= smaller[n] for n in SITES)
+        smaller = shares
+    with pytest.raises(BadInput, match="keep more"):
+        call(m, {"ranking": rankings(), "target": 0.05})
 
 
 def law_budget_tries_no_worse_than_one_share(m: Method) -> None:

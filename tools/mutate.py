@@ -79,6 +79,7 @@ SIZES = ("tests/line/test_subclone.py",)
 GATES = ("tests/test_laws.py", "tests/test_cases.py", "tests/line/test_gates.py", "tests/line/test_routers.py",
          "-k", "gate or router or sentence or step")
 COLUMNS = ("tests/runtime/test_gates.py", "tests/runtime/test_kernels.py", "-k", "gate or columns")
+ACIP = ("tests/line/test_acip.py",)
 ENTRYWISE = ("tests/line/test_fedpara.py",)
 SUMMARY = ("tests/test_laws.py", "-k", "summary")
 
@@ -219,6 +220,15 @@ BUGS = [
     Bug("methods/format/bsr.py", "flatten(2).any(-1)", "flatten(2).all(-1)", "a block with one zero is lost"),
     Bug("methods/format/bsr.py", "held.sum(1)", "held.sum(0)", "row pointers count columns"),
     Bug("methods/edit/svd.py", "root[:, None] * vt[:r]", "vt[:r]", "singular values on one side only"),
+    Bug("methods/budget/acip.py", "(-s, i, n)", "(s, i, n)", "what went first is kept"),
+    Bug("methods/budget/acip.py", "        if taken > target * total:\n            break", "        if False:\n            break",
+        "no target"),
+    Bug("methods/budget/acip.py", "max(1, k) * sum", "k * sum", "a rank of nothing"),
+    Bug("methods/budget/acip.py", "before.clamp_max(0) - 1", "before.clamp_max(0)", "when it went is forgotten", ACIP),
+    Bug("methods/budget/acip.py", "GROWTH * penalty or", "penalty or", "the penalty does not grow", ACIP),
+    Bug("methods/budget/acip.py", '.mul_(own[name]["mask"] > 0)', "", "what is gone comes back", ACIP),
+    Bug("core/line.py", 'if source := knobs.pop("source"):', 'if knobs.pop("source") is None:', "trained again", ACIP),
+    Bug("core/line.py", "len(its) != min(s.shape) or not all", "not all", "another network's ranking is taken", ACIP),
     Bug("methods/edit/fedpara.py", "2 * rank_of(w.shape, keep, rank) if rank", "rank_of(w.shape, keep, rank) if rank", "half the rank"),
     Bug("methods/edit/fedpara.py", "(x / scale).float()", "x.float()", "the inputs' sizes stay in the factors"),
     Bug("methods/edit/fedpara.py", "slope.mul(first).mul_(2 / size), slope.mul(second)",

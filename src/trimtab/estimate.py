@@ -97,7 +97,7 @@ def peak(net: Network, plan: Sweeps, samples: list[data.Batch], opts: Options) -
     if needs & {"grads", "grad", "grad_sq"}:
         hidden *= net.n_blocks + 2
         work += block * (len(samples) if "grads" in needs else 2)
-    if any(p.trainer for sweep in plan for p, _ in sweep):
+    if any(p.trainer or p.trains for sweep in plan for p, _ in sweep):
         hidden *= 3
         kept = held_bytes(net, max(line.tokens_of(net, b) for b in samples))
         work += kept if kept <= (opts.max_memory / 4 if opts.max_memory else ROOM) else 2 * block
@@ -120,6 +120,7 @@ def first_guess(net: Network, recipe: Recipe, plan: Sweeps, samples: list[data.B
         edits = [(p, sites) for p, sites in sweep if not p.trainer]
         grams = {(s.block, s.input): s.shape[1] for p, sites in edits if "gram" in p.needs for s in sites}
         runs = walks(sweep) + sum(trying(p, sites, opts.keep, tokens) for p, sites in edits)
+        runs += sum(4.0 * p.budget.bound["epochs"] for p, _ in edits if p.trains)
         seconds += runs * forward + sum(2.0 * w * w * tokens / speed for w in grams.values())
         seconds += sum(editing(p, s, speed) for p, sites in edits for s in sites)
     seconds += sum(bool(p.needs) + 2.0 * p.looks for p in recipe.structure if p.wiring) * forward

@@ -61,7 +61,7 @@ SETTINGS = {
     )},
     **{f"rank-{gone}%": Setting(1 - gone / 100, None, (
         "svd", "svdllm", "svdllm_ranks", "utilised", "ranks | utilised", "cur", "cur(whiten=true)", "ranks | cur",
-        "fedpara"),
+        "fedpara", "acip", "acip | svdllm"),
         f"{gone} % of the parameters gone by small ranks") for gone in (10, 20, 30)},
     "95%-blocks": Setting(0.05, None, ("blocks", "block(b=32) | wanda | mask | least_squares"),
                           "95 % of the 32x32 blocks gone, no training: a zero point"),
@@ -104,8 +104,8 @@ SETTINGS = {
         "neuron | transact | mask | least_squares", "neuron | wanda | global | mask | least_squares", "neuron | fuse",
         "neuron | fuse(refit=true)", "amp", "transact", "inner | amp | mask | least_squares", "inner | transact | mask | least_squares",
         "llm_drop", "sublayer | entropy", "shortgpt", "layer | shallow", "channel | minitron", "channel | wanda", "channel | magnitude",
-        "slicegpt", "svd", "svdllm", "ranks | svdllm", "utilised", "cur", "fedpara", "tie", "tie(near=false)", "tie(tried=false)",
-        "block_influence | tie", "flexigpt", "flexigpt(scaled=false)", "flexigpt(tried=true)", "directshare"),
+        "slicegpt", "svd", "svdllm", "ranks | svdllm", "utilised", "cur", "fedpara", "acip | svdllm", "tie", "tie(near=false)",
+        "tie(tried=false)", "block_influence | tie", "flexigpt", "flexigpt(scaled=false)", "flexigpt(tried=true)", "directshare"),
         f"{gone} % of the blocks' weights gone, with neurons, heads, layers, channels, in factors or shared") for gone in (10, 20, 30, 50)},
 }
 
@@ -124,7 +124,8 @@ def rows_of(model: Path, name: str, settings: dict[str, tuple[str, ...]], seeds:
             s = SETTINGS[setting]
             for text_of_recipe in recipes:
                 recipe = limited(s, text_of_recipe)
-                if any((not lm and (line.differentiates(p) or p.measures or p.trainer)) or (not turns and p.shares) for p in recipe.passes):
+                if any((not lm and (line.differentiates(p) or p.measures or p.learns or p.trainer)) or (not turns and p.shares)
+                       for p in recipe.passes):
                     continue
                 if (setting, text_of_recipe, seed) in done:
                     continue

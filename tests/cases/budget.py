@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from tests.cases import Case
-from trimtab.core.types import Choices, Site, Spectrum, Summary
+from trimtab.core.types import Choices, Ranking, Site, Spectrum, Summary
 from trimtab.methods.budget.lamp import lamp_scores
 
 
@@ -33,6 +33,10 @@ GRIDS = {n: Choices(Site(n, 0, "attn", n[-1], n[-1], (1, 8), "attn.mid" if n.end
 # Of 4 x 4 weights rank 1 takes 8 parameters and the weight itself 16; of 2 x 6 rank 1 takes 8 and the weight 12.
 LOST = {"0.attn.q": Spectrum(Site("0.attn.q", 0, "attn", "q", "q", (4, 4), "attn.in"), (9.0, 5.0, 1.0, 0.5, 0.0)),
         "0.attn.k": Spectrum(Site("0.attn.k", 0, "attn", "k", "k", (2, 6), "attn.in"), (9.0, 3.0, 0.0))}
+
+
+# Of the same sites: the second's first stayed, the first's first two went last.
+RANKED = {n: Ranking(s.site, its) for (n, s), its in zip(LOST.items(), ((-1.0, -2.0, -9.0, -9.0), (0.5, -5.0)), strict=True)}
 
 
 class Costs:
@@ -70,6 +74,9 @@ CASES = {
     # they do together, and 4 where o takes 4.
     "budget/knapsack": Case({"options": GRIDS}, {"0.attn.q": "3", "0.attn.k": "3", "0.attn.o": "2"}, {"mean": 8 * 8 / 24}),
     "budget/measured": Case({"options": GRIDS}, {"0.attn.q": "3", "0.attn.k": "3", "0.attn.o": "2"}, {"mean": 8 * 8 / 24}),
+    # 28 parameters in all, of which 24 are asked for: 8 for the best, 8 for the next, 8 for the one after; one more would make 28.
+    "budget/acip": Case({"ranking": RANKED, "target": 24 / 28, "scores": LOST}, {"0.attn.q": 1.0, "0.attn.k": 8 / 12},
+                        differs="budget/uniform"),
     # 20 of 28 parameters: both of rank 1 take 16 and lose 8; q of rank 1 and k whole 20, losing 5; q whole takes 16 and k then none.
     "budget/ranks": Case({"spectra": LOST, "target": 20 / 28, "scores": LOST}, {"0.attn.q": 0.5, "0.attn.k": 1.0},
                          differs="budget/uniform"),

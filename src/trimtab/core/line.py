@@ -35,9 +35,9 @@ from trimtab.core.measured import SEQUENCES, TRIED, Gating, Measured, Tried
 from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.train import ROOM, Net
-from trimtab.core.types import BadInput, Change, Choices, Failed, Site, Spectrum, Summary
+from trimtab.core.types import BadInput, Change, Choices, Failed, Ranking, Site, Spectrum, Summary
 from trimtab.methods.codes import Codes, rounded
-from trimtab.methods.factors import losses_of_ranks
+from trimtab.methods.factors import Factors, losses_of_ranks
 from trimtab.methods.format.panels import pack_bits
 from trimtab.methods.rounding import ACT
 from trimtab.methods.terms import of_site
@@ -46,6 +46,7 @@ from trimtab.network.checkpoint import PARTS, Entry, SafeFile, read, read_json, 
 from trimtab.network.stream import Network
 
 Report = Callable[[str, int, int], None]  # stage, done, of
+RANKING = "ranking.json"  # of a run that ranked singular values
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,16 @@ def check_recipe(net: Network, recipe: Recipe, plan_sweeps: list[list[tuple[Pass
     for p in (p for p in recipe.passes if p.tries):  # whether its knobs make sense
         trial = Gating(p, (), lambda s: {}, lambda s: torch.empty(0), lambda parts: 0.0)
         p.budget.method({"trial": trial, "target": 1.0}, **p.budget.bound)
+    for p in (p for p in recipe.passes if p.learns):
+        if source := p.budget.bound["source"]:
+            known = ranking_from(Path(source), [s for s in net.sites if p.covers(s)])
+            p.budget.method({"ranking": known, "target": opts.keep if p.keep is None else p.keep}, **p.budget.bound)
+        elif net.kind != "lm":
+            raise BadInput(f"{p.budget} trains on a language model's next tokens, and this model has none; use svdllm or ranks | svdllm")
+        elif samples < 2:
+            raise BadInput(f"{p.budget} trains on samples; use --samples 2 or more")
+        elif bad := next((k for k in ("lr", "epochs", "accumulate") if p.budget.bound[k] <= 0), None):
+            raise BadInput(f"{p.budget}: {bad}={p.budget.bound[bad]:g} trains nothing; it is above 0")
     if net.checkpoint.packed:
         raise BadInput(f"{net.checkpoint.path} is packed, and its weights with it; trim the model it was made from")
     if not opts.pack and (opts.pack_dtype or opts.head):
@@ -287,6 +298,8 @@ def make_header(net: Network, recipe: Recipe, samples: list[data_.Batch], opts: 
         "source": net.digest, "calibration": data_.digest(samples), "samples": len(samples),
         "dtype": opts.dtype, "device": "cpu", "threads": torch.get_num_threads(),
         "versions": {"trimtab": trimtab.__version__, "torch": torch.__version__}, "machine": platform.machine(),
+        **({"ranking": known} if (known := [file_digest(Path(p.budget.bound["source"]) / RANKING) for p in recipe.passes
+                                            if p.learns and not p.trains]) else {}),
         **({"pack": [opts.pack, opts.pack_dtype, opts.head]} if opts.pack else {}), **({"uniform": True} if opts.uniform else {}),
     }
 
@@ -324,7 +337,11 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
         choices |= measured_options(net, measured, samples, scratch, spill, k, walk_on, tick)
     if tried := [(p, sites, target) for p, sites, target in asking if p.tries]:
         shares |= tried_shares(net, tried, samples, scratch, k, walk_on, tick)
-    owner = {s.name: p for p, sites, _ in asking if not p.measures and not p.tries for s in sites}
+    for p, sites, target in asking:
+        if p.learns:
+            ranking = ranked(net, p, sites, samples, scratch, spill, opts, tick)
+            shares |= p.budget.method({"ranking": ranking, "target": target}, **p.budget.bound)
+    owner = {s.name: p for p, sites, _ in asking if not p.measures and not p.tries and not p.learns for s in sites}
     needs = with_feeders(net, owner, {name: plan_needs(p) for name, p in owner.items()})
 
     def look(i: int, module: Any, stats: Collector | None) -> None:
@@ -355,7 +372,7 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
         if p.chooses:
             shares |= p.budget.method({"options": {s.name: choices[s.name] for s in sites}}, **p.budget.bound)
             continue
-        if p.tries or p.takes:
+        if p.tries or p.takes or p.learns:
             continue
         if p.ranks:
             shares |= p.budget.method({"spectra": {s.name: spectra[s.name] for s in sites}, "target": target}, **p.budget.bound)
@@ -364,6 +381,45 @@ def decide(net: Network, sweep: list[tuple[Pass, list[Site]]], k: int, walk_on: 
         env |= {n: {s.name: extra[s.name][n] for s in sites} for n in p.budget.method.needs}
         shares |= p.budget.method(env, **p.budget.bound)
     return as_settled(net, sweep, targets, shares, {n: x.total for n, x in summaries.items()}, opts)
+
+
+def ranked(net: Network, p: Pass, sites: list[Site], samples: list[data_.Batch], scratch: Path, spill: int | None, opts: Options,
+           tick: Report) -> dict[str, Ranking]:
+    """The scores of the singular values of sites, from an earlier run or by training on the network as it came; into the journal."""
+    file, (budget, knobs) = scratch / RANKING, (p.budget.method, dict(p.budget.bound))
+    if source := knobs.pop("source"):
+        found = ranking_from(Path(source), sites)
+    else:
+        def read(i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            module, parts = net.block(i), dict[str, Tensor]()
+            for s in (s for s in sites if s.block == i):
+                u, size, vt = torch.linalg.svd(net.weight(module, s).float(), full_matrices=False)
+                parts |= {f"{s.name}:{n}": t for n, t in Factors(u * size.sqrt(), size.sqrt()[:, None] * vt).parts().items()}
+            return {}, parts
+
+        room = ROOM if opts.max_memory is None else opts.max_memory / 4
+        handle = Net(net, sites, read, samples, scratch, spill, room, None, tick)
+        try:
+            scores = budget.facts["learns"](handle, **knobs)
+        finally:
+            handle.close()
+        found = {s.name: Ranking(s, tuple(scores[s.name].tolist())) for s in sites}
+    have = read_json(file) if file.exists() else {}
+    write_json(file, {**have, **{n: list(r.scores) for n, r in found.items()}})
+    return found
+
+
+def ranking_from(source: Path, sites: list[Site]) -> dict[str, Ranking]:
+    """What an earlier run ranked. BadInput where it ranked nothing, or not these sites."""
+    if not (source / RANKING).is_file():
+        raise BadInput(f"{source} has no {RANKING}; name the output of a run that trained one, such as acip")
+    have = read_json(source / RANKING)
+    for s in sites:
+        its = have.get(s.name) if isinstance(have, dict) else None
+        if not isinstance(its, list) or len(its) != min(s.shape) or not all(isinstance(x, int | float) for x in its):
+            raise BadInput(f"{source / RANKING} does not rank the {min(s.shape)} singular values of {s.name}; name a run of this model, "
+                           "with the same scope")
+    return {s.name: Ranking(s, tuple(map(float, have[s.name]))) for s in sites}
 
 
 def as_settled(net: Network, sweep: list[tuple[Pass, list[Site]]], targets: dict[str, float], shares: dict[str, float | str],
@@ -764,7 +820,7 @@ def check_room(out: Path, need: float) -> None:
 def disk_estimate(net: Network, recipe: Recipe, samples: list[data_.Batch], packed: bool = False) -> int:
     hidden = sum(tokens_of(net, b) for b in samples) * int(getattr(net.config, "hidden_size", 0)) * 4
     stages = [one for p in recipe.passes for one in p.stages]
-    everywhere = any(p.trainer for p in stages) or any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs)
+    everywhere = any(p.trainer or p.trains for p in stages) or any(get(f"stat/{n}").facts["of"] == "grad" for n in recipe.needs)
     places = net.n_blocks + 2 if everywhere else 1
     tried = sum(len(p.steps["grid"].options) for p in recipe.passes if p.measures) * len({(s.block, s.input) for s in net.sites})
     hidden += sum(tokens_of(net, b) for b in samples[:SEQUENCES]) * int(getattr(net.config, "hidden_size", 0)) * 4 * tried
@@ -915,6 +971,8 @@ def assemble(net: Network, recipe: Recipe, rest: Recipe, plan_sweeps: list[list[
     else:
         notes = {**write_plain(net, journal, last, out, tick), "warnings": warnings + told(recipe) + tied(recipe, None)}
         notes["rest_bytes"] = rest_bytes(net, set(notes["packed_bytes"]))
+    if (journal.dir / RANKING).exists():
+        shutil.copyfile(journal.dir / RANKING, out / RANKING)
     (out / "recipe.yaml").write_text(recipe_yaml(recipe, opts), encoding="utf-8")
     result = {
         "proof": "pending", "recipe": recipe.name, "pipeline": recipe.text, "plan_hash": plan_hash(header, shares),

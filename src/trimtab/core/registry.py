@@ -23,7 +23,7 @@ DATA: dict[str, set[str]] = {
     "wiring": {"mlps", "apart", "writes", "mlp", "keep", "embed", "head", "damage", "sizes", "means"},
     "unit": {"s", "keep", "heads"},
     "score": {"w", "heads", "depth"},
-    "budget": {"scores", "target", "options", "trial", "spectra"},
+    "budget": {"scores", "target", "options", "trial", "spectra", "ranking"},
     "rewrite": {"w", "grid", "rounded"},
     "grid": {"w"},
     "gate": {"w", "keep", "heads"},
@@ -57,6 +57,7 @@ KNOBS = {
     "feedback": "whether what rounding a column costs is mended in those to come",
     "whiten": "whether nearness is that of the outputs, not of the weights", "limit": "score from which on a unit is chosen",
     "mean": "bits a weight on average, scales and zero points included",
+    "source": "directory that an earlier run wrote, whose ranking is taken in place of training",
     "rank": "rank of a product of factors, 0 for what the share of parameters allows",
     "vector": "outputs that share an index into a codebook",
     "energy": "share of a second moment that is kept, 0 for what the share of parameters allows",
@@ -198,8 +199,9 @@ FACTS: dict[str, dict[str, Any]] = {
     # mean: what the shares average over ("weight" or "block"); of: what the histogram is of (a function of the scores); chooses: how what a
     # grid costs is told, "gradients" or "trials", where it has no share to split but one of several grids to choose for every site;
     # spectra: whether it splits the ranks of factors, and so meets the target to within a rank; own: whether the scores say what stays, and
-    # no share is asked for.
-    "budget": {"mean": "weight", "of": None, "chooses": "", "spectra": False, "own": False},
+    # no share is asked for; learns: where it splits ranks by a ranking of singular values that a training finds, of (net, knobs but for
+    # `source`) their scores by site.
+    "budget": {"mean": "weight", "of": None, "chooses": "", "spectra": False, "own": False, "learns": None},
     # basis: whether it returns the Basis that sites are edited in and that stays with them, where others return a scale that what makes
     # the input takes the inverse of; outside: of (outputs, knobs, device) the Basis of the outputs, where they have one; shared: of (n,
     # knobs, device) a Basis that every site has which writes or reads the residual stream, or a head: packing leaves it out, in turn.

@@ -168,6 +168,16 @@ class Pass:
         return bool(self.budget.method.facts["spectra"])
 
     @property
+    def learns(self) -> bool:
+        """Whether its budget chooses the ranks of factors by a ranking that is trained, or was by an earlier run."""
+        return self.budget.method.facts["learns"] is not None
+
+    @property
+    def trains(self) -> bool:
+        """Whether that is trained."""
+        return self.learns and not self.budget.bound["source"]
+
+    @property
     def tries(self) -> bool:
         """Whether its budget tries the shares of its gates on every block."""
         return "trial" in self.budget.method.data
@@ -273,7 +283,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it sees calibration samples."""
-        return bool(self.needs) or any(p.trainer or p.measures or p.tries or p.looks or p.pairs for p in self.passes)
+        return bool(self.needs) or any(p.trainer or p.trains or p.measures or p.tries or p.looks or p.pairs for p in self.passes)
 
     @property
     def methods(self) -> dict[str, str]:
@@ -593,7 +603,7 @@ def _checked(p: Pass) -> Pass:
     if p.owns and not (p.ends and not p.takes):
         raise BadInput(f"{p.budget} says which parts of the network stay, and {p.steps.get('unit', edit)} are none that are told apart; "
                        "put neuron, head, kvgroup or inner in front of it")
-    if p.ranks and not (p.free and edit.facts["factors"]):
+    if (p.ranks or p.learns) and not (p.free and edit.facts["factors"]):
         raise BadInput(f"{p.budget} chooses the ranks of factors, and {p.steps['edit']} " + (
             "fixes its own; leave one of the two out" if edit.facts["factors"] else "leaves none; name some that does, such as svdllm"))
     if "grid" in p.steps and "grid" not in edit.data:

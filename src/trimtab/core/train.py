@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,8 @@ class Net(Walk):
         super().__init__(net, samples, scratch, spill, width=1)
         self.read, self.state, self.tick = read, state, tick
         self.of_block: dict[int, list[Site]] = {}
-        for s in sites:
+        self.trained = list(sites)
+        for s in self.trained:
             self.of_block.setdefault(s.block, []).append(s)
         count = len(self.batches)
         if count < 2:
@@ -131,6 +132,27 @@ class Net(Walk):
         self.blocks = {}
         self.net.release()
         return t.best
+
+    def updates(self, start: Start, weight: Weight, loss: Loss, *, lr: float, epochs: int, accumulate: int,
+                seed: int) -> Iterator[tuple[Own, Own]]:
+        """See `types.Net`."""
+        draw = torch.Generator().manual_seed(seed)
+        order = torch.cat([torch.randperm(len(self.taught), generator=draw) for _ in range(epochs)]).split(accumulate)
+        self._use(None, weight, True)
+        own = {s.name: start(changes[s.name], draw) for i in sorted(self.of_block) for changes in [self._block(i)[1]]
+               for s in self.of_block[i]}
+        first, second = ({n: {k: torch.zeros_like(v) for k, v in its.items()} for n, its in own.items()} for _ in range(2))
+        t, grads = State(own, first, second, {}, 0.0, 0.0), own
+        try:
+            for ids in order:
+                grads = self._gradients([self.taught[n] for n in ids.tolist()], t.own, weight, loss)
+                yield t.own, grads
+                t.update(grads, lr)
+                self.tick("train", t.step, len(order))
+            yield t.own, grads
+        finally:
+            self.blocks = {}
+            self.net.release()
 
     # ---- blocks -----------------------------------------------------------------------------
     def _use(self, own: Own | None, weight: Weight, stored: bool) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -150,6 +150,14 @@ class Spectrum:
     lost: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What a budget may see of a training that ranks the singular values of a site: their `scores`, the lowest go first."""
+
+    site: Site
+    scores: tuple[float, ...]
+
+
 class Trial(Protocol):
     """A block as a budget sees it that tries shares on it: its `sites`, by name."""
 
@@ -179,11 +187,18 @@ Loss = Callable[[Seen], Tensor]
 class Net(Protocol):
     """A network as a repair sees it that trains at its level: sites that were edited, and calibration samples to train on."""
 
+    trained: list[Site]
+
     def fit(self, start: Start, weight: Weight, loss: Loss, *, lr: float, epochs: int, accumulate: int, seed: int,
             dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
         """Train the float32 tensors that `start` makes of every site's change, to lower the mean `loss` of a sequence; `weight` is the
         site's weight [out, in] that comes of them. Returns what did best on samples held out, in `dtype`, by site and name; nothing
         where the sites as they are did best."""
+
+    def updates(self, start: Start, weight: Weight, loss: Loss, *, lr: float, epochs: int, accumulate: int,
+                seed: int) -> Iterator[tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]]:
+        """The same training as who asks for it sees it: what is trained, and the slopes that it is changed by next, which may be changed
+        in place first; at the end once more, with slopes of no use. Nothing is judged, nothing kept."""
 
 
 @dataclass(frozen=True)

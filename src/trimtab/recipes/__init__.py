@@ -96,6 +96,12 @@ recipe("fedpara", "fedpara", source="arXiv:2108.06098 (Hyeon-Woo et al. 2022), F
     Claim("better than plain singular value decomposition with 80 % of the parameters", "fedpara", "svd", "rank-20%",
           "the paper trains its factors; ours: no figure"),
 ], note="Two products, multiplied entry by entry: smaller files, the same time, as the runtime makes the weight of them.")
+recipe("acip", "acip | svd", source="arXiv:2502.01717 (Genzel et al. 2025), ACIP, without its adapter", claims=[
+    Claim("better than plain singular value decomposition with 80 % of the parameters", "acip", "svd", "rank-20%",
+          "figures not read"),
+    Claim("better than whitening with 80 % of the parameters", "acip", "svdllm", "rank-20%", "figures not read"),
+], note="One training ranks all singular values; `acip(source=OUT)` takes that of an earlier run for another size. "
+        "`acip | svdllm` is in front of other factors.")
 recipe("ternary", "ternary(group=0) | rtn", source="grid of arXiv:2402.17764 (BitNet b1.58), one shot, without its training",
        note="Below two bits a weight, for a model that was trained to be ternary; of any other it is an honest zero point.")
 recipe("quip", "incoherent | int(bits=2,group=64,asymmetric=true,clip=mse) | gptq", source="arXiv:2307.13304 (Chee et al. 2023)", claims=[
