@@ -140,7 +140,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(capsys, tiny_lm, tmp_path, ca
     ("acip(source={other}) | svd", "does not rank the 32 singular values of 0.attn.q"),
 ])
 def test_what_does_not_fit_is_refused(capsys, tiny_lm, tmp_path, calib, recipe, message):
-    for name, said in (("odd", "[]"), ("other", '{"0.attn.q": [1, 2]}')):
+    for name, said in (("odd", '{"0.attn.q": 3}'), ("other", '{"0.attn.q": [1, 2]}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / line.RANKING).write_text(said)
     code, _, err = trim(capsys, tiny_lm, recipe.format(odd=tmp_path / "odd", other=tmp_path / "other"), tmp_path / "o", calib)

@@ -415,7 +415,7 @@ def ranking_from(source: Path, sites: list[Site]) -> dict[str, Ranking]:
         raise BadInput(f"{source} has no {RANKING}; name the output of a run that trained one, such as acip")
     have = read_json(source / RANKING)
     for s in sites:
-        its = have.get(s.name) if isinstance(have, dict) else None
+        its = have.get(s.name)
         if not isinstance(its, list) or len(its) != min(s.shape) or not all(isinstance(x, int | float) for x in its):
             raise BadInput(f"{source / RANKING} does not rank the {min(s.shape)} singular values of {s.name}; name a run of this model, "
                            "with the same scope")
