@@ -27,7 +27,7 @@ def test_shares_are_the_budgets(tiny_lm: Path, tmp_path: Path, budget: str) -> N
     net = Network.open(tiny_lm)
     walk_on = line.walker(net, [], tmp_path, None, None)
     sweep = line.sweeps(recipe, net.sites)[0]
-    shares = line.decide(net, sweep, 0, walk_on, [], tmp_path, None, line.Options(keep=0.3), lambda *_: None)
+    shares = line.decide(net, sweep, 0, walk_on, None, [], tmp_path, None, line.Options(keep=0.3), lambda *_: None)
     step = recipe.passes[0].steps["budget"]
     of = step.method.facts["of"] or (lambda s: s)
     scores = {s.name: Summary.of(s, of(net.weight(net.block(s.block), s).float().abs())) for s in net.sites}
@@ -137,8 +137,8 @@ def samples_of(name: str) -> list[dict[str, torch.Tensor]]:
 def decided(net: Network, text: str, samples: list[dict[str, torch.Tensor]], scratch: Path, keep: float) -> dict[str, float]:
     recipe = spec.parse(text)
     sweep = line.sweeps(recipe, net.sites)[0]
-    return line.decide(net, sweep, 0, line.walker(net, samples, scratch, None, None), samples, scratch, None, line.Options(keep=keep),
-                       lambda *_: None)
+    walk_on = line.walker(net, samples, scratch, None, None)
+    return line.decide(net, sweep, 0, walk_on, None, samples, scratch, None, line.Options(keep=keep), lambda *_: None)
 
 
 def test_tried_errors_are_those_of_the_block(tmp_path: Path) -> None:
