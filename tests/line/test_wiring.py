@@ -15,6 +15,7 @@ from tests.line.test_structure import masked, trim
 from trimtab.core import rewire
 from trimtab.core.spec import parse
 from trimtab.core.types import BadInput
+from trimtab.export.source import Source
 from trimtab.network import graph
 from trimtab.network.stream import Network, silence
 from trimtab.network.surgery import Cut, apply
@@ -457,6 +458,25 @@ def test_the_norms_that_cost_least(saved, tmp_path, ready, capsys):
     with torch.no_grad():
         out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()(**batch)
     torch.testing.assert_close(out.logits, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["parallel(by=last)", "offline(by=last)"])
+def test_what_nobody_else_computes_is_not_exported(saved, recipe, tmp_path, ready, capsys):
+    assert trim(capsys, saved("llama", **DEEP), recipe, tmp_path / "out", ready("llama"))[0] == 0
+    with pytest.raises(BadInput, match="in layer 4, which nobody else computes"):
+        Source(tmp_path / "out")
+
+
+def test_rewiring_takes_nothing_that_could_be_uniform(saved, tmp_path, ready, capsys):
+    code, _, err = trim(capsys, saved("opt"), "rms", tmp_path / "out", ready("opt"), "--uniform")
+    assert code == 2 and "--uniform says how parts" in err
+
+
+def test_dry_run_of_a_rewiring(saved, tmp_path, ready, capsys):
+    for recipe in ("rms", "offline ; *.q: wanda"):
+        code, result, err = trim(capsys, saved("opt"), recipe, tmp_path / "out", ready("opt"), "--dry-run")
+        assert code == 0 and result["estimate"]["memory"] > 0, err
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("own", [{"offline": {"input_layernorm": [1.0]}}, {"offline": {"input_layernorm": ["x", 0.0]}},

@@ -997,7 +997,7 @@ def told(recipe: Recipe) -> list[str]:
     if gates := list(dict.fromkeys(str(p.steps["gate"]) for p in recipe.passes if p.gates)):
         said.append(f"gates decide what is computed ({', '.join(gates)}): trimtab eval does it, plain transformers runs the files without "
                     "gates, computing everything")
-    said += [f"{ours} ({p.wiring}): trimtab computes so, plain transformers runs the files as if it were not"
+    said += [f"{ours} ({p.wiring}): trimtab computes so, plain transformers runs the files as they were before"
              for p in recipe.passes if p.wiring is not None and (ours := p.wiring.method.facts["ours"])]
     return said
 
