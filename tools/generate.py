@@ -406,7 +406,8 @@ KINDS = {"unit/neuron": "neurons", "unit/inner": "heads and neurons", "unit/kvgr
 
 def shape_winners_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
     """Of each share that was to go the recipe of every kind that lost the least, of those that took that much; the best in bold."""
-    some = [r for r in fresh(every, SHAPES, reg) if r["value"] is not None]
+    asked = {s: float(s.removeprefix("shapes-").rstrip("%")) / 100 for s in SHAPES}
+    some = [r for r in fresh(every, SHAPES, reg) if r["value"] is not None and r["removed"]["reached"] >= 0.95 * asked[r["setting"]]]
     if not some:
         return NOT_YET
     kinds = [*dict.fromkeys(KINDS.values()), "small ranks"]
