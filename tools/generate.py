@@ -404,18 +404,29 @@ KINDS = {"unit/neuron": "neurons", "unit/inner": "heads and neurons", "unit/kvgr
          "edit/direct": "sharing"}
 
 
-def shape_winners_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
-    """Of each share that was to go the recipe of every kind that lost the least, of those that took that much; the best in bold."""
-    asked = {s: float(s.removeprefix("shapes-").rstrip("%")) / 100 for s in SHAPES}
-    some = [r for r in fresh(every, SHAPES, reg) if r["value"] is not None and r["removed"]["reached"] >= 0.95 * asked[r["setting"]]]
-    if not some:
-        return NOT_YET
-    kinds = [*dict.fromkeys(KINDS.values()), "small ranks"]
+def kind_of(r: Row) -> str:
+    """What is taken away in a row of smaller shapes."""
+    return next((kind for key, kind in KINDS.items() if re.search(rf"\b{key}\b", r["pipeline"])), "small ranks")
+
+
+def shape_winners(some: list[Row]) -> dict[tuple[str, str], tuple[float, str]]:
+    """By kind and setting, of rows that took as much as was asked, what lost the least: its perplexity and its recipe."""
     best: dict[tuple[str, str], tuple[float, str]] = {}
     for r in some:
-        kind = next((kind for key, kind in KINDS.items() if re.search(rf"\b{key}\b", r["pipeline"])), "small ranks")
-        mean = Figure.of([o for o in some if (o["recipe"], o["setting"]) == (r["recipe"], r["setting"])]).mean
-        best[kind, r["setting"]] = min(best.get((kind, r["setting"]), (math.inf, "")), (mean, r["recipe"]))
+        asked = float(r["setting"].removeprefix("shapes-").rstrip("%")) / 100
+        if r["value"] is not None and r["removed"]["reached"] >= 0.95 * asked:
+            mean = Figure.of([o for o in some if (o["recipe"], o["setting"]) == (r["recipe"], r["setting"])]).mean
+            at = kind_of(r), r["setting"]
+            best[at] = min(best.get(at, (math.inf, "")), (mean, r["recipe"]))
+    return best
+
+
+def shape_winners_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Of each share that was to go the recipe of every kind that lost the least, of those that took that much; the best in bold."""
+    best = shape_winners(fresh(every, SHAPES, reg))
+    if not best:
+        return NOT_YET
+    kinds = [*dict.fromkeys(KINDS.values()), "small ranks"]
     body = []
     for kind in (k for k in kinds if any((k, s) in best for s in SHAPES)):
         cells = []
@@ -458,11 +469,16 @@ def retrieval_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str,
                  [("dense", "100.0%", f"{dense['dense']:.4g}", "", ""), *(b for _, b in sorted(body))])
 
 
-def shape_drawing(model: str, every: list[Row], reg: dict[str, Method]) -> str | None:
-    """What smaller shapes cost a model."""
+def shape_drawings(model: str, every: list[Row], reg: dict[str, Method]) -> dict[str, str]:
+    """What smaller shapes cost a model, by what goes; and the best of every kind beside weights alone and chance."""
     some = fresh([r for r in every if r["model"] == model], SHAPES, reg)
-    found = cost_plots.points(some, "removed")
-    return cost_plots.cost(found, f"{model}: perplexity against weights removed", "removed", 0.6) if found else None
+    by: dict[str, list[Row]] = {}
+    for r in some:
+        by.setdefault(kind_of(r).replace(" ", "-"), []).append(r)
+    first = {name for _, name in shape_winners(some).values()} | {"neuron | magnitude", "neuron | random"}
+    by |= {"best": [r for r in some if r["recipe"] in first]} if some else {}
+    return {kind: cost_plots.cost(cost_plots.points(its, "removed"), f"{model}: perplexity against weights removed, {kind}", "removed", 0.6)
+            for kind, its in by.items()}
 
 
 def gates_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
@@ -536,8 +552,8 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     for model in NAMES:
         for where, drawing in gate_drawings(model, every, reg).items():
             out[root / f"docs/gates-{where}-{model.removeprefix('builtin:')}.svg"] = speed_plots.standalone(drawing)
-        if (shapes := shape_drawing(model, every, reg)) is not None:
-            out[root / f"docs/shapes-{model.removeprefix('builtin:')}.svg"] = speed_plots.standalone(shapes)
+        for kind, drawing in shape_drawings(model, every, reg).items():
+            out[root / f"docs/shapes-{kind}-{model.removeprefix('builtin:')}.svg"] = speed_plots.standalone(drawing)
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if path not in out and path.parent != root / "docs/catalogue":
             out[path] = filled(path.read_text(encoding="utf-8"), str(path.relative_to(root)), every, recipes, reg)
