@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/trimtab demo --out trimtab-demo --force
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: setup
 	$(BIN)/python tools/generate.py check

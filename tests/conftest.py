@@ -1,6 +1,7 @@
 """A tiny random language model with the built-in tokenizer, and text to calibrate on; made once a session."""
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ LM = Path(__file__).parents[1] / "src" / "trimtab" / "builtin" / "lm"
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def threads():
+    """One, where several processes share the tests: more would wait for each other."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

@@ -2247,7 +2247,7 @@ def law_format_stands_alone(m: Method) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
+def one_thread(threads: None) -> None:
     """Matrices this small are slower on two."""
     torch.set_num_threads(1)
 
