@@ -12,7 +12,7 @@ import torch
 from tests import tiny
 from trimtab.core import edits, line, spec
 from trimtab.core.calibrate import Collector
-from trimtab.core.measured import Gating, Measured, Tried
+from trimtab.core.measured import Gating, Measured, Tried, replaced
 from trimtab.core.registry import get
 from trimtab.core.types import BadInput, Change, Site, Summary
 from trimtab.estimate import dry_run
@@ -102,7 +102,7 @@ def test_measured_losses_are_those_of_the_network(tmp_path: Path, spill: int | N
         mine = [(k, {sites[n]: torch.zeros(sites[n].shape) for n in its}) for k, its in names.items() if its[0].startswith(f"{i}.")]
         module = net.block(i)
         before = {n: p.clone() for n, p in module.named_parameters()}
-        through.through(i, module, mine)
+        through.through(i, module, [(k, replaced(net, module, weights)) for k, weights in mine])
         assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
     rises = through.rises()
     through.close()

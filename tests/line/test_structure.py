@@ -12,6 +12,7 @@ from torch import Tensor
 from tests import tiny
 from tests.line.test_families import MOE, NAMES, plain, stream
 from trimtab import cli
+from trimtab.core import structure
 from trimtab.core.registry import get
 from trimtab.core.types import BadInput
 from trimtab.network import graph
@@ -93,6 +94,20 @@ def test_fewer_heads_open_in_transformers_and_compute_the_same(saved, name, tmp_
     want = stream(net, batch, masked(net, cut))
     torch.testing.assert_close(plain(tmp_path / "out", batch), want, atol=1e-5, rtol=1e-5)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == 1
+
+
+def test_what_makes_an_input_counts_once(saved):
+    """The weights of a shared key count in equal parts for the query heads that read it, and all together as much as there are."""
+    net = Network.open(saved("llama"))
+    of = {s.name: net.weight(net.block(s.block), s).abs() for s in net.sites}
+    o, down = (next(s for s in net.sites if s.role == r) for r in ("o", "down"))
+    for s in (o, down):
+        mine = structure.feeders(net, s)
+        found = structure.worth_of_feeders(net, s, lambda f: of[f.name])
+        torch.testing.assert_close(found.sum(), sum(of[f.name].sum() for f in mine))
+    q, k, v = (of[f"0.attn.{r}"] for r in "qkv")
+    own = q.sum(1).view(4, 8) + ((k.sum(1) + v.sum(1)) / 2).view(2, 8).repeat_interleave(2, 0)
+    torch.testing.assert_close(structure.worth_of_feeders(net, o, lambda f: of[f.name]), own.flatten())
 
 
 def test_query_heads_go_alone_where_they_share_keys(saved, tmp_path):

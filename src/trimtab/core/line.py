@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -31,7 +31,7 @@ from trimtab.core import memory, pack, resize, rewire, rotation, sharing, struct
 from trimtab.core.calibrate import BackwardWalk, Collector, StatCache, Walk
 from trimtab.core.edits import Gridded, Shared, Unit, checked, edit_block, of_structure, score_site
 from trimtab.core.journal import Journal, sync, write_json
-from trimtab.core.measured import SEQUENCES, TRIED, Gating, Measured, Tried
+from trimtab.core.measured import SEQUENCES, TRIED, Gating, Measured, Tried, replaced
 from trimtab.core.registry import get, load_all
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.train import ROOM, Net
@@ -476,14 +476,14 @@ def measured_options(net: Network, owner: dict[str, Pass], samples: list[data_.B
     through = Measured(net, samples, scratch, spill, sum(len(grids[sites[0].name]) for sites in readers.values()))
 
     def look(i: int, module: Any, stats: Collector | None) -> None:
-        def variants() -> Iterator[tuple[Any, dict[Site, Tensor]]]:
+        def variants() -> Iterator[tuple[Any, AbstractContextManager[Any]]]:
             for key, sites in readers.items():
                 if key[0] != i:
                     continue
                 codes = {s: tried_on(owner[s.name], net.weight(module, s).float(), stats.of(s) if stats else {}) for s in sites}
                 sizes.update({s.name: tuple(c.nbytes for c in its) for s, its in codes.items()})
                 for o in range(len(grids[sites[0].name])):
-                    yield (key, o), {s: its[o].weight() for s, its in codes.items()}
+                    yield (key, o), replaced(net, module, {s: its[o].weight() for s, its in codes.items()})
 
         through.through(i, module, variants())
 

@@ -1,7 +1,8 @@
 """What it costs to round or to gate some sites and no others, as it is measured: of the loss, or of the outputs of a block."""
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,8 +23,21 @@ TRIED = 1024    # tokens that shares are tried on, held in memory
 NONE: Mapping[Any, Any] = MappingProxyType({})
 
 
+@contextmanager
+def replaced(net: Any, module: nn.Module, weights: Mapping[Site, Tensor]) -> Iterator[nn.Module]:
+    """A block with other weights [out, in] of some sites, which has its own again afterwards."""
+    before = {s: net.weight(module, s) for s in weights}
+    try:
+        for s, w in weights.items():
+            net.set_weight(module, s, w.to(net.stored_dtype(s)))
+        yield module
+    finally:
+        for s, w in before.items():
+            net.set_weight(module, s, w)
+
+
 class Measured(Walk):
-    """Networks that differ in a few sites each, on their way through the blocks together: every block is read once.
+    """Networks that differ in one block each, on their way through the blocks together: every block is read once.
 
     `count`: how many there will be. Hidden states of all of them are kept, above `spill` bytes in files.
     """
@@ -35,19 +49,15 @@ class Measured(Walk):
         self.embed(self.places)
 
     @torch.no_grad()
-    def through(self, i: int, module: nn.Module, variants: Iterable[tuple[Hashable, Mapping[Site, Tensor]]]) -> None:
-        """Through block i, with which each of the `variants` begins: the weights [out, in] of its sites, by a name of its own."""
+    def through(self, i: int, module: nn.Module, variants: Iterable[tuple[Hashable, AbstractContextManager[nn.Module]]]) -> None:
+        """Through block i, with which each of the `variants` begins: what it has in its place, by a name of its own."""
         assert self.store is not None
         begun: dict[Hashable, Store] = {}
-        for name, weights in variants:
-            before = {s: self.net.weight(module, s) for s in weights}
-            for s, w in weights.items():
-                self.net.set_weight(module, s, w.to(self.net.stored_dtype(s)))
+        for name, variant in variants:
             begun[name] = self._new(self.store[0], self.places)
-            for b, x in enumerate(self.store):
-                begun[name].append(self.net.run(module, i, x, self.contexts[b]))
-            for s, w in before.items():
-                self.net.set_weight(module, s, w)
+            with variant as other:
+                for b, x in enumerate(self.store):
+                    begun[name].append(self.net.run(other, i, x, self.contexts[b]))
         for store in (self.store, *self.others.values()):
             for b, x in enumerate(store):
                 store[b] = self.net.run(module, i, x, self.contexts[b])
@@ -61,6 +71,20 @@ class Measured(Walk):
         found = {name: self._loss(store) - own for name, store in self.others.items()}
         self.net.release()
         return found
+
+    @torch.no_grad()
+    def distances(self) -> dict[Hashable, float]:
+        """Of every variant, behind the last block: how far hidden states are off, squared, as a share of them, the mean over tokens."""
+        assert self.store is not None
+        off, count = dict.fromkeys(self.others, 0.0), 0
+        for b, x in enumerate(self.store):
+            mask = self.contexts[b].mask
+            own, *theirs = (t.double().flatten(0, 1)[slice(None) if mask is None else mask]
+                            for t in (x, *(store[b] for store in self.others.values())))
+            count += len(own)
+            for name, y in zip(self.others, theirs, strict=True):
+                off[name] += float(((y - own).square().sum(1) / own.square().sum(1).clamp_min(1e-30)).sum())
+        return {name: total / max(1, count) for name, total in off.items()}
 
     def _loss(self, store: Store) -> float:
         total, count = 0.0, 0
@@ -104,18 +128,14 @@ class Tried(Walk):
 
         @torch.no_grad()
         def error(parts: Mapping[str, Tensor], weights: Mapping[Site, Tensor] = NONE) -> float:
-            before = {s: self.net.weight(module, s) for s in weights}
-            for s, w in weights.items():
-                self.net.set_weight(module, s, w.to(self.net.stored_dtype(s)))
             off = own = outputs[0].new_zeros(outputs[0].shape[-1], dtype=torch.float32)
-            twin = self.net.twin(module)
-            self.net.as_said(twin, i, parts)
-            for b, x in enumerate(inputs):
-                y, real = self.net.run(twin, i, x, self.contexts[b]), self.contexts[b].mask
-                its, was = (t.float().flatten(0, -2)[slice(None) if real is None else real] for t in (y, outputs[b]))
-                off, own = off + (its - was).square().sum(0), own + was.square().sum(0)
-            for s, w in before.items():
-                self.net.set_weight(module, s, w)
+            with replaced(self.net, module, weights):
+                twin = self.net.twin(module)
+                self.net.as_said(twin, i, parts)
+                for b, x in enumerate(inputs):
+                    y, real = self.net.run(twin, i, x, self.contexts[b]), self.contexts[b].mask
+                    its, was = (t.float().flatten(0, -2)[slice(None) if real is None else real] for t in (y, outputs[b]))
+                    off, own = off + (its - was).square().sum(0), own + was.square().sum(0)
             return float(off.sqrt().mean() / own.sqrt().mean().clamp_min(torch.finfo(torch.float32).tiny))
 
         return error

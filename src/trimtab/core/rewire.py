@@ -6,6 +6,7 @@ handler's to say: one for every kind of group, as a method's fact `of` names it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from trimtab.core import experts
 from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
 from trimtab.core.journal import write_json
-from trimtab.core.measured import SEQUENCES
+from trimtab.core.measured import Measured
 from trimtab.core.memory import Store
 from trimtab.core.spec import Pass, Recipe, Step
 from trimtab.core.types import BadInput, Site
@@ -411,56 +412,17 @@ def check_later(net: Network, recipe: Recipe) -> None:
 
 
 # ---- layers -----------------------------------------------------------------------------------
-class Damage(Walk):
-    """The network block by block, and beside it others that differ in one block each, so many `count`."""
-
-    def __init__(self, net: Network, given: Given, count: int):
-        super().__init__(net, given.samples[:SEQUENCES], given.scratch, given.spill)
-        self.places, self.others = count + 1, dict[Hashable, Store]()
-        self.embed(self.places)
-
-    @torch.no_grad()
-    def through(self, i: int, module: nn.Module, variants: Mapping[Hashable, nn.Module]) -> None:
-        """Through block i, which each of the `variants` has another one for."""
-        assert self.store is not None
-        begun = {name: self._new(self.store[0], self.places) for name in variants}
-        for name, other in variants.items():
-            for b, x in enumerate(self.store):
-                begun[name].append(self.net.run(other, i, x, self.contexts[b]))
-        for store in (self.store, *self.others.values()):
-            for b, x in enumerate(store):
-                store[b] = self.net.run(module, i, x, self.contexts[b])
-        self.others |= begun
-
-    def found(self) -> dict[Hashable, float]:
-        """How far the hidden states behind the last block are off, squared, as a share of them, the mean over tokens."""
-        assert self.store is not None
-        off, count = dict.fromkeys(self.others, 0.0), 0
-        for b, x in enumerate(self.store):
-            mask = self.contexts[b].mask
-            own, *theirs = (t.double().flatten(0, 1)[slice(None) if mask is None else mask]
-                            for t in (x, *(store[b] for store in self.others.values())))
-            count += len(own)
-            for name, y in zip(self.others, theirs, strict=True):
-                off[name] += float(((y - own).square().sum(1) / own.square().sum(1).clamp_min(1e-30)).sum())
-        return {name: total / max(1, count) for name, total in off.items()}
-
-    def close(self) -> None:
-        super().close()
-        for store in self.others.values():
-            store.close()
-
-
-def damages(net: Network, given: Given, count: int, variants: Callable[[int, nn.Module], Mapping[Hashable, nn.Module]]) -> dict[Hashable,
-                                                                                                                                float]:
-    """What it costs to have one of the `variants`(i, module) of block i in its place, by their names; `count` of them in all."""
-    walk = Damage(net, given, count)
+def damages(net: Network, given: Given, count: int,
+            variants: Callable[[int, nn.Module], Mapping[Hashable, nn.Module]]) -> dict[Hashable, float]:
+    """What it costs to have one of the `variants`(i, module) of block i in its place, by their names; `count` of them in all: how far the
+    last hidden states are off."""
+    walk = Measured(net, given.samples, given.scratch, given.spill, count)
     try:
         for i in range(net.n_blocks):
             module = net.block(i)
-            walk.through(i, module, variants(i, module))
+            walk.through(i, module, ((name, nullcontext(other)) for name, other in variants(i, module).items()))
             given.tick(i + 1, net.n_blocks)
-        return walk.found()
+        return walk.distances()
     finally:
         walk.close()
 
