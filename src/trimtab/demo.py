@@ -22,16 +22,16 @@ from trimtab.core.types import BadInput
 RUNS = (
     ("magnitude 50%", "magnitude", 0.5),
     ("wanda 50%", "wanda", 0.5),
-    ("dass 50%", "dass", 0.5),
     ("sparsegpt 50%", "sparsegpt", 0.5),
     ("admm 50%", "admm", 0.5),
     ("magnitude 2:4", "magnitude(unit=2:4)", None),
-    ("wanda 2:4", "wanda(unit=2:4)", None),
-    ("dass 2:4", "dass(unit=2:4)", None),
     ("sparsegpt 2:4", "sparsegpt(unit=2:4)", None),
     ("admm 2:4", "admm(unit=2:4)", None),
     ("global 50%", "magnitude(unit=model)", 0.5),
     ("blocks 32x32 50%", "block(b=32) | wanda | uniform | mask | least_squares", 0.5),
+    ("neurons 30% gone", "neuron | wanda | uniform | mask | least_squares", 0.7),
+    ("slicegpt 20% gone", "slicegpt", 0.8),
+    ("gptq 4 bits", "gptq(bits=4)", None),
 )
 SAMPLES = 64  # half the default: the demo shows the way, the guide's tables use all
 PROMPT = "import unittest\n\nclass StackTest(unittest.TestCase):\n    def test_push(self):"
