@@ -14,15 +14,12 @@ from trimtab import cli
 from trimtab.core import line
 from trimtab.methods.budget.acip import STOP, learned, parameters
 from trimtab.methods.factors import Factors, rank_of
-from trimtab.prove.proof import answer
 
 FAST = ["--samples", "6", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q", "--json"]
 SHORT = "lr=0.2,epochs=4,accumulate=1"
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(capsys, model, recipe, out, calib, *more: object) -> tuple[int, str, str]:

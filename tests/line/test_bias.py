@@ -9,13 +9,9 @@ import trimtab as tt
 from tests import tiny
 from trimtab import cli
 from trimtab.network.stream import Network, load_module
-from trimtab.prove.proof import answer
 from trimtab.runtime import packed
 
-
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(model, recipe, out, *more: object) -> int:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,29 +16,13 @@ from trimtab.core.journal import Journal
 from trimtab.methods.experts import balanced, clusters
 from trimtab.network.stream import Network
 from trimtab.network.surgery import Cut, apply
-from trimtab.prove.proof import answer
 
 ROPE = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                             "original_max_position_embeddings": 32}}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("experts"), {}
-
-    def get(name: str, **how) -> Path:
-        key = f"{name}{sorted(how.items())}"
-        if key not in made:
-            made[key] = tiny.save(name, root / str(len(made)), **how)
-        return made[key]
-
-    return get
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 @pytest.fixture

@@ -22,19 +22,6 @@ PLAIN = [n for n in NAMES if n not in ("opt_post", "bert", "bert_masked", "gemma
 PARALLEL = "gpt_neox"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("families"), {}
-
-    def get(name: str, **how) -> Path:
-        key = f"{name}{sorted(how.items())}"
-        if key not in made:
-            made[key] = tiny.save(name, root / str(len(made)), **how)
-        return made[key]
-
-    return get
-
-
 def plain(path: Path, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.no_grad():
         out = load_module(path, dtype)(**batch)

@@ -17,7 +17,6 @@ from trimtab.methods.entrywise import Entrywise, ranks_of
 from trimtab.methods.factors import Factors, rank_of
 from trimtab.methods.format.entrywise import entrywise
 from trimtab.network.checkpoint import Checkpoint, SafeFile
-from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, native, packed
 from trimtab.runtime.decoder import open_decoder
 
@@ -25,9 +24,7 @@ FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed
 RECIPE = "mlp: fedpara(iters=30,keep=0.6)"
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(capsys, model, recipe, out, calib, *more: object) -> tuple[int, str, str]:

@@ -16,7 +16,6 @@ from trimtab.methods.gates import Gate
 from trimtab.network.checkpoint import PARTS, SafeFile, write_safetensors
 from trimtab.network.stream import Network
 from trimtab.prove import quality
-from trimtab.prove.proof import answer
 from trimtab.runtime import native, packed
 from trimtab.runtime.decoder import open_decoder
 
@@ -38,9 +37,7 @@ RECIPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from trimtab.methods.rounding import Rounding, met_rounded
 from trimtab.network.checkpoint import PARTS, SafeFile, write_safetensors
 from trimtab.network.stream import Network
 from trimtab.prove import quality
-from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, native, packed
 from trimtab.runtime.decoder import open_decoder
 
@@ -50,9 +49,7 @@ def wide_lm(tiny_lm, tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(capsys, model, recipe, out, calib, *more: object) -> tuple[int, str, str]:

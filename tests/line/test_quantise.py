@@ -16,7 +16,6 @@ from trimtab.methods.codes import Codes, Grid, rounded
 from trimtab.methods.grid.int_ import int_
 from trimtab.methods.solvers import errors
 from trimtab.network.checkpoint import Checkpoint, SafeFile
-from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, packed
 
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
@@ -27,9 +26,7 @@ MADE = [("gptq(bits=3,group=32)", "i3"), ("gptq(act_order=true,asymmetric=true,g
         ("nf(group=32,bits=3) | adaquant(iters=5)", "l3")]
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(capsys, model, recipe, out, calib, *more: object) -> dict:

@@ -14,14 +14,11 @@ from trimtab.core.types import BadInput
 from trimtab.methods.terms import of_site
 from trimtab.network.checkpoint import PARTS, SafeFile, write_safetensors
 from trimtab.network.stream import Network, load_module
-from trimtab.prove.proof import answer
 
 FAST = ["--samples", "16", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 @pytest.fixture(scope="module", params=["llama", "opt", "phi3", "gpt2"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import tiny
@@ -15,26 +15,13 @@ from trimtab import cli
 from trimtab.core.types import BadInput
 from trimtab.network.checkpoint import Checkpoint
 from trimtab.network.stream import load_module
-from trimtab.prove.proof import answer
 from trimtab.prove.size import sizes
 from trimtab.runtime import layouts, packed
 
 FAST = ["--no-speed", "--samples", "2", "--proof-tokens", "64", "--seq-len", "16", "-q"]
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
-
-
-@pytest.fixture
-def ready(tmp_path):
-    """Inputs to calibrate and to prove on, as a file."""
-    def get(name: str) -> str:
-        save_file(tiny.inputs(name), tmp_path / "in.safetensors")
-        return str(tmp_path / "in.safetensors")
-
-    return get
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(capsys, model: Path, recipe: str, out: Path, text: str, *more: object) -> tuple[int, dict, str]:

@@ -19,23 +19,9 @@ from trimtab.network import graph
 from trimtab.network.checkpoint import SafeFile, write_like
 from trimtab.network.stream import Network, load_module
 from trimtab.network.surgery import Cut, apply
-from trimtab.prove.proof import answer
 from trimtab.runtime.decoder import open_decoder
 
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("structure"), {}
-
-    def get(name: str, **how) -> Path:
-        key = f"{name}{sorted(how.items())}"
-        if key not in made:
-            made[key] = tiny.save(name, root / str(len(made)), **how)
-        return made[key]
-
-    return get
 
 
 def some(n: int, kept: int, seed: int) -> Tensor:
@@ -266,11 +252,6 @@ def test_neurons_that_are_there_twice_are_fused_without_a_trace(saved, name, tmp
 
 
 # ---- on the line ------------------------------------------------------------------------------
-@pytest.fixture
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
-
-
 def trim(capsys, model, recipe, out, calib, *more: object) -> tuple[int, dict, str]:
     code = cli.main([str(a) for a in ("trim", model, recipe, "-o", out, "--calib", calib, "--text", calib, *FAST, "--json", *more)])
     said = capsys.readouterr()

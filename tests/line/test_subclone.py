@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import tiny
@@ -20,7 +20,6 @@ from trimtab.core.data import Batch
 from trimtab.methods.unit.resize import ends, first
 from trimtab.network import graph
 from trimtab.network.stream import Network
-from trimtab.prove.proof import answer
 
 # Source: 5 blocks of width 32, 48 neurons, 4 heads of 8 with 2 of keys and values. Target: two thirds of it, where nothing divides.
 LARGE = {"num_hidden_layers": 5}
@@ -30,9 +29,7 @@ SPELLED = "layers=3,width=20,neurons=36,heads=2,kv_heads=1"
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +41,6 @@ def saved(tmp_path_factory):
         if key not in made:
             made[key] = tiny.save(name, root / str(len(made)), **{**LARGE, **how})
         return made[key]
-
-    return get
-
-
-@pytest.fixture
-def ready(tmp_path):
-    """Inputs to calibrate and to prove on, as a file."""
-    def get(name: str) -> str:
-        save_file(tiny.inputs(name), tmp_path / "in.safetensors")
-        return str(tmp_path / "in.safetensors")
 
     return get
 

@@ -12,7 +12,6 @@ from trimtab.core.types import BadInput
 from trimtab.methods.composite import based, summed
 from trimtab.methods.terms import Terms
 from trimtab.network.checkpoint import Checkpoint, SafeFile
-from trimtab.prove.proof import answer
 from trimtab.runtime import layouts, packed
 from trimtab.runtime.decoder import open_decoder
 
@@ -36,9 +35,7 @@ MADE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(capsys, model, recipe, out, calib, *more: object) -> tuple[int, str, str]:

@@ -12,15 +12,12 @@ from trimtab import cli
 from trimtab.core import line, train
 from trimtab.core.types import BadInput
 from trimtab.network.checkpoint import Checkpoint, SafeFile
-from trimtab.prove.proof import answer
 
 RILQ = "int(bits=2,group=32) | rtn | rilq(rank=2,epochs=4,accumulate=2,lr=0.01)"
 FAST = ["--samples", "8", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def trim(capsys, model, recipe, out, calib, *more: object) -> tuple[int, str, str]:

@@ -19,16 +19,11 @@ from trimtab import builtin, cli
 from trimtab.core import line
 from trimtab.methods.format.panels import unpack_mask
 from trimtab.network.checkpoint import Checkpoint, SafeFile
-from trimtab.prove.proof import answer
 
 FAST = ["--samples", "4", "--seq-len", "32", "--proof-tokens", "64", "--no-speed", "-q"]
 
 
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch, request):
-    """A fresh process for every proof takes seconds; the tests marked `fresh` pay for it, the others do not."""
-    if "fresh" not in request.keywords:
-        monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:

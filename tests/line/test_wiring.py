@@ -19,36 +19,9 @@ from trimtab.export.source import Source
 from trimtab.network import graph
 from trimtab.network.stream import Network, silence
 from trimtab.network.surgery import Cut, apply
-from trimtab.prove.proof import answer
 from trimtab.runtime.decoder import open_decoder, supported
 
-
-@pytest.fixture(autouse=True)
-def proof_in_this_process(monkeypatch):
-    monkeypatch.setattr("trimtab.prove.proof.run_fresh", answer)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("wiring"), {}
-
-    def get(name: str, **how) -> Path:
-        key = f"{name}{sorted(how.items())}"
-        if key not in made:
-            made[key] = tiny.save(name, root / str(len(made)), **how)
-        return made[key]
-
-    return get
-
-
-@pytest.fixture
-def ready(tmp_path):
-    """Inputs to calibrate and to prove on, as a file."""
-    def get(name: str) -> str:
-        save_file(tiny.inputs(name), tmp_path / "in.safetensors")
-        return str(tmp_path / "in.safetensors")
-
-    return get
+pytestmark = pytest.mark.usefixtures("proof_in_this_process")
 
 
 def without(path: Path, out: Path, *blocks: int) -> Path:
