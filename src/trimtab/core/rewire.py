@@ -48,11 +48,13 @@ class Given:
 @dataclass(frozen=True)
 class Handler:
     """`check`(net, step): BadInput where the family has no such groups, or its knobs mean nothing; `groups`(net, step): BadInput where
-    this network has none; `written`(net, step, given, out) writes the checkpoint and returns what was rewired."""
+    this network has none; `written`(net, step, given, out) writes the checkpoint and returns what was rewired; `fits`(net, step, keep):
+    BadInput where that share cannot be, of what has one."""
 
     check: Callable[[Network, Step], None]
     groups: Callable[[Network, Step], Any]
     written: Callable[[Network, Step, Given, Path], dict[str, Any]]
+    fits: Callable[[Network, Step, float], None] = lambda net, step, keep: None
 
 
 def handler(p: Pass) -> tuple[Step, Handler]:
@@ -73,7 +75,7 @@ def check_groups(net: Network, p: Pass, keep: float) -> None:
     step, mine = handler(p)
     mine.groups(net, step)
     if p.free:
-        experts.fits(net, step, keep if p.keep is None else p.keep)
+        mine.fits(net, step, keep if p.keep is None else p.keep)
 
 
 def written(net: Network, p: Pass, given: Given, out: Path) -> dict[str, Any]:
@@ -278,8 +280,7 @@ def turned(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
 
     given.walk({name: set(step.method.needs) for name in readers.values()}, look)
     q: Tensor = step.method({"gram": moment}, **step.bound).double()
-    last, head = f"{net.base}{stream.last}.weight", next(
-        f"{n}.weight" for n, m in net.model.named_modules() if m is net.model.get_output_embeddings())
+    last, head = f"{net.base}{stream.last}.weight", net.head
     config = {**net.checkpoint.config, "tie_word_embeddings": False}
     target, norms = Target(config), {f"{n}.weight" for n in stream.norms.values()}
 
@@ -358,8 +359,7 @@ def tabled(net: Network, step: Step, given: Given, out: Path) -> dict[str, Any]:
     """Write the network with its table of embeddings as its head. Returns that it is."""
     stream, source = graph.stream(net.family), Source(net)
     assert stream is not None
-    last, head = f"{net.base}{stream.last}.weight", next(
-        f"{n}.weight" for n, m in net.model.named_modules() if m is net.model.get_output_embeddings())
+    last, head = f"{net.base}{stream.last}.weight", net.head
     scale = step.method({"embed": source.around(net.table), "head": source.around(head), "gram": met_by_head(net, given)}, **step.bound)
 
     def tensor(name: str) -> Tensor:
@@ -573,6 +573,6 @@ def by_constants(net: Network, step: Step, given: Given, out: Path) -> dict[str,
 
 HANDLERS = {"run": Handler(check_run, runs, fused), "stream": Handler(check_stream, stream_of, centred),
             "axes": Handler(check_axes, lambda net, step: None, turned),
-            "mlp": Handler(experts.check, experts.groups, experts.written),
+            "mlp": Handler(experts.check, experts.groups, experts.written, experts.fits),
             "table": Handler(check_axes, untied, tabled),
             "layer": Handler(check_layer, layers_of, side_by_side), "norm": Handler(check_norm, norms_of, by_constants)}

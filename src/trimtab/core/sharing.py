@@ -233,7 +233,7 @@ def of_heads(net: Network, p: Pass, sites: list[Site], target: float, weight: We
                     continue
                 most, at = (v @ u.T).max(1)
                 for n, (c, h) in enumerate(zip(most.tolist(), at.tolist(), strict=True)):
-                    if best[n] is None or c > best[n][0]:  # type: ignore[index]
+                    if (so_far := best[n]) is None or c > so_far[0]:
                         best[n] = (c, i, theirs[h])
             found += [(-b[0], j, key, b[1], b[2]) for key, b in zip(mine, best, strict=True) if b is not None]
     left, took = float(sum(s.size for s in sites)), dict[tuple[int, tuple[str, int]], tuple[int, tuple[str, int]]]()

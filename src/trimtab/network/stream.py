@@ -164,9 +164,8 @@ class Network:
         stream = graph.stream(self.family)
         assert stream is not None
         found = {self.file(self.table): 1, self.file(f"{self.base}{stream.last}.weight"): 0}
-        head = self.model.get_output_embeddings() if self.kind == "lm" else None
-        if head is not None:  # a tied one may be stored, too
-            found[self.file(next(n for n, m in self.model.named_modules() if m is head) + ".weight")] = 1
+        if self.kind == "lm":  # a tied one may be stored, too
+            found[self.file(self.head)] = 1
         return found
 
     def unread(self, file: str) -> bool:
@@ -223,6 +222,12 @@ class Network:
         """The name of the table of embeddings, which a tied head shares."""
         table = self.model.get_input_embeddings()
         return f"{next(n for n, m in self.model.named_modules() if m is table)}.weight"
+
+    @property
+    def head(self) -> str:
+        """The name of a language model's head's weight."""
+        head = self.model.get_output_embeddings()
+        return f"{next(n for n, m in self.model.named_modules() if m is head)}.weight"
 
     @property
     def head_size(self) -> int:
