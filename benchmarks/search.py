@@ -34,7 +34,7 @@ from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS
 from trimtab.search.quality import Assembled
 from trimtab.search.search import SPLIT, Asked, Clock, Finisher, known_rises, of_known
 from trimtab.search.space import KEEP, Space, space_of
-from trimtab.search.timing import Layouts, dense_decoders, of_timed, prompts_of, race
+from trimtab.search.timing import Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
 from trimtab.search.trials import Search, Trial, open_study, trials_of
 from trimtab.search.work import tables_by
 
@@ -116,7 +116,7 @@ def main() -> None:
         unique = {n: next(m for m in names if finisher.choices[m] == finisher.choices[n]) for n in names}
         decoders = {n: open_decoder(finisher.timed(n)) for n in sorted(set(unique.values()))}
         runs = race({**dense_decoders(model), **decoders}, prompts_of(calibration, 1, asked.context), rounds=21)
-        base = min((n for n in runs if n.startswith("dense ")), key=lambda n: runs[n].step)
+        base = fastest_dense(runs)
         dense_loss = assembled.dense
         for name, (how, setting, t) in zip(names, chosen, strict=True):
             proof, run = finisher.proofs[name], runs[unique[name]]
@@ -124,7 +124,7 @@ def main() -> None:
             row: dict[str, Any] = {
                 "recipe": how, "pipeline": proof["pipeline"], "plan_hash": proof["plan_hash"], "model": a.name, "setting": setting,
                 "metric": "perplexity", "value": proof["after"]["perplexity"], "dense": proof["before"]["perplexity"],
-                "search_value": math.exp(dense_loss + t.rise), "search_dense": math.exp(dense_loss), "speed": runs[base].step / run.step,
+                "search_value": math.exp(dense_loss + t.rise), "search_dense": math.exp(dense_loss), "speed": run.speed(runs[base]),
                 "quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]], "pairs": len(ratios), "told": costs.dense / t.us,
                 "bytes": proof["after"]["bytes"], "dense_bytes": proof["before"]["bytes"], "baseline": base, "by": t.by,
                 "trials": len(ways[how]), "table": "search", "seed": a.seed, "methods": {}, "threads": torch.get_num_threads(),

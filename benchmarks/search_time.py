@@ -30,7 +30,7 @@ from trimtab.search.edited import cache_home
 from trimtab.search.options import DENSE, OPTIONS
 from trimtab.search.predictor import kendall
 from trimtab.search.space import space_of
-from trimtab.search.timing import FEW, Layouts, dense_decoders, of_timed, prompts_of, race
+from trimtab.search.timing import FEW, Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
 
 SLOW = ("rank50", "rank30", "gate50", "gate30", "int4-gate50", "int4-gate30")  # which take long to be made, or are seldom worth it
 BETTER = 1.02  # of two speeds, what makes one the faster
@@ -46,8 +46,8 @@ def samples_of(net: Network) -> list[data.Batch]:
 
 def speeds(model: Path, folders: list[str], samples: list[data.Batch], context: int) -> list[float]:
     runs = race({**dense_decoders(model), **{f: open_decoder(Path(f)) for f in folders}}, prompts_of(samples, 1, context), rounds=21)
-    base = min((n for n in runs if n.startswith("dense ")), key=lambda n: runs[n].step)
-    return [runs[base].step / runs[f].step for f in folders]
+    base = runs[fastest_dense(runs)]
+    return [runs[f].speed(base) for f in folders]
 
 
 def main() -> None:

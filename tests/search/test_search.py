@@ -14,11 +14,12 @@ from trimtab.core.calibrate import StatCache
 from trimtab.core.types import BadInput, Failed
 from trimtab.network.stream import Network
 from trimtab.search import search as search_
+from trimtab.search import timing
 from trimtab.search.edited import Edited, tidy
 from trimtab.search.options import DENSE, DROP, OPTIONS
 from trimtab.search.quality import Assembled
 from trimtab.search.space import recipe_of, space_of
-from trimtab.search.timing import Runs, prompts_of
+from trimtab.search.timing import Runs, fastest_dense, prompts_of
 
 FEW = (DENSE, "int8", "int4", "neurons50", DROP)
 SMALL = {"samples": 4, "seq_len": 32, "proof_tokens": 128, "context": 8, "trials": 16, "points": 2, "threads": 1}
@@ -29,7 +30,7 @@ def home(tmp_path, monkeypatch):
     """A cache of its own, and few options."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "home"))
     monkeypatch.setattr(search_, "opened_by", lambda runtime: [OPTIONS[n] for n in FEW if runtime in OPTIONS[n].formats])
-    monkeypatch.setattr("trimtab.search.timing.ROUNDS", 4)
+    monkeypatch.setitem(timing.race.__kwdefaults__, "rounds", 4)
     return tmp_path / "home"
 
 
@@ -205,8 +206,35 @@ def test_prompts_and_runs():
     one, two = prompts_of(samples, 2, 8)
     assert one.tolist() == list(range(8)) and two.tolist() == list(range(8, 16))
     runs = Runs(["0.attn"], [3.0, 1.0, 2.0], [[1.0, 0.5], [0.4, 0.4], [0.6, 0.3]])
-    assert runs.step == 2.0 and runs.each == {"0.attn": 0.6, "rest": 0.4, "beside": pytest.approx(1.1)}
-    assert runs.against(Runs([], [6.0, 6.0, 2.0], [])) == [2.0, 6.0, 1.0]
+    other = Runs([], [6.0, 6.0, 2.0], [])
+    assert runs.step == 2.0 and runs.against(other) == [2.0, 6.0, 1.0] and runs.speed(other) == 2.0
+    assert runs.shares(other) == pytest.approx({"0.attn": 1 / 6, "rest": 0.5 / 6, "beside": 1.5 / 6})
+
+
+def test_a_machine_that_is_slow_for_a_while_changes_no_speed():
+    """Of nine rounds four are half as fast, for both, and one turns in the middle: the medians of each for itself say 1."""
+    slow = [1, 1, 2, 2, 2, 2, 1, 1, 1]
+    dense = Runs(["0.mlp"], [4.0 * s for s in slow], [[2.0 * s, 1.0 * s] for s in slow])
+    own = Runs(["0.mlp"], [2.0 * s for s in slow[:-1]] + [4.0], [[0.5 * s, 1.0 * s] for s in slow[:-1]] + [[1.0, 2.0]])
+    assert own.speed(dense) == 2.0 and own.shares(dense) == {"0.mlp": 0.125, "rest": 0.25, "beside": 0.125}
+    assert dense.step / own.step == 1.0
+    both = {"dense bfloat16": dense, "dense float32": own, "layout": own}
+    assert fastest_dense(both) == "dense float32" and fastest_dense(both | {"dense float32": dense}) == "dense bfloat16"
+
+
+def test_speeds_are_told_against_the_model_as_it_is(tiny_lm, calib, tmp_path, monkeypatch):
+    """And not against one of the layouts, of which that with the smaller head and nothing else is faster."""
+    def raced(decoders, prompts, tick):
+        steps = {"head int8": 3.0, "dense float32": 5.0}
+        return {n: Runs(d.places, [steps.get(n, 4.0)] * 3, [[0.25] * (len(d.places) + 1)] * 3) for n, d in decoders.items()}
+
+    monkeypatch.setattr(timing, "race", raced)
+    net = Network.open(tiny_lm)
+    samples = data.prepare(net, (calib,), "calibration", 4, 32, 0)
+    space = space_of(net, [OPTIONS["int8"]])
+    costs = timing.Layouts(tiny_lm, net, space, samples, tmp_path / "home", tmp_path, batch=1, context=8, machine={}).costs(
+        lambda s, d, n: None)
+    assert costs.dense == 4e6 and costs.speed(space.dense) == 1.0 and costs.us["0.mlp"]["int8"] == 0.25e6
 
 
 def test_a_search_that_finished_nothing_says_so(tiny_lm, small, home, tmp_path, monkeypatch):

@@ -35,7 +35,20 @@ from trimtab.search.front import Limits, best, fastest, first_front, program
 from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS, opened_by
 from trimtab.search.quality import Assembled
 from trimtab.search.space import INT8, KEEP, Choices, Space, recipe_of, space_of
-from trimtab.search.timing import Costs, Layouts, Runs, dense_decoders, of_timed, prompts_of, race, sooner
+from trimtab.search.timing import (
+    AS_IT_IS,
+    NEW,
+    ROUNDS,
+    Costs,
+    Layouts,
+    Runs,
+    dense_decoders,
+    fastest_dense,
+    of_timed,
+    prompts_of,
+    race,
+    sooner,
+)
 from trimtab.search.trials import Search, Trial, file_in, open_storage, open_study, redo, trials_of
 from trimtab.search.work import Tables, tables_by, trials_by
 
@@ -47,11 +60,14 @@ WORST = 0.7         # nats that a point of the front may lose: half as likely, t
 BROKEN = 2.0        # nats that no option alone may lose
 TIMING, TABLES = 0.25, 0.55  # of the time, when options are no more timed, and no more made
 MODELLING = 0.6     # of what is left behind the tables, what finishing may take at most
+WAY = 8             # steps that a prompt takes as long as, before a turn of the race
 SHORT = 8           # rounds of the race that says whether a model is as fast as was asked
 PROXIES = 0.03      # of the time, what has to be left for proxies that take some
+WRITING = 0.015     # of the time, what is left when the race ends
 ROOM = 1.01         # times the asked speed, what is told of an answer
 LEAST = 16          # trials that are made at any rate
 RUINED = 9.0        # of the dense perplexity: no model that anybody wants
+TELLING = 0.04      # what is kept for proxies, samples of text and the page
 FINISHING = 0.3     # what is kept for finishing models until the first one says how long that takes
 
 
@@ -89,11 +105,12 @@ class Asked:
 
 @dataclass
 class Clock:
-    """When the search has to be over, and how long finishing one more model took so far."""
+    """When the search has to be over, how long finishing one more model took so far, and what its turns in the race will."""
 
     began: float
     seconds: float
     each: list[float] = field(default_factory=list)
+    turns: float = 0.0
 
     @property
     def end(self) -> float:
@@ -106,9 +123,16 @@ class Clock:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    @property
+    def racing(self) -> float:
+        """Seconds that the race of what is finished is told to take."""
+        return (len(self.each) + len(AS_IT_IS)) * self.turns
+
     def finishing(self, models: int) -> float:
         """Seconds that so many models more, and the race of all of them, are told to take."""
-        return models * max(self.each) * 1.1 + 0.04 * self.seconds if self.each else FINISHING * self.seconds
+        if not self.each:
+            return FINISHING * self.seconds
+        return models * (max(self.each) * 1.1 + self.turns) + self.racing + TELLING * self.seconds
 
 
 def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]:
@@ -134,6 +158,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
             space = replace(space, heads=(KEEP,), even=True)
         costs = Layouts(model, net, space, calibration, home, Path(tmp), batch=asked.batch, context=asked.context,
                         machine=machine()).costs(tick, clock.at(TIMING))
+        clock.turns = 1e-6 * costs.dense * (ROUNDS + 1) * (NEW + WAY)
         space = of_timed(space, costs)
         check_limits(space, costs, asked.limits)
         edited = Edited(net, calibration, home, StatCache())
@@ -365,7 +390,7 @@ class Finisher:
         """Times as fast as the dense model, as a short race says."""
         runs = race({**dense_decoders(self.model), name: opened(self, [name])[name]},
                     prompts_of(self.samples, self.asked.batch, self.asked.context), rounds=SHORT)
-        return min(r.step for n, r in runs.items() if n != name) / runs[name].step
+        return runs[name].speed(runs[fastest_dense(runs)])
 
     def timed(self, name: str) -> Path:
         """The folder of the model that is timed: what others open may be code by code what we do, or is packed once more for it."""
@@ -445,14 +470,16 @@ def told(model: Path, net: Network, space: Space, costs: Costs, rises: Mapping[s
     """All that search.json holds, speeds measured: the finished models and the dense one in turns."""
     if not points:
         raise Failed("no model of the front was finished in the time given; give more --minutes")
-    decoders = {**dense_decoders(model), **opened(finisher, finisher.proofs)}
-    prompts = prompts_of(edited.samples, asked.batch, asked.context)
-    runs = race(decoders, prompts, rounds=20, tick=lambda d, n: tick("time", d, n))
-    base = min((n for n in runs if n.startswith("dense ")), key=lambda n: runs[n].step)
     first = next(iter(finisher.proofs.values()))
     perplexity = first["before"]["perplexity"]
     by_choice = {tuple(sorted(t.choices.items())): t for t in trials}
     prompt, texts = samples_of(model, net, finisher)
+    ranks = ranked_proxies(net, space, costs, rises, trials, edited, clock)
+    decoders = {**dense_decoders(model), **opened(finisher, finisher.proofs)}
+    runs = race(decoders, prompts_of(edited.samples, asked.batch, asked.context), tick=lambda d, n: tick("time", d, n),
+                until=-math.inf if asked.trials else clock.end - WRITING * clock.seconds)  # what is left makes speeds surer
+    base = fastest_dense(runs)
+    step = runs[base].step
 
     def point(name: str) -> dict[str, Any]:
         proof, choices, run = finisher.proofs[name], finisher.choices[name], runs[name]
@@ -461,9 +488,9 @@ def told(model: Path, net: Network, space: Space, costs: Costs, rises: Mapping[s
         return {"name": name, "recipe": proof["pipeline"], "choices": choices, "perplexity": proof["after"]["perplexity"],
                 "search_perplexity": math.exp(dense_loss + trial.rise) if trial else None,
                 "loss": proof["after"]["perplexity"] / perplexity - 1, "bytes": proof["after"]["bytes"],
-                "speed": runs[base].step / run.step, "speed_spread": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]],
-                "predicted_speed": costs.speed(choices), "decode_tok_s": asked.batch / run.step, "us": 1e6 * run.step,
-                "predicted_us": costs.time(choices), "times": times_of(space, choices, run), "sample": texts[name],
+                "speed": (speed := run.speed(runs[base])), "speed_spread": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]],
+                "predicted_speed": costs.speed(choices), "decode_tok_s": asked.batch * speed / step, "us": 1e6 * step / speed,
+                "predicted_us": costs.time(choices), "times": times_of(space, choices, run, runs[base]), "sample": texts[name],
                 "out": f"{MODELS}/{folder(finisher, name)}", "proof": proof, "by": trial.by if trial else "program",
                 "commands": commands(model, asked, choices, proof, folder(finisher, name))}
 
@@ -471,8 +498,8 @@ def told(model: Path, net: Network, space: Space, costs: Costs, rises: Mapping[s
     front = best([every[n] for n in points], lambda p: (p["perplexity"], -p["speed"], p["bytes"]))
     rivals_ = [every[f"baseline-{family}"] | {"family": family, "how": "program"} for family, _ in rivals if f"baseline-{family}" in every]
     dense = {"family": "dense", "how": "uniform", "name": base, "recipe": "dense", "perplexity": perplexity, "loss": 0.0,
-             "bytes": first["before"]["bytes"], "speed": 1.0, "decode_tok_s": asked.batch / runs[base].step, "choices": space.dense,
-             "predicted_speed": costs.speed(space.dense), "times": times_of(space, space.dense, runs[base])}
+             "bytes": first["before"]["bytes"], "speed": 1.0, "decode_tok_s": asked.batch / step, "choices": space.dense,
+             "predicted_speed": costs.speed(space.dense), "times": times_of(space, space.dense, runs[base], runs[base])}
     meets = [p["name"] for p in front if asked.limits.met(p["loss"], p["bytes"], p["speed"])]
     nearest = min(front, key=lambda p: asked.limits.short(p["loss"], p["bytes"], p["speed"]))["name"]
     off = [abs(p["predicted_speed"] / p["speed"] - 1) for p in every.values()]
@@ -486,7 +513,7 @@ def told(model: Path, net: Network, space: Space, costs: Costs, rises: Mapping[s
         "meets": meets, "nearest": nearest, "machine": machine(),
         "dense": {"perplexity": perplexity, "search_perplexity": math.exp(dense_loss), "bytes": dense["bytes"],
                   "decode_tok_s": dense["decode_tok_s"], "runner": f"trimtab {base.removeprefix('dense ')}", "sample": texts["dense"],
-                  "times": dense["times"], "us": 1e6 * runs[base].step},
+                  "times": dense["times"], "us": 1e6 * step},
         "prompt": prompt, "places": space.names,
         "options": {o: {"family": OPTIONS[o].family, "text": OPTIONS[o].text, "label": OPTIONS[o].label} for o in (DENSE, *shown)},
         "front": sorted(front, key=lambda p: p["speed"]), "baselines": [dense, *rivals_],
@@ -497,7 +524,7 @@ def told(model: Path, net: Network, space: Space, costs: Costs, rises: Mapping[s
         "prediction": {"median_error": sorted(off)[len(off) // 2], "points": [
             {"name": n, "predicted": p["predicted_speed"], "measured": p["speed"]} for n, p in every.items()]},
         "gap": {"median": sorted(gaps)[len(gaps) // 2] if gaps else None, "points": len(gaps)},
-        "proxies": ranked_proxies(net, space, costs, rises, trials, edited, clock),
+        "proxies": ranks,
         "warnings": [f"speeds are those of our decoder; what opens {asked.formats} may be faster or slower"] * (asked.formats != "ours"),
     }
 
@@ -519,14 +546,14 @@ def opened(finisher: Finisher, names: Iterable[str]) -> dict[str, Decoder]:
     return held
 
 
-def times_of(space: Space, choices: Choices, run: Runs) -> dict[str, float]:
+def times_of(space: Space, choices: Choices, run: Runs, base: Runs) -> dict[str, float]:
     """Microseconds by place of the whole network, whose blocks may have other numbers in what was timed."""
     gone = {i for i in range(space.blocks) if all(choices[p.name] == DROP for p in space.places if p.block == i)}
     number = {k: i for k, i in enumerate(i for i in range(space.blocks) if i not in gone)}
     found = {}
-    for name, seconds in run.each.items():
+    for name, share in run.shares(base).items():
         block, dot, group = name.partition(".")
-        found[f"{number[int(block)]}.{group}" if dot else name] = round(1e6 * seconds, 2)
+        found[f"{number[int(block)]}.{group}" if dot else name] = round(1e6 * share * base.step, 2)
     return found
 
 
@@ -569,7 +596,7 @@ def ranked_proxies(net: Network, space: Space, costs: Costs, rises: Mapping[str,
     table = {(p, o): r for p, its in rises.items() for o, r in its.items()}
     sizes = {(p, o): float(b) for p, its in costs.bytes.items() for o, b in its.items()}
     known = proxies.Known(tuple(space.names), rise=table, bytes=sizes)
-    if clock.left > PROXIES * clock.seconds or clock.seconds == math.inf:
+    if clock.left - clock.racing > PROXIES * clock.seconds or clock.seconds == math.inf:
         places = {p.name: p for p in space.places}
         met = sorted({(p, t.choices[p]) for t in usable for p in space.names})
         params, off = proxies.place_tables(net, met, lambda p, o: edited.read(places[p], o)[0])

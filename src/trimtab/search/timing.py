@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from trimtab.network.stream import Network
 from trimtab.runtime import native
 from trimtab.runtime.decoder import Decoder, open_decoder
 from trimtab.search.edited import keep_known, key_of, read_known
-from trimtab.search.options import DENSE, DROP, HEAD
+from trimtab.search.options import ATTN, DENSE, DROP, HEAD
 from trimtab.search.space import INT8, KEEP, Choices, Space, recipe_of
 
 ROUNDS, NEW = 20, 64
 FEW = 16              # samples that a layout is calibrated on, where it has to be
 TOGETHER = 2_000_000_000  # bytes of decoders that take turns
 LITTLE = 0.005        # nats
+AS_IT_IS = ("dense bfloat16", "dense float32")  # the model that others are compared with
 
 
 @dataclass
@@ -45,29 +46,39 @@ class Runs:
     def step(self) -> float:
         return statistics.median(self.steps)
 
-    @property
-    def each(self) -> dict[str, float]:
-        """By place; `rest` is what is no sublayer, `beside` what the decoder does not see: the calls themselves."""
-        found = dict(zip([*self.places, "rest"], (statistics.median(x) for x in zip(*self.spent, strict=True)), strict=True))
-        return found | {"beside": statistics.median(s - sum(x) for s, x in zip(self.steps, self.spent, strict=True))}
-
     def against(self, other: Runs) -> list[float]:
-        """How many times as fast as the other, round by round."""
+        """How many times as fast as the other, round by round: a machine that is shared is fast for a while and then slow for a while, and
+        medians of each for itself fall on one or the other as it happens."""
         return [b / a for a, b in zip(self.steps, other.steps, strict=True)]
 
+    def speed(self, other: Runs) -> float:
+        return statistics.median(self.against(other))
 
-def race(decoders: Mapping[str, Decoder], prompts: Sequence[Tensor], *, new: int = NEW, rounds: int = ROUNDS,
+    def shares(self, other: Runs) -> dict[str, float]:
+        """Of a step of the other in the same round, what each place takes; `rest` is what is no sublayer, `beside` what the decoder does
+        not see: the calls themselves."""
+        rows = [[x / base for x in (*spent, step - sum(spent))]
+                for step, spent, base in zip(self.steps, self.spent, other.steps, strict=True)]
+        return dict(zip([*self.places, "rest", "beside"], map(statistics.median, zip(*rows, strict=True)), strict=True))
+
+
+def race(decoders: Mapping[str, Decoder], prompts: Sequence[Tensor], *, new: int = NEW, rounds: int = ROUNDS, until: float = -math.inf,
          tick: Callable[[int, int], None] = lambda d, n: None) -> dict[str, Runs]:
-    """All of them in turns, the other way round every second time, and once before it counts."""
+    """All of them in turns, the other way round every second time, and once before it counts; so many rounds, and more as long as there
+    is time for until this moment of `time.monotonic`."""
     runs = {name: Runs(d.places) for name, d in decoders.items()}
     names = list(decoders)
-    for r in range(rounds + 1):
+    r, took = 0, 0.0
+    while r <= rounds or time.monotonic() + took < until:
+        began = time.monotonic()
         for name in names[::-1] if r % 2 else names:
             step, spent = decoders[name].timed(prompts, new if r else min(new, 8))
             if r:
                 runs[name].steps.append(step)
                 runs[name].spent.append(spent)
-        tick(r, rounds)
+        took = time.monotonic() - began
+        tick(min(r, rounds), rounds)
+        r += 1
     return runs
 
 
@@ -79,7 +90,12 @@ def prompts_of(samples: list[data.Batch], batch: int, context: int) -> list[Tens
 
 def dense_decoders(model: Path) -> dict[str, Decoder]:
     """The model as it is, in our decoder: the fastest of them is what others are compared with."""
-    return {f"dense {dtype}": open_decoder(model, dtype) for dtype in ("bfloat16", "float32")}
+    return {name: open_decoder(model, name.split()[1]) for name in AS_IT_IS}
+
+
+def fastest_dense(runs: Mapping[str, Runs]) -> str:
+    bf16, f32 = AS_IT_IS
+    return f32 if runs[f32].speed(runs[bf16]) > 1 else bf16
 
 
 @dataclass
@@ -123,15 +139,16 @@ class Layouts:
         groups = sorted({p.group for p in self.space.places})
         lists = {g: list(dict.fromkeys(o for p in self.space.places if p.group == g for o in p.options if o not in (DENSE, DROP)))
                  for g in groups}
-        found = {f"{DENSE} {h}": self.space.dense | {HEAD: h} for h in self.space.heads}
-        for k in range(max(map(len, lists.values()), default=0)):
-            own = {g: names[k] for g, names in lists.items() if k < len(names)}
+        found = {f"head {h}": self.space.dense | {HEAD: h} for h in self.space.heads}
+        each = [{g: names[k] for g, names in lists.items() if k < len(names)} for k in range(max(map(len, lists.values()), default=0))]
+        each += [{ATTN: names[0]} for g, names in lists.items() if g == ATTN and names]  # dense MLPs among smaller others
+        for own in each:
             found[" + ".join(own.values())] = self.space.dense | {
                 p.name: own[p.group] for p in self.space.places if own.get(p.group) in p.options}
         return found
 
     def known(self, choices: Choices) -> dict[str, Any]:
-        return read_known(self.home, "times", self.key(choices))
+        return read_known(self.home, "shares", self.key(choices))
 
     def costs(self, tick: line.Report, until: float = math.inf) -> Costs:
         """All of them, from what is known where it is, and measured beside the dense model where it is not: as many as there is time for
@@ -177,37 +194,39 @@ class Layouts:
         return out
 
     def _keep(self, choices: Choices, runs: Mapping[str, Runs], name: str, path: Path) -> None:
-        """Of a layout: its times, that of a step of the dense model beside it, and its bytes."""
-        base = min((runs[n] for n in runs if n.startswith("dense ")), key=lambda r: r.step)
+        """Of a layout: its bytes, and its times as shares of a step of the dense model beside it, which says how busy the machine was."""
+        base = runs[fastest_dense(runs)]
         sizes: dict[str, int] = dict.fromkeys(self.space.names, 0)
         packed = line.read_notes(path)["packed_bytes"]
         for layer in self.net.layers():
             if not layer.is_head:
                 sizes[f"{layer.sites[0].block}.{layer.sites[0].group}"] += packed[layer.name]
         total = Checkpoint.open(path).weight_bytes
-        keep_known(self.home, "times", self.key(choices), {
-            "each": runs[name].each, "dense": base.step, "bytes": sizes, "rest_bytes": total - sum(sizes.values())})
+        keep_known(self.home, "shares", self.key(choices), {
+            "shares": runs[name].shares(base), "dense": base.step, "bytes": sizes, "rest_bytes": total - sum(sizes.values())})
 
     def _table(self, probes: Mapping[str, Choices]) -> Costs:
         found = {name: known for name, c in probes.items() if (known := self.known(c))}
-        whole = found[f"{DENSE} {KEEP}"]
-        steps = statistics.median(f["dense"] for f in found.values())
+        whole = found[f"head {KEEP}"]
+        step = 1e6 * statistics.median(f["dense"] for f in found.values())
         us: dict[str, dict[str, float]] = {p.name: {DROP: 0.0} for p in self.space.places}
         size: dict[str, dict[str, int]] = {p.name: {DROP: 0} for p in self.space.places}
-        for name, f in found.items():
-            choices = probes[name]
-            scale = steps / f["dense"]  # the machine was as busy beside it as the dense model says
-            for p in self.space.places:
-                option = choices[p.name]
-                alike = [q.name for q in self.space.places if q.group == p.group and choices[q.name] == option
-                         and whole["bytes"][q.name] == whole["bytes"][p.name]]
-                if option != DENSE or f is whole:
-                    us[p.name][option] = 1e6 * scale * statistics.fmean(f["each"][n] for n in alike)
-                    size[p.name][option] = f["bytes"][p.name]
-        head = {h: found[f"{DENSE} {h}"] for h in self.space.heads}
-        return Costs(us, size, {k: 1e6 * steps / f["dense"] * f["each"]["rest"] for k, f in head.items()},
-                     {k: f["rest_bytes"] for k, f in head.items()},
-                     1e6 * statistics.median(f["each"]["beside"] * steps / f["dense"] for f in found.values()), 1e6 * steps)
+        for p in self.space.places:
+            for option in {c[p.name] for n, c in probes.items() if n in found} - {DROP}:
+                alike = {n: [q.name for q in self.space.places if q.group == p.group and probes[n][q.name] == option
+                             and whole["bytes"][q.name] == whole["bytes"][p.name]] for n in found if probes[n][p.name] == option}
+                us[p.name][option] = step * _among(found[n]["shares"][q] for n, names in alike.items() for q in names)
+                size[p.name][option] = found[next(iter(alike))]["bytes"][p.name]
+        keep = _among(f["shares"]["rest"] for n, f in found.items() if probes[n][HEAD] == KEEP)
+        heads = {h: found[f"head {h}"] for h in self.space.heads}
+        return Costs(us, size, {h: step * f["shares"]["rest"] * keep / whole["shares"]["rest"] for h, f in heads.items()},
+                     {h: f["rest_bytes"] for h, f in heads.items()}, step * _among(f["shares"]["beside"] for f in found.values()), step)
+
+
+def _among(shares: Iterable[float]) -> float:
+    """What stands in several layouts takes the less time the smaller the others are there, as more of it stays in the caches; candidates
+    lie between them."""
+    return statistics.median(shares)
 
 
 def of_timed(space: Space, costs: Costs) -> Space:
