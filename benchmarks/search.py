@@ -30,9 +30,9 @@ from trimtab.network.stream import Network
 from trimtab.runtime.decoder import open_decoder
 from trimtab.search.edited import Edited, cache_home
 from trimtab.search.front import Limits, first_front, program
-from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS
+from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS, opened_by
 from trimtab.search.quality import Assembled
-from trimtab.search.search import SPLIT, Asked, Clock, Finisher, known_rises, of_known
+from trimtab.search.search import SPLIT, Asked, Clock, Finisher, known_rises, of_known, whole_of
 from trimtab.search.space import KEEP, Space, space_of
 from trimtab.search.timing import Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
 from trimtab.search.trials import Search, Trial, open_study, trials_of
@@ -67,13 +67,17 @@ def main() -> None:
         def told(stage: str, done: int, of: int) -> None:
             print(f"{time.strftime('%H:%M:%S')} {stage} {done} of {of}" if of else stage, flush=True) if done == of else None
 
-        space = space_of(net, OPTIONS.values())
+        space = space_of(net, opened_by("ours"))
         costs = Layouts(model, net, space, calibration, cache_home(), Path(tmp), batch=1, context=asked.context,
                         machine=machine()).costs(told)
         space = of_timed(space, costs)
         edited = Edited(net, calibration, cache_home(), StatCache())
         assembled = Assembled(net, space, split, edited.read, Path(tmp))
-        rises = known_rises(net, space, costs, edited, assembled, tables_by(None, edited, assembled), clock, told)
+        tables = tables_by(None, edited, assembled)
+        whole, tried = whole_of(net, space, edited, assembled, tables, clock, told)
+        print("of", tried, "chosen:", whole)
+        space, costs = space.made(whole), costs.made(whole)
+        rises = known_rises(net, space, costs, edited, assembled, tables, clock, told)
         space = of_known(space, rises)
 
         def looked(own: Space, how: str) -> list[Trial]:
@@ -127,8 +131,8 @@ def main() -> None:
                 "search_value": math.exp(dense_loss + t.rise), "search_dense": math.exp(dense_loss), "speed": run.speed(runs[base]),
                 "quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]], "pairs": len(ratios), "told": costs.dense / t.us,
                 "bytes": proof["after"]["bytes"], "dense_bytes": proof["before"]["bytes"], "baseline": base, "by": t.by,
-                "trials": len(ways[how]), "table": "search", "seed": a.seed, "methods": {}, "threads": torch.get_num_threads(),
-                "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+                "trials": len(ways[how]), "whole": str(whole), "table": "search", "seed": a.seed, "methods": {},
+                "threads": torch.get_num_threads(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
             with a.out.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, sort_keys=True) + "\n")
             print(f"\n{setting:<9} {how:<9} perplexity {row['value']:8.3f} of {row['dense']:.3f}  {row['speed']:.3f} x "

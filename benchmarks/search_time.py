@@ -27,7 +27,7 @@ from trimtab.demo import machine
 from trimtab.network.stream import Network
 from trimtab.runtime.decoder import open_decoder
 from trimtab.search.edited import cache_home
-from trimtab.search.options import DENSE, OPTIONS
+from trimtab.search.options import DENSE, opened_by
 from trimtab.search.predictor import kendall
 from trimtab.search.space import space_of
 from trimtab.search.timing import FEW, Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
@@ -75,7 +75,7 @@ def main() -> None:
         def told(stage: str, done: int, of: int) -> None:
             print(f"{time.strftime('%H:%M:%S')} {stage} {done} of {of}", flush=True) if done == of else None
 
-        space = space_of(net, [o for n, o in OPTIONS.items() if n not in SLOW])
+        space = space_of(net, [o for o in opened_by("ours") if o.name not in SLOW])
         layouts = Layouts(model, net, space, samples, cache_home(), Path(tmp), batch=1, context=a.context, machine=machine())
         costs = layouts.costs(told)
         space, draw = of_timed(space, costs), random.Random(a.seed)

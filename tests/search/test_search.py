@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -126,6 +128,11 @@ def test_from_the_model_to_the_folder(tiny_lm, small, home, tmp_path, monkeypatc
     front = result["front"]
     assert not any(a["perplexity"] <= b["perplexity"] and a["speed"] > b["speed"] and a["bytes"] < b["bytes"] for a in front for b in front)
     assert len(result["trials"]) >= 16 and result["proxies"][0]["n"] >= 16
+    whole = min(result["whole"]["tried"], key=lambda w: w["rise"])
+    assert len(result["whole"]["tried"]) == 4 and {k: result["whole"][k] for k in ("rewrite", "repair")} == {
+        k: whole[k] for k in ("rewrite", "repair")}
+    for p in [*result["front"], *result["baselines"][1:]]:
+        assert all(("rewrite/awq" in x) == (whole["rewrite"] == "awq") for x in p["recipe"].split(" ; ") if "edit/gptq" in x)
     # A second search of the same model makes no option and no layout again.
     monkeypatch.setattr(Edited, "make", lambda self, option, group, tick: self.has(option, group) or pytest.fail("made again"))
     monkeypatch.setattr("trimtab.search.timing.Layouts.lay_out", lambda *a: pytest.fail("laid out again"))
@@ -141,7 +148,8 @@ def test_a_search_that_was_stopped_goes_on(tiny_lm, small, home, tmp_path, monke
         return finish(self, choices, name)
 
     monkeypatch.setattr(search_.Finisher, "finish", stops)
-    with pytest.raises(Failed, match="--resume"):
+    with monkeypatch.context() as fewer, pytest.raises(Failed, match="--resume"):
+        fewer.setattr(search_, "opened_by", lambda runtime: [OPTIONS[n] for n in FEW if n != "int8"])  # what there was time for
         tt.search(tiny_lm, out, min_speed=0.5, **small)
     assert not out.exists() and (tmp_path / "out.partial" / "trials.db").exists()
     with pytest.raises(BadInput, match="left from an unfinished run"):
@@ -201,6 +209,47 @@ def test_bad_input_is_one_line(tiny_lm, small, home, tmp_path, capsys):
     assert not list(tmp_path.glob("o*")) and (tmp_path / "mine" / "notes.txt").exists()
 
 
+def test_rewrites_and_repairs_are_chosen_for_all_by_what_is_lost(tiny_lm, calib, tmp_path):
+    net = Network.open(tiny_lm)
+    space = space_of(net, [OPTIONS[n] for n in FEW])
+    lost = {"int4": 3.0, "int4-awq-gain": 2.0, "int4-gain": 1.0, "int4-awq": 4.0}
+    made = []
+
+    class Told:
+        def rises(self, candidates):
+            return [lost[c["0.mlp"]] for c in candidates]
+
+    def chosen(seconds, of=space):
+        made.clear()
+        edited = Edited(net, data.prepare(net, (calib,), "calibration", 4, 32, 0), tmp_path, StatCache())
+        return search_.whole_of(net, of, edited, Told(), lambda its: made.extend(i["option"] for i in its) or [],
+                                search_.Clock(time.monotonic() - 1, seconds), lambda s, d, n: None)
+
+    whole, tried = chosen(math.inf)
+    assert (whole.rewrite, whole.repair) == ("", "gain") and [t["rise"] for t in tried] == [3.0, 2.0, 1.0, 4.0]
+    assert set(made) == set(lost)
+    assert {o for p in space.made(whole).places for o in p.options} == {DENSE, "int8", "int4-gain", "neurons50", DROP}
+    assert recipe_of(space.made(whole), {"0.mlp": "int4-gain"}).text == "0.mlp.*: grid/int(bits=4,group=128) | edit/gptq | repair/gain"
+    assert chosen(2.0)[0] == search_.PLAIN and set(made) == {"int4"}  # no time
+    assert chosen(math.inf, space.only(("neurons50",))) == (search_.PLAIN, []) and not made
+
+
+def test_what_is_left_of_the_time_is_raced_in():
+    class Fast:
+        def __init__(self):
+            self.places = ["0.mlp"]
+
+        def timed(self, prompts, new):
+            time.sleep(0.001)
+            return 1.0, [0.5, 0.25]
+
+    began, told = time.monotonic(), []
+    runs = timing.race({"a": Fast(), "b": Fast()}, [], rounds=3, until=began + 0.3, tick=lambda d, n: told.append((d, n)))
+    assert 0.2 < time.monotonic() - began <= 0.3 + 0.1 and len(runs["a"].steps) == len(runs["b"].steps) > 3
+    assert told[-1] == (3, 3) and told.count((3, 3)) == 1
+    assert len(timing.race({"a": Fast()}, [], rounds=3)["a"].steps) == 3
+
+
 def test_prompts_and_runs():
     samples = [{"input_ids": torch.arange(20)[None]}, {"input_ids": torch.arange(20, 40)[None]}]
     one, two = prompts_of(samples, 2, 8)
@@ -231,7 +280,7 @@ def test_speeds_are_told_against_the_model_as_it_is(tiny_lm, calib, tmp_path, mo
     monkeypatch.setattr(timing, "race", raced)
     net = Network.open(tiny_lm)
     samples = data.prepare(net, (calib,), "calibration", 4, 32, 0)
-    space = space_of(net, [OPTIONS["int8"]])
+    space = space_of(net, [OPTIONS[DENSE], OPTIONS["int8"]])
     costs = timing.Layouts(tiny_lm, net, space, samples, tmp_path / "home", tmp_path, batch=1, context=8, machine={}).costs(
         lambda s, d, n: None)
     assert costs.dense == 4e6 and costs.speed(space.dense) == 1.0 and costs.us["0.mlp"]["int8"] == 0.25e6

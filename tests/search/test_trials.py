@@ -9,7 +9,7 @@ import pytest
 from tests.search.test_front import added, every, made
 from trimtab.core.types import BadInput
 from trimtab.search.options import HEAD
-from trimtab.search.trials import Search, front_of, open_study, redo, trials_of
+from trimtab.search.trials import Search, front_of, open_study, redo, study_of, trials_of
 
 
 def searching(path, seed=0, evaluate=None, **how):
@@ -81,6 +81,30 @@ def test_trials_say_what_they_were(tmp_path):
     assert first.choices == work.space.dense and first.rise == 0 and first.us == work.costs.time(work.space.dense) and first.by == "program"
     for t in trials_of(work.study, work.space):
         assert t.rise == pytest.approx(true([t.choices])[0]) and t.bytes == work.costs.size(t.choices) and HEAD in t.choices
+
+
+def test_a_search_that_knows_more_options_goes_on_with_what_it_found(tmp_path):
+    space, costs, rises = made(0)
+    few = space.only(("int8",))
+    store = str(tmp_path / "trials.db")
+
+    def run(own):
+        work = Search(study_of(store, "name", own), own, costs, rises, lambda cs: [added(c, rises) for c in cs])
+        had = trials_of(work.study, own)
+        work.run(math.inf, most=8)
+        return had, trials_of(work.study, own)
+
+    def unlike(trials):
+        return {tuple(sorted(t.choices.items())): (t.rise, t.us, t.bytes, t.by) for t in reversed(trials)}
+
+    had, first = run(few)
+    assert had == [] and len(first) == 8
+    had, both = run(space)
+    assert unlike(had) == unlike(first) and len(both) == len(had) + 8
+    back, _ = run(few)  # of what was found since what lies in the smaller space
+    assert unlike(back) == unlike(first) | {k: v for k, v in unlike(both).items() if {o for _, o in k} <= {"dense", "int8", "keep"}}
+    assert trials_of(study_of(store, "name", space, afresh=True), space) == trials_of(study_of(store, "name", few), few) == []
+    assert not trials_of(study_of(store, "another", space), space)
 
 
 def test_a_storage_that_does_not_open_is_one_line(tmp_path):

@@ -257,6 +257,17 @@ def _proxies(proxies: list[dict[str, Any]] | None) -> str:
             f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
+def _whole(whole: dict[str, Any] | None) -> str:
+    """What was chosen for all codes together, and what was lost by 4 bits everywhere with each of the ways that were tried."""
+    def name(way: dict[str, Any]) -> str:
+        return " and ".join(w for w in (way.get("rewrite"), way.get("repair")) if w) or "neither"
+
+    if not whole or not whole.get("tried"):
+        return ""
+    tried = [f"{number(w['rise'], 3)} nats with {name(w)}" for w in sorted(whole["tried"], key=lambda w: float(w["rise"]))]
+    return f"{name(whole)}; 4 bits everywhere lose {', '.join(tried)}"
+
+
 def _measured(result: Result) -> str:
     given = f", {number(result['minutes'], 2)} minutes given" if result.get("minutes") else ""
     by = Counter(t.get("by") or "other" for t in result.get("trials") or [])
@@ -272,7 +283,8 @@ def _measured(result: Result) -> str:
              ("search", f"{number(result['seconds'], 3)} s{given}" if result.get("seconds") else ""),
              ("text of the search", "" if gap.get("median") is None else
               f"perplexity is off by {rise(gap['median'])} on the text of the proof, the median of {gap['points']} points"),
-             ("candidates", ", ".join(f"{n:,} by {who}" for who, n in by.most_common()))]
+             ("candidates", ", ".join(f"{n:,} by {who}" for who, n in by.most_common())),
+             ("rewrite and repair", _whole(result.get("whole")))]
     commands = []
     for key, value in (result.get("machine") or {}).items():
         if isinstance(value, list | tuple):

@@ -16,9 +16,29 @@ CODES = {8: "int(bits=8,group=128)", 4: "int(bits=4,group=128)", 3: "int(asymmet
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What is chosen once, for all codes that are made by what they cost: the rewrite before them and the repair behind; "" is none."""
+
+    rewrite: str = ""
+    repair: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(w for w in (self.rewrite, self.repair) if w) or "plain"
+
+    def around(self, text: str) -> str:
+        """The passes of an option with these in."""
+        return " ; ".join(" | ".join(w for w in (self.rewrite, p, self.repair) if w) if "| gptq" in p else p for p in text.split(" ; "))
+
+
+PLAIN = Whole()
+WHOLES = (PLAIN, Whole("awq", "gain"), Whole("", "gain"), Whole("awq", ""))
+
+
+@dataclass(frozen=True)
 class Option:
     """`text`: the passes, without their scope ("" leaves the sublayer as it is). `like`: the same layout and shapes, quickly made: what is
-    timed in place of it where what the weights are says nothing of the time. `family`: of which methods it is. `formats`: who opens it."""
+    timed in place of it where what the weights are says nothing of the time. `family`: of which methods it is. `formats`: who opens it.
+    `plain`: the name of the same with no rewrite and no repair."""
 
     name: str
     family: str
@@ -27,6 +47,8 @@ class Option:
     like: str
     label: str
     formats: tuple[str, ...] = ("ours",)
+    whole: Whole = PLAIN
+    plain: str = ""
 
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
@@ -67,6 +89,9 @@ def _options() -> list[Option]:
                          f"4-bit codes, {100 * keep:.0f} % of its inputs computed")]
     found.append(Option(DROP, "depth", both, "sublayer(keep=0.001) | magnitude", "sublayer(keep=0.001) | magnitude", "dropped",
                         ("ours", "plain", "gguf")))
+    coded = [o for o in found if "gptq" in o.text and "gate" not in o.text]  # gates choose inputs by sizes that a rewrite would change
+    found += [replace(o, name=f"{o.name}-{w}", text=w.around(o.text), label=f"{o.label}, {str(w).replace('-', ' and ')}", whole=w,
+                      plain=o.name) for w in WHOLES if w != PLAIN for o in coded]
     return found
 
 
@@ -79,14 +104,15 @@ def _smaller(name: str, family: str, group: str, text: str, like: str, label: st
 
 
 OPTIONS = {o.name: o for o in _options()}
+MADE = {(o.plain, o.whole): o.name for o in OPTIONS.values() if o.plain}  # what an option is called where that is chosen
 FAMILIES = tuple(dict.fromkeys(o.family for o in OPTIONS.values() if o.name != DENSE))
 
 
 def opened_by(runtime: str) -> list[Option]:
-    """The options that a runtime opens."""
+    """The options that a runtime opens, as they are where nothing is chosen for the whole network."""
     if runtime not in FORMATS:
         raise BadInput(f"--formats {runtime!r} is not one of {', '.join(FORMATS)}")
-    return [o for o in OPTIONS.values() if runtime in o.formats]
+    return [o for o in OPTIONS.values() if runtime in o.formats and o.whole == PLAIN]
 
 
 def of_family(names: Iterable[str], family: str) -> list[str]:

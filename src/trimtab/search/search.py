@@ -32,9 +32,9 @@ from trimtab.runtime.decoder import Decoder, open_decoder, supported
 from trimtab.search import proxies
 from trimtab.search.edited import Edited, cache_home, keep_known, key_of, read_known, tidy
 from trimtab.search.front import Limits, best, fastest, first_front, program
-from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS, opened_by
+from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, MADE, OPTIONS, PLAIN, WHOLES, Whole, opened_by
 from trimtab.search.quality import Assembled
-from trimtab.search.space import INT8, KEEP, Choices, Space, recipe_of, space_of
+from trimtab.search.space import INT8, KEEP, Choices, Space, recipe_of, space_of, takes
 from trimtab.search.timing import (
     AS_IT_IS,
     NEW,
@@ -49,7 +49,7 @@ from trimtab.search.timing import (
     race,
     sooner,
 )
-from trimtab.search.trials import Search, Trial, file_in, open_storage, open_study, redo, trials_of
+from trimtab.search.trials import Search, Trial, file_in, open_storage, redo, study_of, trials_of
 from trimtab.search.work import Tables, tables_by, trials_by
 
 EXPORTS = {"gguf": ".gguf", "compressed-tensors": "-compressed-tensors"}  # what a finished model is written as beside its folder
@@ -58,7 +58,8 @@ SPLIT = 16          # sequences of the search split
 FIRST = ("int4", "int8")  # which mostly lose next to nothing, and are measured first
 WORST = 0.7         # nats that a point of the front may lose: half as likely, token for token
 BROKEN = 2.0        # nats that no option alone may lose
-TIMING, TABLES = 0.25, 0.55  # of the time, when options are no more timed, and no more made
+TIMING, WHOLE, TABLES = 0.25, 0.1, 0.55  # of the time, when options are no more timed, ways for all no more tried, options no more made
+JUDGE = "int4"      # the option by which ways for all of them are compared
 MODELLING = 0.6     # of what is left behind the tables, what finishing may take at most
 WAY = 8             # steps that a prompt takes as long as, before a turn of the race
 SHORT = 8           # rounds of the race that says whether a model is as fast as was asked
@@ -163,7 +164,10 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
         check_limits(space, costs, asked.limits)
         edited = Edited(net, calibration, home, StatCache())
         assembled = Assembled(net, space, split, edited.read, Path(tmp))
-        rises = known_rises(net, space, costs, edited, assembled, tables_by(workers, edited, assembled), clock, tick)
+        tables = tables_by(workers, edited, assembled)
+        whole, tried = whole_of(net, space, edited, assembled, tables, clock, tick)
+        space, costs = space.made(whole), costs.made(whole)
+        rises = known_rises(net, space, costs, edited, assembled, tables, clock, tick)
         space = of_known(space, rises)
         first = first_front(space, costs, rises, spared(asked.limits))
         check_loss(first, space, costs, rises, asked.limits, assembled)
@@ -175,7 +179,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
                 tick("resume: nothing to continue, starting afresh", 0, 0)
             finisher = Finisher(model, net, space, costs, journal.dir, asked, edited.stats, clock, tick, calibration)
             storage = asked.storage or file_in(journal.dir.resolve())
-            study = open_study(storage, key_of(header, str(out.resolve())), seed=asked.seed, afresh=not resumed)
+            study = study_of(storage, key_of(header, str(out.resolve())), space, asked.seed, afresh=not resumed)
             redo(study)
             work = Search(study, space, costs, rises, assembled.rises, asked.seed)
             work.queue([space.dense, *first], "program")
@@ -194,6 +198,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
             trials = trials_of(study, space)
             points = finish_front(finisher, trials, asked, rivals)
             result = told(model, net, space, costs, rises, asked, finisher, trials, rivals, points, assembled.dense, edited, clock, tick)
+            result["whole"] = {"rewrite": whole.rewrite, "repair": whole.repair, "tried": tried}
             write(journal, result)
             journal.close(remove=True)
     tidy(home)
@@ -281,6 +286,27 @@ def machine() -> dict[str, str]:
 
 
 # ---- tables ---------------------------------------------------------------------------------------
+def whole_of(net: Network, space: Space, edited: Edited, assembled: Assembled, tables: Tables, clock: Clock, tick: Report
+             ) -> tuple[Whole, list[dict[str, Any]]]:
+    """What is chosen for the whole network: of rewrites and repairs around codes those with which it loses the least where all of it is in
+    codes of 4 bits; and what each of those that there was time for loses so, in nats."""
+    ways = [w for w in WHOLES if all(takes(net, OPTIONS[MADE.get((JUDGE, w), JUDGE)], g) for g in OPTIONS[JUDGE].groups)]
+    if not any(JUDGE in p.options for p in space.places):
+        return PLAIN, []
+    found: dict[Whole, float] = {}
+    for k, whole in enumerate(ways):
+        option = MADE.get((JUDGE, whole), JUDGE)
+        if k and time.monotonic() > clock.at(WHOLE) and not all(edited.has(OPTIONS[option], g) for g in OPTIONS[option].groups):
+            continue
+        tick("rewrites and repairs", k, len(ways))
+        for _ in tables({"option": option, "group": g, "places": []} for g in OPTIONS[option].groups):
+            pass
+        found[whole] = assembled.rises([{p.name: option if JUDGE in p.options else DENSE for p in space.places} | {HEAD: KEEP}])[0]
+    tick("rewrites and repairs", len(ways), len(ways))
+    best_ = min(found, key=lambda w: found[w])
+    return best_, [{"rewrite": w.rewrite, "repair": w.repair, "rise": rise} for w, rise in found.items()]
+
+
 def known_rises(net: Network, space: Space, costs: Costs, edited: Edited, assembled: Assembled, tables: Tables,
                 clock: Clock, tick: Report) -> dict[str, dict[str, float]]:
     """What every option alone raises the loss by, by place: what loses next to nothing first, then what that does not beat in both time and
@@ -308,9 +334,10 @@ def known_rises(net: Network, space: Space, costs: Costs, edited: Edited, assemb
     def each(of: Space, names: Sequence[str]) -> list[tuple[str, str]]:
         return [(o, g) for o in names for g in OPTIONS[o].groups if any(p.group == g and o in p.options for p in of.places)]
 
-    measure(each(space, FIRST))
+    first = [o for o in OPTIONS if (OPTIONS[o].plain or o) in FIRST]
+    measure(each(space, first))
     ahead = sooner(space, costs, rises)
-    rest = [o for o in OPTIONS if o not in (DENSE, *FIRST)]
+    rest = [o for o in OPTIONS if o not in (DENSE, *first)]
     promising = each(ahead, rest)
     measure(promising)
     measure([x for x in each(space, rest) if x not in promising and OPTIONS[x[0]].family not in ("mixed", "gates")])
@@ -505,7 +532,7 @@ def told(model: Path, net: Network, space: Space, costs: Costs, rises: Mapping[s
     off = [abs(p["predicted_speed"] / p["speed"] - 1) for p in every.values()]
     gaps = [p["perplexity"] / perplexity / math.exp(math.log(p["search_perplexity"]) - dense_loss) - 1
             for p in every.values() if p["search_perplexity"]]
-    shown = sorted({o for p in space.places for o in p.options} - {DENSE}, key=list(OPTIONS).index)
+    shown = sorted({o for p in space.places for o in p.options} - {DENSE}, key=lambda o: list(OPTIONS).index(OPTIONS[o].plain or o))
     return {
         "model": name_of(model) or model.resolve().name, "blocks": net.n_blocks, "params": net.n_params, "batch": asked.batch,
         "context": asked.context, "formats": asked.formats, "minutes": asked.minutes, "seconds": round(time.monotonic() - clock.began, 1),

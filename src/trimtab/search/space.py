@@ -9,7 +9,7 @@ from trimtab.core.spec import Pass, Recipe
 from trimtab.core.types import BadInput
 from trimtab.network import graph
 from trimtab.network.stream import Network
-from trimtab.search.options import ATTN, DENSE, DROP, HEAD, MLP, OPTIONS, Option
+from trimtab.search.options import ATTN, DENSE, DROP, HEAD, MADE, MLP, OPTIONS, Option, Whole
 
 Choices = Mapping[str, str]  # option by place
 KEEP, INT8 = "keep", "int8"  # what the head may be
@@ -46,6 +46,10 @@ class Space:
         """The space with these options alone, beside leaving a sublayer as it is."""
         some = {DENSE, *options}
         return replace(self, places=tuple(replace(p, options=tuple(o for o in p.options if o in some)) for p in self.places))
+
+    def made(self, whole: Whole) -> Space:
+        """The same with codes made so."""
+        return replace(self, places=tuple(replace(p, options=tuple(MADE.get((o, whole), o) for o in p.options)) for p in self.places))
 
     def uniform(self, name: str) -> dict[str, str]:
         """One option wherever it fits, everything else as it is."""

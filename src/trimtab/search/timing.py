@@ -24,7 +24,7 @@ from trimtab.network.stream import Network
 from trimtab.runtime import native
 from trimtab.runtime.decoder import Decoder, open_decoder
 from trimtab.search.edited import keep_known, key_of, read_known
-from trimtab.search.options import ATTN, DENSE, DROP, HEAD
+from trimtab.search.options import ATTN, DENSE, DROP, HEAD, MADE, Whole
 from trimtab.search.space import INT8, KEEP, Choices, Space, recipe_of
 
 ROUNDS, NEW = 20, 64
@@ -77,7 +77,8 @@ def race(decoders: Mapping[str, Decoder], prompts: Sequence[Tensor], *, new: int
                 runs[name].steps.append(step)
                 runs[name].spent.append(spent)
         took = time.monotonic() - began
-        tick(min(r, rounds), rounds)
+        if r < rounds or time.monotonic() + took >= until:
+            tick(min(r, rounds), rounds)
         r += 1
     return runs
 
@@ -109,6 +110,11 @@ class Costs:
     head_bytes: dict[str, int]
     beside: float
     dense: float
+
+    def made(self, whole: Whole) -> Costs:
+        """The same with codes made so, which changes no shape."""
+        return replace(self, us={p: {MADE.get((o, whole), o): x for o, x in its.items()} for p, its in self.us.items()},
+                       bytes={p: {MADE.get((o, whole), o): x for o, x in its.items()} for p, its in self.bytes.items()})
 
     def time(self, choices: Choices) -> float:
         """Microseconds that a step is told to take."""

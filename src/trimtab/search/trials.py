@@ -1,6 +1,7 @@
 """Real evaluations of candidates, chosen by evolution, by a predictor and by chance; kept in a storage that many workers share."""
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import time
@@ -66,8 +67,35 @@ def _whole(engine: Any) -> None:
     engine.dispose()  # what is connected already does not know
 
 
+def study_of(storage: str, name: str, space: Space, seed: int = 0, *, afresh: bool = False) -> Any:
+    """The study of a search in this space, with what was found in others before, as far as it lies in this one: a search that goes on may
+    know more options than when it began, and a study has the same ones all along. `afresh`: all that is forgotten."""
+    optuna, where = extra("optuna", "optuna"), open_storage(storage)
+    own = f"{name}-{hashlib.sha256(repr(space).encode()).hexdigest()[:8]}"
+    others = [n for n in optuna.study.get_all_study_names(where) if n.startswith(f"{name}-") and n != own]
+    if afresh:
+        for n in others:
+            optuna.delete_study(study_name=n, storage=where)
+        return open_study(storage, own, seed, afresh=True)
+    study = open_study(storage, own, seed)
+    known = distributions({p.name: p.options for p in space.places} | {HEAD: space.heads})
+    met = {tuple(sorted(t.choices.items())) for t in trials_of(study, space)}
+    for other in (optuna.load_study(study_name=n, storage=where) for n in others):
+        for t in trials_of(other, space):
+            if (key := tuple(sorted(t.choices.items()))) not in met:
+                met.add(key)
+                study.add_trial(optuna.trial.create_trial(params=t.choices, distributions=known, values=[t.rise, t.us, float(t.bytes)],
+                                                          user_attrs={"by": t.by}))
+    return study
+
+
+def distributions(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    of = extra("optuna", "optuna").distributions.CategoricalDistribution
+    return {n: of(its) for n, its in options.items()}
+
+
 def open_study(storage: str, name: str = STUDY, seed: int = 0, *, afresh: bool = False) -> Any:
-    """The study of a search. `storage`: a file, or the URL of a database. `afresh`: what is left there under its name is forgotten."""
+    """A study. `storage`: a file, or the URL of a database. `afresh`: what is left there under its name is forgotten."""
     optuna, where = extra("optuna", "optuna"), open_storage(storage)
     if afresh and name in optuna.study.get_all_study_names(where):
         optuna.delete_study(study_name=name, storage=where)
@@ -87,10 +115,10 @@ def redo(study: Any, worker: str | None = None) -> int:
 
 
 def trials_of(study: Any, space: Space) -> list[Trial]:
-    """All that were finished, in their order."""
-    out = []
+    """All that were finished and lie in the space, in their order."""
+    out, known = [], {p.name: p.options for p in space.places} | {HEAD: space.heads}
     for t in study.get_trials(deepcopy=False):
-        if t.values is not None and set(t.params) == {*space.names, HEAD}:
+        if t.values is not None and set(t.params) == set(known) and all(o in known[p] for p, o in t.params.items()):
             out.append(Trial(dict(t.params), t.values[0], t.values[1], int(t.values[2]), t.user_attrs.get("by", "evolution")))
     return out
 
@@ -196,13 +224,9 @@ class Search:
         return self.space.allowed(new)
 
     def _ask(self) -> Any:
-        trial = self.study.ask(self._distributions())
+        trial = self.study.ask(distributions(self.known))
         trial.set_user_attr("worker", self.worker)
         return trial
-
-    def _distributions(self) -> dict[str, Any]:
-        of = extra("optuna", "optuna").distributions.CategoricalDistribution
-        return {n: of(its) for n, its in self.known.items()}
 
     def _key(self, choices: Choices) -> tuple[str, ...]:
         return tuple(choices[n] for n in (*self.space.names, HEAD))
