@@ -79,9 +79,10 @@ if __name__ == "__main__":
                 print(f"round {r + 1}, {n} of them: {found[n][-1]:.1f} trials a minute (load {load[-1]:.1f} before)", flush=True)
     ratio = statistics.median(b / o for o, b in zip(found[1], found[2], strict=True))
     print(f"two give {ratio:.2f} x the trials of one")
-    row = {"model": "builtin:lm", "setting": f"two single-threaded workers against one, {'Ray tasks' if a.ray else 'processes'}, "
+    row = {"recipe": "search", "model": "builtin:lm", "seed": 0,
+           "setting": f"two single-threaded workers against one, {'Ray tasks' if a.ray else 'processes'}, "
            f"{'PostgreSQL' if a.storage else 'SQLite'}, {a.seconds:g} s of trials", "metric": "trials_ratio", "value": round(ratio, 3),
            "trials_per_minute": {str(n): [round(x, 1) for x in its] for n, its in found.items()}, "load_before": load, "methods": {},
-           "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+           "table": "search_workers", "machine": machine(), "date": time.strftime("%Y-%m-%d")}
     with a.out.open("a", encoding="utf-8") as f:
         f.write(json.dumps(row, sort_keys=True) + "\n")

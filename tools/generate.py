@@ -470,9 +470,11 @@ def retrieval_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str,
 
 
 def search_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
-    """Rows of benchmarks/search.py: at every speed and every loss asked, what the search found and what others did, the best first."""
+    """Rows of benchmarks/search.py: at every speed and every loss asked, what the search found and what others did, the best first. Of
+    what was run again the last; the file has them all."""
     if not every:
         return NOT_YET
+    every = list({(r["recipe"], r["setting"], r["model"]): r for r in every}.values())
     settings = sorted({r["setting"] for r in every}, key=lambda s: (s.endswith("loss"), float(re.split("[x%]", s)[0])))
     body = []
     for setting in settings:
@@ -488,11 +490,20 @@ def search_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
 
 
 def search_time_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
-    """Rows of benchmarks/search_time.py."""
+    """Rows of benchmarks/search_time.py, of each model the last."""
+    every = list({(r["model"], r["setting"]): r for r in every}.values())
     return NOT_YET if not every else table(
         ["model", "what", "median error", "worst", "pairs that are apart keep their order", "threads", "wanted"],
         [(r["model"], r["setting"], f"{r['value']:.1%}", f"{r['worst']:.1%}", f"{r['kept']:.1%} of {r['pairs']}", r["threads"],
           f"under 7%: {'met' if r['value'] < 0.07 else '**missed**'}") for r in every])
+
+
+def search_workers_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
+    """Rows of benchmarks/search_workers.py."""
+    return NOT_YET if not every else table(
+        ["model", "what", "one, trials a minute", "two", "two against one", "wanted"],
+        [(r["model"], r["setting"], *(" ".join(f"{x:.0f}" for x in r["trials_per_minute"][n]) for n in ("1", "2")), f"{r['value']:.2f} x",
+          f"1.7 x: {'met' if r['value'] >= 1.7 else '**missed**'}") for r in every])
 
 
 def shape_drawings(model: str, every: list[Row], reg: dict[str, Method]) -> dict[str, str]:
@@ -542,7 +553,7 @@ TABLES: dict[str, Callable[[list[Row], dict[str, Recipe], dict[str, Method]], st
     "kernels": kernels_table, "layers": layers_table, "decode": decode_table, "first_token": first_token_table,
     "profiles": profiles_table, "cache": cache_table, "llmcompressor": llmcompressor_table, "gates": gates_table,
     "shapes": shapes_table, "shape_winners": shape_winners_table, "shape_speed": shape_speed_table, "retrieval": retrieval_table,
-    "search": search_table, "search_time": search_time_table,
+    "search": search_table, "search_time": search_time_table, "search_workers": search_workers_table,
 }
 
 

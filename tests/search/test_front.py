@@ -1,6 +1,7 @@
 """The integer program against all there is, limits, and who is better than whom."""
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import random
@@ -10,7 +11,7 @@ import pytest
 
 from trimtab.core.types import BadInput
 from trimtab.search import front
-from trimtab.search.front import Limits, best, fastest, first_front, program
+from trimtab.search.front import Limits, best, fastest, first_front, nothing_said, program
 from trimtab.search.options import DENSE, DROP, HEAD
 from trimtab.search.space import KEEP, Place, Space, shape_of
 from trimtab.search.timing import Costs, of_timed, sooner
@@ -128,3 +129,12 @@ def test_without_the_extra_one_sentence_names_it(monkeypatch):
     monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name)))
     with pytest.raises(BadInput, match=r"pip install 'trimtab\[search\]'"):
         front.extra("optuna", "optuna")
+
+
+def test_what_c_code_says_is_not_in_what_programs_read(capfd):
+    say = ctypes.CDLL(None).printf
+    print("before")
+    with nothing_said():
+        say(b"HighsMipSolverData\n")
+    print("behind", flush=True)
+    assert capfd.readouterr().out == "before\nbehind\n"

@@ -1,8 +1,12 @@
 """The first front: what an integer program says of the tables, in an instant. And what is better than what."""
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,11 +81,30 @@ def program(space: Space, costs: Costs, rises: Rises, *, time: float = math.inf,
         rules.append(optimize.LinearConstraint(takes[None] / 1e6, -np.inf, size / 1e6))
     # Of what loses as much the quickest, and then the smallest.
     goal = lost + 1e-7 * took / max(took.max(), 1e-9) + 1e-8 * takes / max(takes.max(), 1.0)
-    found = optimize.milp(goal, constraints=rules, integrality=np.ones(len(cells)), bounds=optimize.Bounds(0, 1),
-                          options={"time_limit": 10.0})
+    with nothing_said():
+        found = optimize.milp(goal, constraints=rules, integrality=np.ones(len(cells)), bounds=optimize.Bounds(0, 1),
+                              options={"time_limit": 10.0})
     if found.x is None:
         return None
     return {p: o for (p, o), x in zip(cells, found.x, strict=True) if x > 0.5}
+
+
+@contextmanager
+def nothing_said() -> Iterator[None]:
+    """What C code writes to stdout goes nowhere: HiGHS 1.12 says a line of its own however silent it is asked to be (its issue 2783), and
+    what trimtab says there may be read by programs."""
+    sys.stdout.flush()
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _even(optimize: Any, space: Space, cells: list[tuple[str, str]]) -> list[Any]:
