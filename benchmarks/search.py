@@ -57,6 +57,7 @@ def main() -> None:
     a = ask.parse_args()
     if not green("decoder"):
         raise SystemExit("the decoder's tests are red: nothing is timed")
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
     model = model_path(a.model) if a.model.startswith("builtin:") else Path(a.model)
     asked = Asked(threads=a.threads, seed=a.seed)
     line.set_up(asked.options)
@@ -119,7 +120,7 @@ def main() -> None:
         names = list(finisher.proofs)
         unique = {n: next(m for m in names if finisher.choices[m] == finisher.choices[n]) for n in names}
         decoders = {n: open_decoder(finisher.timed(n)) for n in sorted(set(unique.values()))}
-        runs = race({**dense_decoders(model), **decoders}, prompts_of(calibration, 1, asked.context), rounds=21)
+        runs = race({**dense_decoders(model), **decoders}, prompts_of(calibration, 1, asked.context), rounds=63)
         base = fastest_dense(runs)
         dense_loss = assembled.dense
         for name, (how, setting, t) in zip(names, chosen, strict=True):
@@ -131,7 +132,7 @@ def main() -> None:
                 "search_value": math.exp(dense_loss + t.rise), "search_dense": math.exp(dense_loss), "speed": run.speed(runs[base]),
                 "quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]], "pairs": len(ratios), "told": costs.dense / t.us,
                 "bytes": proof["after"]["bytes"], "dense_bytes": proof["before"]["bytes"], "baseline": base, "by": t.by,
-                "trials": len(ways[how]), "whole": str(whole), "table": "search", "seed": a.seed, "methods": {},
+                "trials": len(ways[how]), "whole": str(whole), "began": began, "table": "search", "seed": a.seed, "methods": {},
                 "threads": torch.get_num_threads(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
             with a.out.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, sort_keys=True) + "\n")

@@ -471,10 +471,10 @@ def retrieval_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str,
 
 def search_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
     """Rows of benchmarks/search.py: at every speed and every loss asked, what the search found and what others did, the best first. Of
-    what was run again the last; the file has them all."""
+    several runs the last; the file has them all."""
     if not every:
         return NOT_YET
-    every = list({(r["recipe"], r["setting"], r["model"]): r for r in every}.values())
+    every = [r for r in every if r.get("began") == every[-1].get("began")]
     settings = sorted({r["setting"] for r in every}, key=lambda s: (s.endswith("loss"), float(re.split("[x%]", s)[0])))
     body = []
     for setting in settings:

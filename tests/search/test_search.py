@@ -163,6 +163,26 @@ def test_a_search_that_was_stopped_goes_on(tiny_lm, small, home, tmp_path, monke
         tt.search(tiny_lm, out, min_speed=0.5, **small)
 
 
+def test_a_search_that_goes_on_makes_models_anew_that_are_others_now(tiny_lm, small, home, tmp_path, monkeypatch):
+    """What stood under a name before it was stopped had another recipe: options are there now that were not."""
+    out, finish = tmp_path / "out", search_.Finisher.finish
+
+    def stops(self, choices, name):
+        finish(self, {p: "int8" if o != "keep" else o for p, o in choices.items()}, name)
+        finish(self, {p: "int4" if p == "0.mlp" else o for p, o in self.space.dense.items()}, "left")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_.Finisher, "finish", stops)
+    with monkeypatch.context() as fewer, pytest.raises(Failed, match="--resume"):
+        fewer.setattr(search_, "WHOLES", (search_.PLAIN,))
+        tt.search(tiny_lm, out, min_speed=0.5, **small)
+    monkeypatch.setattr(search_.Finisher, "finish", finish)
+    result = tt.search(tiny_lm, out, min_speed=0.5, **small, resume=True)
+    assert {p.name for p in (out / "models").iterdir()} <= {p["name"] for p in [*result["front"], *result["baselines"]]} | {
+        p["out"].removeprefix("models/") for p in [*result["front"], *result["baselines"][1:]]} | {f"p{k}" for k in range(9)}
+    assert not (out / "models" / "left").exists()
+
+
 def test_plain_models_are_opened_by_others(tiny_lm, small, home, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -170,6 +190,12 @@ def test_plain_models_are_opened_by_others(tiny_lm, small, home, tmp_path):
     used = {o for p in result["front"] for o in p["choices"].values()}
     assert used <= {DENSE, DROP, "neurons50", "keep"} and any("decoder" in w for w in result["warnings"])
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / result["front"][0]["out"])
+
+
+def test_what_has_no_codes_is_no_point_for_runtimes_that_open_codes_alone(tiny_lm, small, home, tmp_path):
+    result = tt.search(tiny_lm, tmp_path / "out", formats="compressed-tensors", **{**small, "points": 5})
+    assert all(set(p["choices"].values()) != {DENSE, "keep"} for p in result["front"])
+    assert all((tmp_path / "out" / f"{p['out']}-compressed-tensors").is_dir() for p in result["front"])
 
 
 @pytest.mark.parametrize(("limits", "says"), [
@@ -223,14 +249,14 @@ def test_rewrites_and_repairs_are_chosen_for_all_by_what_is_lost(tiny_lm, calib,
         made.clear()
         edited = Edited(net, data.prepare(net, (calib,), "calibration", 4, 32, 0), tmp_path, StatCache())
         return search_.whole_of(net, of, edited, Told(), lambda its: made.extend(i["option"] for i in its) or [],
-                                search_.Clock(time.monotonic() - 1, seconds), lambda s, d, n: None)
+                                search_.Clock(time.monotonic(), seconds), lambda s, d, n: None)
 
     whole, tried = chosen(math.inf)
     assert (whole.rewrite, whole.repair) == ("", "gain") and [t["rise"] for t in tried] == [3.0, 2.0, 1.0, 4.0]
     assert set(made) == set(lost)
     assert {o for p in space.made(whole).places for o in p.options} == {DENSE, "int8", "int4-gain", "neurons50", DROP}
     assert recipe_of(space.made(whole), {"0.mlp": "int4-gain"}).text == "0.mlp.*: grid/int(bits=4,group=128) | edit/gptq | repair/gain"
-    assert chosen(2.0)[0] == search_.PLAIN and set(made) == {"int4"}  # no time
+    assert chosen(0.0)[0] == search_.PLAIN and set(made) == {"int4"}  # no time
     assert chosen(math.inf, space.only(("neurons50",))) == (search_.PLAIN, []) and not made
 
 

@@ -89,7 +89,7 @@ def test_a_search_that_knows_more_options_goes_on_with_what_it_found(tmp_path):
     store = str(tmp_path / "trials.db")
 
     def run(own):
-        work = Search(study_of(store, "name", own), own, costs, rises, lambda cs: [added(c, rises) for c in cs])
+        work = Search(study_of(store, "name", own, costs), own, costs, rises, lambda cs: [added(c, rises) for c in cs])
         had = trials_of(work.study, own)
         work.run(math.inf, most=8)
         return had, trials_of(work.study, own)
@@ -103,8 +103,8 @@ def test_a_search_that_knows_more_options_goes_on_with_what_it_found(tmp_path):
     assert unlike(had) == unlike(first) and len(both) == len(had) + 8
     back, _ = run(few)  # of what was found since what lies in the smaller space
     assert unlike(back) == unlike(first) | {k: v for k, v in unlike(both).items() if {o for _, o in k} <= {"dense", "int8", "keep"}}
-    assert trials_of(study_of(store, "name", space, afresh=True), space) == trials_of(study_of(store, "name", few), few) == []
-    assert not trials_of(study_of(store, "another", space), space)
+    assert trials_of(study_of(store, "name", space, costs, afresh=True), space) == trials_of(study_of(store, "name", few, costs), few) == []
+    assert not trials_of(study_of(store, "another", space, costs), space)
 
 
 def test_a_storage_that_does_not_open_is_one_line(tmp_path):

@@ -117,8 +117,8 @@ def test_what_a_killed_worker_had_begun_is_done_again_and_nothing_is_lost(where,
     assert MOST + 1 <= made <= len(by_state["COMPLETE"]) and nobody in {t.number for t in by_state["FAIL"]} and len(by_state["FAIL"]) > 1
     assert {t.user_attrs["worker"] for t in by_state["COMPLETE"]} == {"0", "1"}
     for lost in by_state["FAIL"]:
-        asked = lost.params or lost.system_attrs["fixed_params"]
-        # One that was killed while it still drew has drawn a part of it.
+        asked = lost.params or lost.system_attrs.get("fixed_params", {})
+        # One that was killed while it still drew has drawn a part of it, or nothing yet.
         assert any(t.params.items() >= asked.items() and t.number > lost.number for t in by_state["COMPLETE"])
     trials = trials_of(study, assembled.space)
     assert [t.rise for t in trials if t.choices == assembled.space.dense and t.by == "program"] == [0]

@@ -1,6 +1,7 @@
 """What it costs to round or to gate some sites and no others, as it is measured: of the loss, or of the outputs of a block."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -70,7 +71,7 @@ def divergences_behind(walk: Walk, own: Sequence[Tensor], others: Sequence[Seque
         for k, states in enumerate(others):  # differences are small beside what they are of
             total[k] += float(torch.dot(sure, said(states[b]).neg_().add_(first).flatten()))
         count += int(followed.sum())
-    return [max(0.0, t / max(count, 1)) for t in total]
+    return [max(0.0, t / max(count, 1)) if math.isfinite(t) else math.inf for t in total]
 
 
 class Measured(Walk):

@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ T = TypeVar("T")
 Rises = Mapping[str, Mapping[str, float]]  # nats by place and option
 STEPS = 24  # times that the program is solved for
 SLACK = 1 + 1e-9
+SAYING = threading.Lock()
 
 
 def extra(name: str, of: str) -> Any:
@@ -93,18 +95,24 @@ def program(space: Space, costs: Costs, rises: Rises, *, time: float = math.inf,
 def nothing_said() -> Iterator[None]:
     """What C code writes to stdout goes nowhere: HiGHS 1.12 says a line of its own however silent it is asked to be (its issue 2783), and
     what trimtab says there may be read by programs."""
-    sys.stdout.flush()
-    flush = ctypes.CDLL(None).fflush
-    flush(None)
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
+    with SAYING:
+        try:
+            kept = os.dup(1)
+        except OSError:  # closed: nothing is said there
+            yield
+            return
+        flush = ctypes.CDLL(None).fflush
+        if sys.stdout is not None:
+            sys.stdout.flush()
         flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _even(optimize: Any, space: Space, cells: list[tuple[str, str]]) -> list[Any]:

@@ -61,7 +61,7 @@ BROKEN = 2.0        # nats that no option alone may lose
 TIMING, WHOLE, TABLES = 0.25, 0.1, 0.55  # of the time, when options are no more timed, ways for all no more tried, options no more made
 JUDGE = "int4"      # the option by which ways for all of them are compared
 MODELLING = 0.6     # of what is left behind the tables, what finishing may take at most
-WAY = 8             # steps that a prompt takes as long as, before a turn of the race
+WAY = 0.125         # steps that a token of a prompt takes as long as, before a turn of the race
 SHORT = 8           # rounds of the race that says whether a model is as fast as was asked
 PROXIES = 0.03      # of the time, what has to be left for proxies that take some
 WRITING = 0.015     # of the time, what is left when the race ends
@@ -159,7 +159,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
             space = replace(space, heads=(KEEP,), even=True)
         costs = Layouts(model, net, space, calibration, home, Path(tmp), batch=asked.batch, context=asked.context,
                         machine=machine()).costs(tick, clock.at(TIMING))
-        clock.turns = 1e-6 * costs.dense * (ROUNDS + 1) * (NEW + WAY)
+        clock.turns = 1e-6 * costs.dense * (ROUNDS + 1) * (NEW + WAY * asked.batch * asked.context)
         space = of_timed(space, costs)
         check_limits(space, costs, asked.limits)
         edited = Edited(net, calibration, home, StatCache())
@@ -179,7 +179,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
                 tick("resume: nothing to continue, starting afresh", 0, 0)
             finisher = Finisher(model, net, space, costs, journal.dir, asked, edited.stats, clock, tick, calibration)
             storage = asked.storage or file_in(journal.dir.resolve())
-            study = study_of(storage, key_of(header, str(out.resolve())), space, asked.seed, afresh=not resumed)
+            study = study_of(storage, key_of(header, str(out.resolve())), space, costs, asked.seed, afresh=not resumed)
             redo(study)
             work = Search(study, space, costs, rises, assembled.rises, asked.seed)
             work.queue([space.dense, *first], "program")
@@ -195,10 +195,11 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
             if workers:  # what is timed from here on is alone
                 workers.close()
             tick("search", 1000, 1000)
-            trials = trials_of(study, space)
-            points = finish_front(finisher, trials, asked, rivals)
+            trials = trials_of(study, space, costs)
+            points = finish_front(finisher, [t for t in trials if t.choices != space.dense], asked, rivals)
             result = told(model, net, space, costs, rises, asked, finisher, trials, rivals, points, assembled.dense, edited, clock, tick)
             result["whole"] = {"rewrite": whole.rewrite, "repair": whole.repair, "tried": tried}
+            forget(finisher)
             write(journal, result)
             journal.close(remove=True)
     tidy(home)
@@ -290,16 +291,18 @@ def whole_of(net: Network, space: Space, edited: Edited, assembled: Assembled, t
              ) -> tuple[Whole, list[dict[str, Any]]]:
     """What is chosen for the whole network: of rewrites and repairs around codes those with which it loses the least where all of it is in
     codes of 4 bits; and what each of those that there was time for loses so, in nats."""
-    ways = [w for w in WHOLES if all(takes(net, OPTIONS[MADE.get((JUDGE, w), JUDGE)], g) for g in OPTIONS[JUDGE].groups)]
-    if not any(JUDGE in p.options for p in space.places):
+    groups = sorted({p.group for p in space.places if JUDGE in p.options})
+    ways = [w for w in WHOLES if all(takes(net, OPTIONS[MADE.get((JUDGE, w), JUDGE)], g) for g in groups)]
+    if not groups:
         return PLAIN, []
     found: dict[Whole, float] = {}
+    until = time.monotonic() + WHOLE * clock.seconds
     for k, whole in enumerate(ways):
         option = MADE.get((JUDGE, whole), JUDGE)
-        if k and time.monotonic() > clock.at(WHOLE) and not all(edited.has(OPTIONS[option], g) for g in OPTIONS[option].groups):
+        if k and time.monotonic() > until and not all(edited.has(OPTIONS[option], g) for g in groups):
             continue
         tick("rewrites and repairs", k, len(ways))
-        for _ in tables({"option": option, "group": g, "places": []} for g in OPTIONS[option].groups):
+        for _ in tables({"option": option, "group": g, "places": []} for g in groups):
             pass
         found[whole] = assembled.rises([{p.name: option if JUDGE in p.options else DENSE for p in space.places} | {HEAD: KEEP}])[0]
     tick("rewrites and repairs", len(ways), len(ways))
@@ -371,7 +374,7 @@ def baselines(space: Space, costs: Costs, rises: Mapping[str, Mapping[str, float
             at = math.sqrt(costs.time(own.dense) * fastest(own, costs))
         if (choices := program(own, costs, rises, time=at, size=size)) is not None:
             found.append((family, choices))
-    return found
+    return [(family, choices) for family, choices in found if choices != space.dense]  # that one stands there anyway
 
 
 # ---- finished models ------------------------------------------------------------------------------
@@ -402,7 +405,7 @@ class Finisher:
         out = self.dir / MODELS / name
         out.parent.mkdir(exist_ok=True)
         head = ("int8" if taken[HEAD] == INT8 else "keep") if self.asked.options.pack else None
-        opts = replace(self.asked.options, cache=self.stats, head=head, resume=True)
+        opts = replace(self.asked.options, cache=self.stats, head=head, resume=True, force=True)
         proof = line.trim(self.model, recipe_of(self.space, taken), out, opts, lambda s, d, n: None)
         if (runtime := self.asked.formats) in EXPORTS:
             told_ = export(out, runtime, out.with_name(name + EXPORTS[runtime]), force=True)
@@ -631,6 +634,14 @@ def ranked_proxies(net: Network, space: Space, costs: Costs, rises: Mapping[str,
         rest = net.n_params - sum(s.size for s in net.sites)
         known = replace(known, params=params, error=off, components={k: float(n) for k, n in own.items()}, rest=rest)
     return proxies.correlations(proxies.values(known, [t.choices for t in usable]), [t.rise for t in usable])
+
+
+def forget(finisher: Finisher) -> None:
+    """What an earlier run left that was stopped, and that nothing stands for any more."""
+    kept = {name + end for name in finisher.choices for end in ("", *EXPORTS.values())}
+    for left in (finisher.dir / MODELS).iterdir():
+        if left.name not in kept:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def write(journal: Journal, result: Mapping[str, Any]) -> None:

@@ -68,16 +68,17 @@ def race(decoders: Mapping[str, Decoder], prompts: Sequence[Tensor], *, new: int
     is time for until this moment of `time.monotonic`."""
     runs = {name: Runs(d.places) for name, d in decoders.items()}
     names = list(decoders)
-    r, took = 0, 0.0
-    while r <= rounds or time.monotonic() + took < until:
+    r, over = 0, False
+    while not over:
         began = time.monotonic()
         for name in names[::-1] if r % 2 else names:
             step, spent = decoders[name].timed(prompts, new if r else min(new, 8))
             if r:
                 runs[name].steps.append(step)
                 runs[name].spent.append(spent)
-        took = time.monotonic() - began
-        if r < rounds or time.monotonic() + took >= until:
+        now = time.monotonic()
+        over = r >= rounds and now + now - began >= until
+        if r < rounds or over:
             tick(min(r, rounds), rounds)
         r += 1
     return runs
@@ -170,7 +171,7 @@ class Layouts:
             for name, choices in list(todo.items()):
                 if some and size > TOGETHER:
                     break
-                if done >= len(self.space.heads) and time.monotonic() > until:
+                if not name.startswith(HEAD) and time.monotonic() > until:
                     todo = {}
                     break
                 some[name] = self.lay_out(choices, len(some))

@@ -67,7 +67,7 @@ def _whole(engine: Any) -> None:
     engine.dispose()  # what is connected already does not know
 
 
-def study_of(storage: str, name: str, space: Space, seed: int = 0, *, afresh: bool = False) -> Any:
+def study_of(storage: str, name: str, space: Space, costs: Costs, seed: int = 0, *, afresh: bool = False) -> Any:
     """The study of a search in this space, with what was found in others before, as far as it lies in this one: a search that goes on may
     know more options than when it began, and a study has the same ones all along. `afresh`: all that is forgotten."""
     optuna, where = extra("optuna", "optuna"), open_storage(storage)
@@ -81,7 +81,7 @@ def study_of(storage: str, name: str, space: Space, seed: int = 0, *, afresh: bo
     known = distributions({p.name: p.options for p in space.places} | {HEAD: space.heads})
     met = {tuple(sorted(t.choices.items())) for t in trials_of(study, space)}
     for other in (optuna.load_study(study_name=n, storage=where) for n in others):
-        for t in trials_of(other, space):
+        for t in trials_of(other, space, costs):
             if (key := tuple(sorted(t.choices.items()))) not in met:
                 met.add(key)
                 study.add_trial(optuna.trial.create_trial(params=t.choices, distributions=known, values=[t.rise, t.us, float(t.bytes)],
@@ -114,12 +114,14 @@ def redo(study: Any, worker: str | None = None) -> int:
     return len(left)
 
 
-def trials_of(study: Any, space: Space) -> list[Trial]:
-    """All that were finished and lie in the space, in their order."""
+def trials_of(study: Any, space: Space, costs: Costs | None = None) -> list[Trial]:
+    """All that were finished and lie in the space, in their order; times and bytes as these costs tell them, which may be other ones than
+    when they were made."""
     out, known = [], {p.name: p.options for p in space.places} | {HEAD: space.heads}
     for t in study.get_trials(deepcopy=False):
         if t.values is not None and set(t.params) == set(known) and all(o in known[p] for p, o in t.params.items()):
-            out.append(Trial(dict(t.params), t.values[0], t.values[1], int(t.values[2]), t.user_attrs.get("by", "evolution")))
+            us, size = (costs.time(t.params), costs.size(t.params)) if costs else (t.values[1], int(t.values[2]))
+            out.append(Trial(dict(t.params), t.values[0], us, size, t.user_attrs.get("by", "evolution")))
     return out
 
 
@@ -187,7 +189,7 @@ class Search:
             depth and width, one or two sublayers at a time
         Deviations: candidates are neighbours of the front, not of all the space; what is fitted is chosen by cross-validation
         """
-        done = trials_of(self.study, self.space)
+        done = trials_of(self.study, self.space, self.costs)
         front = front_of(done)
         if len(done) < LEARN or not front:
             return [self._moved(self.draw.choice(front).choices) for _ in range(BATCH)] if front else []
