@@ -13,6 +13,7 @@ import trimtab as tt
 from trimtab.cli import main
 from trimtab.core import data, line, spec
 from trimtab.core.calibrate import StatCache
+from trimtab.core.measured import loss_behind
 from trimtab.core.types import BadInput, Failed
 from trimtab.network.stream import Network
 from trimtab.search import search as search_
@@ -208,6 +209,7 @@ def test_what_cannot_be_is_said_early_and_nothing_is_written(tiny_lm, small, hom
         return [0.5 * sum(o != DENSE for p, o in c.items() if p != "head") for c in candidates]
 
     monkeypatch.setattr(Assembled, "rises", rises)
+    monkeypatch.setattr(Assembled, "at_most", rises)
     with pytest.raises(BadInput, match=says):
         tt.search(tiny_lm, tmp_path / "out", **limits, **small)
     assert not list(tmp_path.glob("out*"))
@@ -274,6 +276,49 @@ def test_what_is_left_of_the_time_is_raced_in():
     assert 0.2 < time.monotonic() - began <= 0.3 + 0.1 and len(runs["a"].steps) == len(runs["b"].steps) > 3
     assert told[-1] == (3, 3) and told.count((3, 3)) == 1
     assert len(timing.race({"a": Fast()}, [], rounds=3)["a"].steps) == 3
+
+
+def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
+    from tests.search.test_front import made
+
+    space, costs, _ = made(0)
+    choices = [space.dense | {"0.mlp": o} for o in ("drop", "int4", "int8")] + [space.dense]
+    trials = [search_.Trial(c, rise, us, 10 * k, "") for k, (c, rise, us) in enumerate(
+        zip(choices, (0.4, 0.2, 0.08, 0.0), (10.0, 20.0, 30.0, 40.0), strict=True))]
+    true = {10.0: 0.11, 20.0: 0.07, 30.0: 0.03, 40.0: 0.0}
+    asked = []
+
+    def at_most(candidates):
+        asked.extend(candidates)
+        return [true[next(t.us for t in trials if t.choices == c)] for c in candidates]
+
+    def answer(**limits):
+        asked.clear()
+        found = search_.answer_of(trials, search_.Limits(**limits), costs, at_most)
+        return found and found.us
+
+    assert answer(loss=math.expm1(0.1)) == 20.0 and len(asked) == 2  # a divergence of 0.2, and a loss of 0.07 at most
+    assert answer(loss=math.expm1(0.05)) == 30.0 and answer(loss=math.expm1(0.12)) == 10.0
+    assert answer(loss=0.0) == 40.0 and not asked
+    assert answer(loss=math.expm1(0.05), bytes=10) is None and answer(loss=math.expm1(0.08), bytes=10) == 20.0
+    assert answer(speed=costs.dense / 20.0) == 20.0 and not asked
+
+
+def test_what_is_lost_at_most_is_the_loss_with_its_error(tiny_lm, calib, tmp_path):
+    net = Network.open(tiny_lm)
+    samples = data.prepare(net, (calib,), "calibration", 12, 32, 0)
+    space, edited = space_of(net, [OPTIONS[n] for n in FEW]), Edited(net, samples[:4], tmp_path, StatCache())
+    edited.make(OPTIONS["neurons50"], "mlp", lambda s, d, n: None)
+    told = Assembled(net, space, samples[4:], edited.read, tmp_path)
+    chosen = space.dense | {"1.mlp": "neurons50"}
+    assert told.at_most([space.dense, chosen, space.dense])[::2] == [0.0, 0.0]
+    each = []
+    for batch in samples[4:]:  # one sample at a time
+        one = Assembled(net, space, [batch], edited.read, tmp_path)
+        hidden = one._behind([one._key(chosen)])[one._key(chosen)]
+        each.append(loss_behind(one, hidden) - one.dense)
+    off = torch.tensor(each, dtype=torch.float64)
+    assert told.at_most([chosen]) == [pytest.approx(float(off.mean() + 2 * off.std() / len(off) ** 0.5), rel=1e-4, abs=1e-7)]
 
 
 def test_prompts_and_runs():

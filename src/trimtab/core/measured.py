@@ -39,15 +39,20 @@ def replaced(net: Any, module: nn.Module, weights: Mapping[Site, Tensor]) -> Ite
 
 def loss_behind(walk: Walk, hidden: Iterable[Tensor]) -> float:
     """The mean loss of a next token in nats, of a walk's batches whose hidden states behind the last block are these."""
-    total, count = 0.0, 0
+    each = list(losses_behind(walk, hidden))
+    return sum(total for total, _ in each) / max(sum(count for _, count in each), 1)
+
+
+def losses_behind(walk: Walk, hidden: Iterable[Tensor]) -> Iterator[tuple[float, int]]:
+    """Of every sequence the loss of all its next tokens, and how many there are."""
     for b, x in enumerate(hidden):
         ids = walk.batches[b]["input_ids"]
         real = walk.batches[b].get("attention_mask", torch.ones_like(ids)).bool()
         followed = real[:, :-1] & real[:, 1:]
         logits = walk.net.finish(x, walk.contexts[b], walk.batches[b])[:, :-1][followed].float()
-        total += float(nn.functional.cross_entropy(logits, ids[:, 1:][followed], reduction="sum"))
-        count += int(followed.sum())
-    return total / max(count, 1)
+        each = nn.functional.cross_entropy(logits, ids[:, 1:][followed], reduction="none").double()
+        sums = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, followed.nonzero()[:, 0], each)
+        yield from zip(sums.tolist(), followed.sum(1).tolist(), strict=True)
 
 
 def divergences_behind(walk: Walk, own: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> list[float]:

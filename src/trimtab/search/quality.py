@@ -1,6 +1,8 @@
 """How far a network is from itself with other sublayers: assembled from what each of them became, and run on the search split."""
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
-from trimtab.core.measured import divergences_behind, loss_behind
+from trimtab.core.measured import divergences_behind, losses_behind
 from trimtab.network.stream import Network
 from trimtab.search.options import DENSE
 from trimtab.search.space import Choices, Space
@@ -35,7 +37,8 @@ class Assembled(Walk):
         self._by_block = [[p for p in space.places if p.block == i] for i in range(space.blocks)]
         self._own = self._behind([own := self._key(space.dense)])[own]
         self._known: dict[tuple[str, ...], float] = {own: 0.0}
-        self.dense = loss_behind(self, self._own)
+        self._losses = list(losses_behind(self, self._own))
+        self.dense = sum(total for total, _ in self._losses) / max(sum(count for _, count in self._losses), 1)
         net.release()
 
     def rises(self, candidates: Sequence[Choices]) -> list[float]:
@@ -50,6 +53,22 @@ class Assembled(Walk):
             self._known |= zip(part, divergences_behind(self, self._own, [states[k] for k in part]), strict=True)
             self.net.release()
         return [self._known[k] for k in keys]
+
+    def at_most(self, candidates: Sequence[Choices]) -> list[float]:
+        """Of each: what its loss on the search split rises by, nats, with twice the standard error of that over the samples. The divergence
+        says more surely which of two loses less; this says how much, where that is much."""
+        keys = [self._key(c) for c in candidates]
+        found = {}
+        some = max(1, int(ROOM / max(1, self._held)))
+        todo = sorted(set(keys))
+        for begin in range(0, len(todo), some):
+            states = self._behind(todo[begin:begin + some])
+            for k, hidden in states.items():
+                both = zip(losses_behind(self, hidden), self._losses, strict=True)
+                off = [(total - own) / max(count, 1) for (total, count), (own, _) in both]
+                found[k] = statistics.fmean(off) + 2 * (statistics.stdev(off) / math.sqrt(len(off)) if len(off) > 1 else abs(off[0]))
+            self.net.release()
+        return [found[k] for k in keys]
 
     def _key(self, choices: Choices) -> tuple[str, ...]:
         return tuple(choices[p.name] for p in self.space.places)

@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -52,13 +52,16 @@ from trimtab.search.timing import (
 from trimtab.search.trials import Search, Trial, file_in, open_storage, redo, study_of, trials_of
 from trimtab.search.work import Tables, tables_by, trials_by
 
+AtMost = Callable[[Sequence[Choices]], list[float]]  # what choices lose at most, nats
+
 EXPORTS = {"gguf": ".gguf", "compressed-tensors": "-compressed-tensors"}  # what a finished model is written as beside its folder
 RESULT, PAGE, MODELS = "search.json", "report.html", "models"
 SPLIT = 16          # sequences of the search split
 FIRST = ("int4", "int8")  # which mostly lose next to nothing, and are measured first
 WORST = 0.7         # nats that a point of the front may lose: half as likely, token for token
 BROKEN = 2.0        # nats that no option alone may lose
-TIMING, WHOLE, TABLES = 0.25, 0.1, 0.55  # of the time, when options are no more timed, ways for all no more tried, options no more made
+TIMING, TABLES = 0.25, 0.55  # of the time, when options are no more timed, and no more made
+RATHER = 40         # options like the first, for which there has to be time before other ways of making them all are tried
 JUDGE = "int4"      # the option by which ways for all of them are compared
 MODELLING = 0.6     # of what is left behind the tables, what finishing may take at most
 WAY = 0.125         # steps that a token of a prompt takes as long as, before a turn of the race
@@ -67,6 +70,7 @@ PROXIES = 0.03      # of the time, what has to be left for proxies that take som
 WRITING = 0.015     # of the time, what is left when the race ends
 ROOM = 1.01         # times the asked speed, what is told of an answer
 LEAST = 16          # trials that are made at any rate
+HOPE = 5.0          # times the limit, above which a divergence means no loss within it
 RUINED = 9.0        # of the dense perplexity: no model that anybody wants
 TELLING = 0.04      # what is kept for proxies, samples of text and the page
 FINISHING = 0.3     # what is kept for finishing models until the first one says how long that takes
@@ -196,7 +200,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
                 workers.close()
             tick("search", 1000, 1000)
             trials = trials_of(study, space, costs)
-            points = finish_front(finisher, [t for t in trials if t.choices != space.dense], asked, rivals)
+            points = finish_front(finisher, [t for t in trials if t.choices != space.dense], asked, rivals, assembled.at_most)
             result = told(model, net, space, costs, rises, asked, finisher, trials, rivals, points, assembled.dense, edited, clock, tick)
             result["whole"] = {"rewrite": whole.rewrite, "repair": whole.repair, "tried": tried}
             forget(finisher)
@@ -256,7 +260,7 @@ def check_loss(first: Sequence[Choices], space: Space, costs: Costs, rises: Mapp
         return
     most = RUINED if limits.loss is None else 2 * limits.loss + 0.02
     found = program(space, costs, rises, time=costs.dense / limits.speed if limits.speed else math.inf, size=limits.bytes or math.inf)
-    loss = math.expm1(min(50.0, assembled.rises([found])[0])) if found else math.inf
+    loss = math.expm1(min(50.0, *assembled.rises([found]), *assembled.at_most([found]))) if found else math.inf
     if loss <= most:
         return
     costly = f"costs {100 * loss:.3g} % more perplexity" if found else "takes what breaks the network by itself"
@@ -296,10 +300,11 @@ def whole_of(net: Network, space: Space, edited: Edited, assembled: Assembled, t
     if not groups:
         return PLAIN, []
     found: dict[Whole, float] = {}
-    until = time.monotonic() + WHOLE * clock.seconds
+    began, first = time.monotonic(), 0.0
     for k, whole in enumerate(ways):
         option = MADE.get((JUDGE, whole), JUDGE)
-        if k and time.monotonic() > until and not all(edited.has(OPTIONS[option], g) for g in groups):
+        first = first or time.monotonic() - began if k else 0.0
+        if k and RATHER * first > clock.at(TABLES) - time.monotonic() and not all(edited.has(OPTIONS[option], g) for g in groups):
             continue
         tick("rewrites and repairs", k, len(ways))
         for _ in tables({"option": option, "group": g, "places": []} for g in groups):
@@ -436,14 +441,15 @@ class Finisher:
         return where
 
 
-def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, rivals: Sequence[tuple[str, Choices]]) -> list[str]:
+def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, rivals: Sequence[tuple[str, Choices]], at_most: AtMost
+                 ) -> list[str]:
     """The names of the finished points of the front: what answers what was asked first, again where its proof falls short; then points
     spread over the speeds that there are, and the baselines, by turns, as long as there is time."""
     limits, clock = asked.limits, finisher.clock
     names: list[str] = []
     wanted = spared(limits)
     while limits != Limits() and len(names) < 3 and (not names or clock.left > clock.finishing(1)):
-        if (answer := answer_of(trials, wanted, finisher.costs)) is None:
+        if (answer := answer_of(trials, wanted, finisher.costs, at_most)) is None:
             break
         proof = finisher.finish(answer.choices, name := f"answer{len(names) + 1}" if names else "answer")
         names.append(name)
@@ -471,12 +477,24 @@ def spared(limits: Limits) -> Limits:
     return replace(limits, speed=limits.speed * ROOM if limits.speed else None)
 
 
-def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs) -> Trial | None:
-    """What meets the limits at the least loss, or at the greatest speed where loss is all that is limited."""
-    fits = [t for t in trials if t.rise <= math.log1p(RUINED) and limits.met(math.expm1(t.rise), t.bytes, costs.dense / t.us)]
-    if limits.speed or limits.bytes:
-        return min(fits, key=lambda t: (t.rise, t.us), default=None)
-    return min(fits, key=lambda t: (t.us, t.rise), default=None)
+def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, at_most: AtMost) -> Trial | None:
+    """What meets the limits at the least loss, or at the greatest speed where loss is all that is limited. The divergence is mostly more
+    than what the loss rises by: where it is above the limit, the loss itself is asked, with its error."""
+    fits = [t for t in trials if t.rise <= math.log1p(RUINED) and replace(limits, loss=None).met(0, t.bytes, costs.dense / t.us)]
+    alone = not (limits.speed or limits.bytes)
+    fits.sort(key=lambda t: (t.us, t.rise) if alone else (t.rise, t.us))
+    if limits.loss is None:
+        return fits[0] if fits else None
+    most = math.log1p(limits.loss)
+    if not alone:
+        return next((t for t in fits[:1] if t.rise <= most or at_most([t.choices])[0] <= most), None)
+    front = [t for t in best(fits, lambda t: (t.us, t.rise)) if t.rise <= HOPE * most]
+    front.sort(key=lambda t: t.us)  # and so by what they lose, the most first: looked for by halves
+    low, high = 0, next((k for k, t in enumerate(front) if t.rise <= most), len(front))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at_most([front[middle].choices])[0] <= most else (middle + 1, high)
+    return front[low] if low < len(front) else None
 
 
 def spread(trials: Sequence[Trial], count: int) -> list[Trial]:
