@@ -299,6 +299,7 @@ def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
 
     assert answer(loss=math.expm1(0.1)) == 20.0 and len(asked) == 2  # a divergence of 0.2, and a loss of 0.07 at most
     assert answer(loss=math.expm1(0.05)) == 30.0 and answer(loss=math.expm1(0.12)) == 10.0
+    assert answer(loss=math.expm1(0.0695)) == 30.0  # of perplexity, not of nats: 7.2 %
     assert answer(loss=0.0) == 40.0 and not asked
     assert answer(loss=math.expm1(0.05), bytes=10) is None and answer(loss=math.expm1(0.08), bytes=10) == 20.0
     assert answer(speed=costs.dense / 20.0) == 20.0 and not asked
