@@ -32,7 +32,7 @@ from trimtab.search.edited import Edited, cache_home
 from trimtab.search.front import Limits, first_front, program
 from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS, opened_by
 from trimtab.search.quality import Assembled
-from trimtab.search.search import SPLIT, Asked, Clock, Finisher, known_rises, of_known, whole_of
+from trimtab.search.search import SPLIT, Asked, Clock, Finisher, answer_of, known_rises, of_known, whole_of
 from trimtab.search.space import KEEP, Space, space_of
 from trimtab.search.timing import Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
 from trimtab.search.trials import Search, Trial, open_study, trials_of
@@ -111,8 +111,8 @@ def main() -> None:
                 if fits := [t for t in trials if costs.dense / t.us >= s * ROOM and t.rise < USABLE]:
                     chosen.append((how, f"{s:g}x", min(fits, key=lambda t: (t.rise, t.us))))
             for x in a.losses:
-                if fits := [t for t in trials if math.expm1(min(t.rise, 50)) <= x]:
-                    chosen.append((how, f"{100 * x:g}% loss", min(fits, key=lambda t: (t.us, t.rise))))
+                if (t := answer_of(trials, Limits(loss=x), costs, assembled.at_most)) is not None:
+                    chosen.append((how, f"{100 * x:g}% loss", t))
         for k, (how, setting, t) in enumerate(chosen):
             mark = hashlib.sha256(json.dumps(t.choices, sort_keys=True).encode()).hexdigest()[:8]
             finisher.finish(t.choices, f"{how} {setting} {mark}".replace(" ", "-").replace("%", "pc"))
