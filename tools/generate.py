@@ -483,10 +483,16 @@ def search_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
         for k, r in enumerate(mine):
             low, high = r["quartiles"]
             who = f"**{r['recipe']}**" if r["recipe"] == "search" else r["recipe"]
-            body.append(("at most " * setting.endswith("loss") + setting if not k else "", who, f"{r['value']:.4g}",
-                         f"{r['value'] / r['dense'] - 1:+.1%}", f"{r['speed']:.2f} x ({low:.2f} to {high:.2f})", f"{r['told']:.2f} x",
+            body.append(("at most " * setting.endswith("loss") + setting if not k else "", who, f"{r['value']:.5g}",
+                         lost(r), f"{r['speed']:.2f} x ({low:.2f} to {high:.2f})", f"{r['told']:.2f} x",
                          f"{r['bytes'] / 1e6:.2f} MB"))
     return table(["asked", "by", "perplexity", "loss", "speed", "told", "bytes"], body)
+
+
+def lost(r: Row) -> str:
+    """What more the perplexity is than the dense model's, with its standard error where the row says it."""
+    loss = r["value"] / r["dense"] - 1
+    return f"{loss:+.2%} ± {r['value'] / r['dense'] * r['error']:.2%}" if "error" in r else f"{loss:+.1%}"
 
 
 def search_time_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:

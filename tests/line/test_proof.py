@@ -71,6 +71,8 @@ def test_quality_agrees_with_a_plain_loop(pair, tmp_path, max_memory, monkeypatc
     assert got["recovery"] == pytest.approx(got["before"]["perplexity"] / got["after"]["perplexity"])
     assert got["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert got["kl"] > 1e-3
+    more = (p - q).gather(-1, target).double().mean((1, 2))  # of every sequence, all equally long
+    assert got["recovery_error"] == pytest.approx(got["recovery"] * float(more.std() / len(more) ** 0.5), rel=1e-3)
     assert got["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-9)
     want = [float((y - x).norm() / x.norm()) for x, y in zip(ha, hb, strict=True)]
     assert got["block_error"] == pytest.approx(want, rel=1e-3) and want[0] > 0.01
@@ -89,7 +91,7 @@ def test_masked_tokens_count_for_nothing(pair, tmp_path):
     padded = compare(*nets, [{"input_ids": ids, "attention_mask": mask}], None, tmp_path, None)
     short = compare(*nets, [{"input_ids": ids[:, :12]}], None, tmp_path, None)
     assert padded["tokens"] == short["tokens"] == 3 * 11
-    for key in ("score", "kl", "top1_agreement", "recovery"):
+    for key in ("score", "kl", "top1_agreement", "recovery", "recovery_error"):
         assert padded[key] == pytest.approx(short[key], rel=1e-4)
     assert padded["after"]["bits_per_byte"] is None
 

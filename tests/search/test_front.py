@@ -118,7 +118,7 @@ def test_options_that_another_beats_in_both_are_not_looked_at():
     """If that one loses next to nothing there; and the sublayer as it is always stays."""
     space, costs, _ = made(3)
     costs.us["0.attn"] |= {"int8": 5.0, "int4": 4.0}
-    rises = {"0.attn": {"int4": 0.001}, "0.mlp": {"int4": 0.2}}
+    rises = {"0.attn": {"int4": 0.0001}, "0.mlp": {"int4": 0.2}}
     left = {p.name: p.options for p in sooner(space, costs, rises).places}
     assert left["0.attn"] == (DENSE, "int4", DROP) and left["0.mlp"] == OPTIONS
     costs.us["1.attn"].pop("int8")

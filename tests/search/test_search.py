@@ -21,7 +21,7 @@ from trimtab.search import timing
 from trimtab.search.edited import Edited, tidy
 from trimtab.search.options import DENSE, DROP, OPTIONS
 from trimtab.search.quality import Assembled
-from trimtab.search.space import recipe_of, space_of
+from trimtab.search.space import Space, recipe_of, space_of
 from trimtab.search.timing import Runs, fastest_dense, prompts_of
 
 FEW = (DENSE, "int8", "int4", "neurons50", DROP)
@@ -209,7 +209,7 @@ def test_what_cannot_be_is_said_early_and_nothing_is_written(tiny_lm, small, hom
         return [0.5 * sum(o != DENSE for p, o in c.items() if p != "head") for c in candidates]
 
     monkeypatch.setattr(Assembled, "rises", rises)
-    monkeypatch.setattr(Assembled, "at_most", rises)
+    monkeypatch.setattr(Assembled, "within", lambda self, choices, most, until=math.inf: rises(self, [choices])[0] <= most)
     with pytest.raises(BadInput, match=says):
         tt.search(tiny_lm, tmp_path / "out", **limits, **small)
     assert not list(tmp_path.glob("out*"))
@@ -262,6 +262,22 @@ def test_rewrites_and_repairs_are_chosen_for_all_by_what_is_lost(tiny_lm, calib,
     assert chosen(math.inf, space.only(("neurons50",))) == (search_.PLAIN, []) and not made
 
 
+def test_what_is_searched_on_is_no_text_of_calibration(tiny_lm, calib, tmp_path):
+    net, few = Network.open(tiny_lm), {"calib": (calib,), "seq_len": 40}
+    calibration, split, more = search_.texts_of(net, search_.Asked(samples=4, **few))
+    assert [len(calibration), len(split)] == [4, search_.SPLIT] and more
+
+    def runs(samples):
+        return {tuple(s["input_ids"][0, i:i + search_.ALIKE].tolist()) for s in samples for i in range(41 - search_.ALIKE)}
+
+    assert not runs(calibration) & runs([*split, *more])
+    assert runs(calibration) & runs(data.prepare(net, (calib,), "calibration", 4 + 256, 40, 0)[4:])  # drawn blindly it would be
+    short = tmp_path / "short.txt"
+    short.write_text("all of it is in every sample " * 12)
+    _, split, _ = search_.texts_of(net, search_.Asked(calib=(short,), samples=4, seq_len=32))  # none is left: then all of it
+    assert len(split) == search_.SPLIT
+
+
 def test_what_is_left_of_the_time_is_raced_in():
     class Fast:
         def __init__(self):
@@ -288,13 +304,13 @@ def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
     true = {10.0: 0.11, 20.0: 0.07, 30.0: 0.03, 40.0: 0.0}
     asked = []
 
-    def at_most(candidates):
-        asked.extend(candidates)
-        return [true[next(t.us for t in trials if t.choices == c)] for c in candidates]
+    def within(choices, most):
+        asked.append(choices)
+        return true[next(t.us for t in trials if t.choices == choices)] <= most
 
     def answer(**limits):
         asked.clear()
-        found = search_.answer_of(trials, search_.Limits(**limits), costs, at_most)
+        found = search_.answer_of(trials, search_.Limits(**limits), costs, within)
         return found and found.us
 
     assert answer(loss=math.expm1(0.1)) == 20.0 and len(asked) == 2  # a divergence of 0.2, and a loss of 0.07 at most
@@ -305,21 +321,66 @@ def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
     assert answer(speed=costs.dense / 20.0) == 20.0 and not asked
 
 
-def test_what_is_lost_at_most_is_the_loss_with_its_error(tiny_lm, calib, tmp_path):
+def test_a_loss_is_within_what_is_asked_by_its_error_on_as_much_text_as_that_takes(tiny_lm, calib, tmp_path, monkeypatch):
     net = Network.open(tiny_lm)
-    samples = data.prepare(net, (calib,), "calibration", 12, 32, 0)
+    samples = data.prepare(net, (calib,), "calibration", 4 + 4 + 12, 32, 0)
     space, edited = space_of(net, [OPTIONS[n] for n in FEW]), Edited(net, samples[:4], tmp_path, StatCache())
     edited.make(OPTIONS["neurons50"], "mlp", lambda s, d, n: None)
-    told = Assembled(net, space, samples[4:], edited.read, tmp_path)
+    told = Assembled(net, space, samples[4:8], edited.read, tmp_path, samples[8:])
     chosen = space.dense | {"1.mlp": "neurons50"}
-    assert told.at_most([space.dense, chosen, space.dense])[::2] == [0.0, 0.0]
     each = []
     for batch in samples[4:]:  # one sample at a time
         one = Assembled(net, space, [batch], edited.read, tmp_path)
         hidden = one._behind([one._key(chosen)])[one._key(chosen)]
         each.append(loss_behind(one, hidden) - one.dense)
     off = torch.tensor(each, dtype=torch.float64)
-    assert told.at_most([chosen]) == [pytest.approx(float(off.mean() + 2 * off.std() / len(off) ** 0.5), rel=1e-4, abs=1e-7)]
+
+    def said(n, sign):  # by so many samples
+        return float(off[:n].mean() + sign * 2 * off[:n].std() / n ** 0.5)
+
+    met = []
+    offs = Assembled._offs
+    monkeypatch.setattr(Assembled, "_offs", lambda self, c: met.append(len(self.samples)) or offs(self, c))
+
+    def within(most, **more):
+        met.clear()
+        return told.within(chosen, most, **more)
+
+    assert within(said(4, 1) + 1e-6) and met == [4]
+    assert not within(said(4, -1) - 1e-6) and met == [4]
+    middle = said(4, 0)
+    expected = next(((True, n) if said(n, 1) <= middle else (False, n) for n in (4, 8, 16) if not said(n, -1) <= middle < said(n, 1)),
+                    (False, 16))
+    assert (within(middle), sum(met)) == expected and sum(met) > 4
+    assert not within(middle, until=0.0) and met == [4]  # no time
+    assert told.within(space.dense, 0.0)
+    assert list(told._texts())[1].samples == samples[8:12]
+
+
+def test_a_layout_whose_head_is_slow_is_opened_and_timed_once_more(tmp_path, monkeypatch):
+    """What is the same in all layouts takes the same; where it does not, the rest of that turn is not believed."""
+    opened = []
+
+    class Decoder:
+        def __init__(self, name):
+            self.places, self.slow = ["0.mlp"], {"b": 2.0 if opened.count("b") < 2 else 1.0, "c": 2.0}.get(name, 1.0)
+
+        def timed(self, prompts, new):
+            return self.slow * 4.0, [self.slow, self.slow * 2.0]
+
+    monkeypatch.setattr(timing, "open_decoder", lambda path: opened.append(path.name) or Decoder(path.name))
+    monkeypatch.setitem(timing.race.__kwdefaults__, "rounds", 3)
+    layouts = object.__new__(timing.Layouts)
+    layouts.samples, layouts.batch, layouts.context = [{"input_ids": torch.arange(20)[None]}], 1, 8
+    layouts.space = Space(1, ())
+    some = {n: tmp_path / n for n in "abcde"}
+    dense = {n: Decoder("dense") for n in timing.AS_IT_IS}
+    found = layouts._raced(dense, some, {n: {"head": "keep"} for n in some}, lambda *a: None, math.inf)
+    assert opened == [*"abcde", "b", "c", "c"] and {n: run.steps[0] for n, (run, _) in found.items()} == {
+        "a": 4.0, "b": 4.0, "c": 8.0, "d": 4.0, "e": 4.0}
+    opened.clear()
+    assert layouts._raced(dense, some, {n: {"head": "keep"} for n in some}, lambda *a: None, 0.0)["b"][0].steps[0] == 8.0  # no time
+    assert opened == [*"abcde"]
 
 
 def test_prompts_and_runs():

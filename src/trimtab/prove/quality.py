@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class Stream:
 def _language(streams: list[Stream], text: int | None, tick: Any) -> dict[str, Any]:
     """Next-token figures. The last position of a sequence predicts nothing and is left out of all of them."""
     nll, kl, same, count = [0.0] * len(streams), 0.0, 0, 0
+    rises: list[tuple[float, int]] = []  # of every sequence: by how much more it is lost in the second, and its tokens
     batches = streams[0].batches
     vocabulary = streams[0].logits(0, 0, 0, 1).shape[-1]
     step = max(1, LOGITS // (4 * vocabulary))
@@ -78,6 +80,7 @@ def _language(streams: list[Stream], text: int | None, tick: Any) -> dict[str, A
         ids = batch["input_ids"]
         counted = batch.get("attention_mask", torch.ones_like(ids)).bool()
         for row in range(ids.shape[0]):
+            had, tokens = list(nll), count
             for begin in range(0, ids.shape[1] - 1, step):
                 end = min(begin + step, ids.shape[1] - 1)
                 use = counted[row, begin + 1:end + 1]
@@ -90,6 +93,7 @@ def _language(streams: list[Stream], text: int | None, tick: Any) -> dict[str, A
                     terms = torch.where(logs[0] == -math.inf, 0.0, logs[0].exp() * (logs[0] - logs[1]))
                     kl += float(terms.sum(-1, dtype=torch.float64).sum())
                 count += len(target)
+            rises.append(((nll[-1] - had[-1]) - (nll[0] - had[0]), count - tokens))
         tick()
     figures = []
     for total in nll:
@@ -97,10 +101,22 @@ def _language(streams: list[Stream], text: int | None, tick: Any) -> dict[str, A
         ppl = math.exp(mean) if mean < 700 else math.inf
         figures.append({"perplexity": ppl, "bits_per_byte": total / math.log(2) / text if text else None})
     pair = len(streams) == 2
+    recovery = figures[0]["perplexity"] / figures[1]["perplexity"] if pair else None
     return {"metric": "perplexity", "score": figures[-1]["perplexity"], "before": figures[0],
             "after": figures[1] if pair else None, "tokens": count,
-            "recovery": figures[0]["perplexity"] / figures[1]["perplexity"] if pair else None,
+            "recovery": recovery, "recovery_error": recovery * error_of_mean(rises) if recovery and len(rises) > 1 else None,
             "kl": kl / max(count, 1) if pair else None, "top1_agreement": same / max(count, 1) if pair else None}
+
+
+def error_of_mean(sums: Sequence[tuple[float, int]]) -> float:
+    """The standard error of a mean over tokens, of which sequences of text are drawn together: of each its sum and its tokens.
+
+    Formula: sqrt(S / (S - 1) sum_s (x_s - n_s m)^2) / N, with m = sum x / N
+    Source: the ratio estimator of cluster sampling
+    """
+    n = max(1, sum(k for _, k in sums))
+    mean = sum(x for x, _ in sums) / n
+    return math.sqrt(len(sums) / max(1, len(sums) - 1) * sum((x - k * mean) ** 2 for x, k in sums)) / n
 
 
 def _cosine(streams: list[Stream], tick: Any) -> dict[str, Any]:
@@ -116,7 +132,7 @@ def _cosine(streams: list[Stream], tick: Any) -> dict[str, Any]:
     pair = len(streams) == 2
     none = {"perplexity": None, "bits_per_byte": None}
     return {"metric": "cosine", "score": total / rows, "before": none, "after": dict(none) if pair else None,
-            "tokens": rows, "recovery": total / rows if pair else None, "kl": None,
+            "tokens": rows, "recovery": total / rows if pair else None, "recovery_error": None, "kl": None,
             "top1_agreement": same / rows if pair and classes else None}
 
 
@@ -129,7 +145,8 @@ def compare(before: Network, after: Network | None, batches: list[dict[str, Tens
     `bytes_of_text`: bytes the predicted tokens stand for; without it bits_per_byte is None.
     Hidden states beyond an eighth of `max_memory` (bytes) go to a file in `scratch`.
     Language models: perplexity = exp(mean nll) over all predicted tokens, KL(before || after) in nats per token,
-    top-1 agreement. Others: mean cosine of the pooled outputs. Figures may be NaN or inf: the caller judges.
+    top-1 agreement, and `recovery_error`, the standard error of `recovery` over the sequences. Others: mean cosine of the pooled
+    outputs. Figures may be NaN or inf: the caller judges.
     `block_error`[i] = |after - before| / |before| (Frobenius) of the stream behind block i, each network on its own
     stream; empty when the numbers of blocks or their widths differ. Of the last network given `zeros`, {site: share of its weights that
     are zero}, and `computed`, {site: share of its inputs that its gate let pass}, of those that have one.

@@ -102,9 +102,15 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
     if run.get("ranks"):
         out += [("rank", "", ranks(run)), ("parameters left in factors", "", percent(run["factored_share"]))]
     out += [(what, "", f) for what, f in (
-        ("recovery", percent(run.get("recovery"))), ("KL, nats per token", number(run.get("kl"), 3)),
+        ("recovery", percent(run.get("recovery")) + error(run)), ("KL, nats per token", number(run.get("kl"), 3)),
         ("top-1 agreement", percent(run.get("top1_agreement")))) if f != "—"]
     return out
+
+
+def error(run: Run) -> str:
+    """What another text may say of the recovery: its standard error."""
+    e = run.get("recovery_error")
+    return f" ± {percent(e, 2)}" if e and math.isfinite(e) else ""
 
 
 def proof_table(run: Run) -> Table:

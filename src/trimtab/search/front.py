@@ -20,7 +20,10 @@ from trimtab.search.timing import Costs
 
 T = TypeVar("T")
 Rises = Mapping[str, Mapping[str, float]]  # nats by place and option
-STEPS = 24  # times that the program is solved for
+STEPS = 12   # times that the program is solved for
+RISES = 20   # and losses, in nats
+LEAST, MOST = 2e-4, 0.7  # from the one to the other: half as likely, token for token
+AROUND = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 2.6)  # times the asked loss: sums of sublayers, and divergences, are not what text says
 SLACK = 1 + 1e-9
 SAYING = threading.Lock()
 
@@ -59,10 +62,13 @@ class Limits:
                                      f"{self.speed:g} times as fast" if self.speed is not None else "") if x) or "nothing in particular"
 
 
-def program(space: Space, costs: Costs, rises: Rises, *, time: float = math.inf, size: float = math.inf) -> dict[str, str] | None:
-    """The choices whose rises add up to the least among those of at most so many microseconds and bytes; None where there are none.
+def program(space: Space, costs: Costs, rises: Rises, *, time: float = math.inf, size: float = math.inf, loss: float = math.inf
+            ) -> dict[str, str] | None:
+    """The choices whose rises add up to the least among those of at most so many microseconds and bytes; where a loss is given, in nats,
+    the quickest of those whose rises add up to no more. None where there are none.
 
-    Formula: min sum_po r_po x_po  s.t.  sum_o x_po = 1 for every place p, sum t_po x_po <= T, sum b_po x_po <= B, x binary
+    Formula: min sum_po r_po x_po  s.t.  sum_o x_po = 1 for every place p, sum t_po x_po <= T, sum b_po x_po <= B, x binary;
+        min sum t_po x_po  s.t.  sum r_po x_po <= R, and the same
     Source: the multiple-choice knapsack; of mixed precision HAWQ-V3, arXiv:2011.10680, as remembered
     """
     optimize = extra("scipy", "scipy.optimize")
@@ -81,8 +87,12 @@ def program(space: Space, costs: Costs, rises: Rises, *, time: float = math.inf,
         rules.append(optimize.LinearConstraint(took[None], -np.inf, time - costs.beside))
     if math.isfinite(size):
         rules.append(optimize.LinearConstraint(takes[None] / 1e6, -np.inf, size / 1e6))
-    # Of what loses as much the quickest, and then the smallest.
-    goal = lost + 1e-7 * took / max(took.max(), 1e-9) + 1e-8 * takes / max(takes.max(), 1.0)
+    # Of what loses as much the quickest, and then the smallest; of what is as quick the smallest, and then what loses the least.
+    quick, small = took / max(took.max(), 1e-9), takes / max(takes.max(), 1.0)
+    goal = lost + 1e-7 * quick + 1e-8 * small
+    if math.isfinite(loss):
+        rules.append(optimize.LinearConstraint(lost[None], -np.inf, loss))
+        goal = quick + 1e-4 * small + 1e-5 * lost
     with nothing_said():
         found = optimize.milp(goal, constraints=rules, integrality=np.ones(len(cells)), bounds=optimize.Bounds(0, 1),
                               options={"time_limit": 10.0})
@@ -136,16 +146,21 @@ def fastest(space: Space, costs: Costs) -> float:
     return costs.beside + min(costs.head_us[o] for o in space.heads) + least
 
 
-def first_front(space: Space, costs: Costs, rises: Rises, limits: Limits, steps: int = STEPS) -> list[dict[str, str]]:
-    """The program's answers from the dense model's time to the least there is, and at the limits."""
+def first_front(space: Space, costs: Costs, rises: Rises, *asked: Limits) -> list[dict[str, str]]:
+    """The program's answers from the dense model's time to the least there is, from next to no loss to much, and at what is asked."""
     most, least = costs.time(space.dense), fastest(space, costs)
-    times = list(np.geomspace(max(least, 1e-9) * 1.0001, most, steps))
-    times += [costs.dense / limits.speed] if limits.speed else []
-    size = limits.bytes or math.inf
-    found = [program(space, costs, rises, time=t, size=size) for t in times]
-    found += [program(space, costs, rises, size=size)]
+    wanted: list[dict[str, float]] = []
+    for limits in asked or (Limits(),):
+        size = {"size": float(limits.bytes)} if limits.bytes else {}
+        wanted += [{"time": costs.dense / limits.speed, **size}] if limits.speed else []
+        if limits.loss is not None and not limits.speed:
+            wanted += [{"loss": x * math.log1p(limits.loss), **size} for x in AROUND]
+        wanted += [size] if size else []
+    bound = {"size": float(min(x.bytes for x in asked if x.bytes))} if asked and all(x.bytes for x in asked) else {}
+    wanted += [{"time": t, **bound} for t in np.geomspace(max(least, 1e-9) * 1.0001, most, STEPS)]
+    wanted += [{"loss": x, **bound} for x in np.geomspace(LEAST, MOST, RISES)] + [bound]
     out: dict[tuple[str, ...], dict[str, str]] = {}
-    for choices in found:
+    for choices in (program(space, costs, rises, **w) for w in wanted):
         if choices is not None:
             out.setdefault(tuple(choices[n] for n in (*space.names, HEAD)), choices)
     return list(out.values())

@@ -70,7 +70,7 @@ def _options() -> list[Option]:
     quick = "nm(m=4,n=2) | magnitude"
     found += [Option("2:4", "sparse", both, pattern, quick, "2:4 zeros"),
               Option("2:4-int4", "mixed", both, f"{pattern} ; {CODES[4]} | gptq", f"{quick} ; {CODES[4]} | rtn", "2:4 zeros, 4-bit codes")]
-    for keep in (0.85, 0.7, 0.5, 0.25):
+    for keep in (0.5, 0.85, 0.7, 0.25, 0.95, 0.6, 0.35):  # what is made first first
         name, text = f"neurons{100 * keep:.0f}", f"neuron(keep={keep:g})"
         found += _smaller(name, "width", MLP, f"{text} | wanda | mask | least_squares", f"{text} | magnitude",
                           f"{100 * keep:.0f} % of its neurons")

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trimtab.search.options import DENSE
 from trimtab.search.space import Choices, Space
 
 ROOM = 2_000_000_000  # bytes of hidden states that candidates hold at once
+SURE = 2.0  # standard errors
 
 Read = Callable[[Any, str], tuple[dict[str, Tensor], dict[str, Tensor]]]  # tensors and parts of a place and an option
 
@@ -25,12 +27,14 @@ Read = Callable[[Any, str], tuple[dict[str, Tensor], dict[str, Tensor]]]  # tens
 class Assembled(Walk):
     """Candidates on their way through the blocks together: what begins alike is computed once.
 
-    `read` gives what a place becomes; samples are those of the search split. The network itself is the first to be measured.
+    `read` gives what a place becomes; samples are those of the search split, and `more` text for what they leave open. The network itself
+    is the first to be measured.
     """
 
-    def __init__(self, net: Network, space: Space, samples: list[Batch], read: Read, scratch: Path):
+    def __init__(self, net: Network, space: Space, samples: list[Batch], read: Read, scratch: Path, more: Sequence[Batch] = ()):
         super().__init__(net, samples, scratch, None)
         self.embed()
+        self._more, self._further = list(more), list[Assembled]()
         assert self.store is not None
         self.space, self.read, self._inputs = space, read, list(self.store)
         self._held = sum(x.nbytes for x in self._inputs)
@@ -54,21 +58,39 @@ class Assembled(Walk):
             self.net.release()
         return [self._known[k] for k in keys]
 
-    def at_most(self, candidates: Sequence[Choices]) -> list[float]:
-        """Of each: what its loss on the search split rises by, nats, with twice the standard error of that over the samples. The divergence
-        says more surely which of two loses less; this says how much, where that is much."""
-        keys = [self._key(c) for c in candidates]
-        found = {}
-        some = max(1, int(ROOM / max(1, self._held)))
-        todo = sorted(set(keys))
-        for begin in range(0, len(todo), some):
-            states = self._behind(todo[begin:begin + some])
-            for k, hidden in states.items():
-                both = zip(losses_behind(self, hidden), self._losses, strict=True)
-                off = [(total - own) / max(count, 1) for (total, count), (own, _) in both]
-                found[k] = statistics.fmean(off) + 2 * (statistics.stdev(off) / math.sqrt(len(off)) if len(off) > 1 else abs(off[0]))
-            self.net.release()
-        return [found[k] for k in keys]
+    def within(self, choices: Choices, most: float, until: float = math.inf) -> bool:
+        """Whether its loss rises by no more than so many nats, and by two standard errors over the samples not: asked of the search split,
+        and of twice as much text as long as that leaves it open, there is text, and this moment of `time.monotonic` is not over. Below
+        that it is not. The divergence says more surely which of two loses less; this says how much."""
+        off: list[float] = []
+        for walk in self._texts():
+            off += walk._offs(choices)
+            if not all(map(math.isfinite, off)):
+                return False
+            mean, error = statistics.fmean(off), statistics.stdev(off) / math.sqrt(len(off)) if len(off) > 1 else abs(off[0])
+            if mean + SURE * error <= most:
+                return True
+            if mean - SURE * error > most or time.monotonic() > until:
+                return False
+        return False
+
+    def _texts(self) -> Iterator[Assembled]:
+        """This one, and then others of more text, as much again as there was so far."""
+        yield self
+        had, k = len(self.samples), 0
+        while some := self._more[had - len(self.samples):][:had]:
+            if k == len(self._further):
+                self._further.append(Assembled(self.net, self.space, some, self.read, self.scratch))
+            yield self._further[k]
+            had, k = had + len(some), k + 1
+
+    def _offs(self, choices: Choices) -> list[float]:
+        """What the loss of a token rises by, of every sequence."""
+        key = self._key(choices)
+        both = zip(losses_behind(self, self._behind([key])[key]), self._losses, strict=True)
+        found = [(total - own) / max(count, 1) for (total, count), (own, _) in both]
+        self.net.release()
+        return found
 
     def _key(self, choices: Choices) -> tuple[str, ...]:
         return tuple(choices[p.name] for p in self.space.places)

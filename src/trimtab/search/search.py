@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,13 @@ from trimtab.search.timing import (
 from trimtab.search.trials import Search, Trial, file_in, open_storage, redo, study_of, trials_of
 from trimtab.search.work import Tables, tables_by, trials_by
 
-AtMost = Callable[[Sequence[Choices]], list[float]]  # what choices lose at most, nats
+Within = Callable[[Choices, float], bool]  # whether choices lose no more than so many nats
 
 EXPORTS = {"gguf": ".gguf", "compressed-tensors": "-compressed-tensors"}  # what a finished model is written as beside its folder
 RESULT, PAGE, MODELS = "search.json", "report.html", "models"
 SPLIT = 16          # sequences of the search split
+MORE = 112          # and of text beside it, for what it leaves open
+ALIKE = 32          # tokens in a row that calibration does not have in common with these
 FIRST = ("int4", "int8")  # which mostly lose next to nothing, and are measured first
 WORST = 0.7         # nats that a point of the front may lose: half as likely, token for token
 BROKEN = 2.0        # nats that no option alone may lose
@@ -73,6 +76,7 @@ LEAST = 16          # trials that are made at any rate
 HOPE = 5.0          # times the limit, above which a divergence means no loss within it
 RUINED = 9.0        # of the dense perplexity: no model that anybody wants
 TELLING = 0.04      # what is kept for proxies, samples of text and the page
+JUDGING = 0.05      # what answers to a loss may be judged for, where that is asked
 FINISHING = 0.3     # what is kept for finishing models until the first one says how long that takes
 
 
@@ -150,11 +154,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
     check(model, out, asked)
     net = Network.open(model, dtype=torch.float32)
     check_model(net)
-    samples = data.prepare(net, asked.calib, "calibration", asked.samples + SPLIT, asked.seq_len, asked.seed)
-    calibration, split = samples[:asked.samples], samples[asked.samples:]
-    if not split:
-        raise BadInput(f"--calib holds {len(samples)} samples, and {SPLIT} beside the {asked.samples} for calibration are searched on; "
-                       "give more, or lower --samples")
+    calibration, split, more = texts_of(net, asked)
     home = cache_home()
     with (tempfile.TemporaryDirectory(prefix="trimtab-search-") as tmp,
           hired(asked.workers, asked.ray, asked.storage, asked.threads, home) as workers):
@@ -167,7 +167,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
         space = of_timed(space, costs)
         check_limits(space, costs, asked.limits)
         edited = Edited(net, calibration, home, StatCache())
-        assembled = Assembled(net, space, split, edited.read, Path(tmp))
+        assembled = Assembled(net, space, split, edited.read, Path(tmp), more)
         tables = tables_by(workers, edited, assembled)
         whole, tried = whole_of(net, space, edited, assembled, tables, clock, tick)
         space, costs = space.made(whole), costs.made(whole)
@@ -177,7 +177,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
         check_loss(first, space, costs, rises, asked.limits, assembled)
         journal = Journal(out)
         with line.writing(journal, out):
-            header = header_of(net, samples, asked)
+            header = header_of(net, [*calibration, *split, *more], asked)
             resumed = journal.open(header, resume=asked.resume, force=asked.force)
             if asked.resume and not resumed:
                 tick("resume: nothing to continue, starting afresh", 0, 0)
@@ -185,13 +185,14 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
             storage = asked.storage or file_in(journal.dir.resolve())
             study = study_of(storage, key_of(header, str(out.resolve())), space, costs, asked.seed, afresh=not resumed)
             redo(study)
-            work = Search(study, space, costs, rises, assembled.rises, asked.seed)
+            work = Search(study, space, costs, rises, assembled.rises, asked.seed, limits=(asked.limits,))
             work.queue([space.dense, *first], "program")
             work.queue([space.uniform(o) for o in sorted({o for p in space.places for o in p.options} - {DENSE, DROP})], "uniform")
             rivals = baselines(space, costs, rises, asked.limits)
             if rivals:  # the first one says how long it takes
                 finisher.finish(rivals[0][1], f"baseline-{rivals[0][0]}")
-            until = clock.end - min(clock.finishing(asked.points + len(rivals)), MODELLING * max(0.0, clock.left))
+            judging = JUDGING * clock.seconds if asked.limits.loss is not None else 0.0
+            until = clock.end - min(clock.finishing(asked.points + len(rivals)) + judging, MODELLING * max(0.0, clock.left))
             began = time.monotonic()
             run = trials_by(workers, work, storage)
             run(until, lambda n: tick("search", min(1000, int(1000 * (time.monotonic() - began) / max(1e-9, until - began))), 1000),
@@ -200,7 +201,8 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
                 workers.close()
             tick("search", 1000, 1000)
             trials = trials_of(study, space, costs)
-            points = finish_front(finisher, [t for t in trials if t.choices != space.dense], asked, rivals, assembled.at_most)
+            sure = partial(assembled.within, until=time.monotonic() + judging)
+            points = finish_front(finisher, [t for t in trials if t.choices != space.dense], asked, rivals, sure)
             result = told(model, net, space, costs, rises, asked, finisher, trials, rivals, points, assembled.dense, edited, clock, tick)
             result["whole"] = {"rewrite": whole.rewrite, "repair": whole.repair, "tried": tried}
             forget(finisher)
@@ -208,6 +210,24 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
             journal.close(remove=True)
     tidy(home)
     return {**result, "out": str(out)}
+
+
+def texts_of(net: Network, asked: Asked) -> tuple[list[data.Batch], list[data.Batch], list[data.Batch]]:
+    """Calibration, the search split and more text, which have no ALIKE tokens in a row in common with calibration, where there is text that
+    has not. BadInput where there is nothing to search on."""
+    samples = data.prepare(net, asked.calib, "calibration", asked.samples + 2 * (SPLIT + MORE), asked.seq_len, asked.seed)
+    calibration, rest = samples[:asked.samples], samples[asked.samples:]
+    if not rest:
+        raise BadInput(f"--calib holds {len(samples)} samples, and {SPLIT} beside the {asked.samples} for calibration are searched on; "
+                       "give more, or lower --samples")
+
+    def runs(sample: data.Batch) -> set[tuple[int, ...]]:
+        return {tuple(r) for row in sample["input_ids"] for r in row.unfold(0, min(ALIKE, len(row)), 1).tolist()}
+
+    seen = set[tuple[int, ...]]().union(*map(runs, calibration))
+    apart = [s for s in rest if seen.isdisjoint(runs(s))]
+    apart = apart if len(apart) >= min(SPLIT, len(rest)) else rest
+    return calibration, apart[:SPLIT], apart[SPLIT:SPLIT + MORE]
 
 
 # ---- what can be refused before anything is written ----------------------------------------------
@@ -260,8 +280,8 @@ def check_loss(first: Sequence[Choices], space: Space, costs: Costs, rises: Mapp
         return
     most = RUINED if limits.loss is None else 2 * limits.loss + 0.02
     found = program(space, costs, rises, time=costs.dense / limits.speed if limits.speed else math.inf, size=limits.bytes or math.inf)
-    loss = math.expm1(min(50.0, *assembled.rises([found]), *assembled.at_most([found]))) if found else math.inf
-    if loss <= most:
+    loss = math.expm1(min(50.0, *assembled.rises([found]))) if found else math.inf
+    if found and (loss <= most or assembled.within(found, math.log1p(most))):
         return
     costly = f"costs {100 * loss:.3g} % more perplexity" if found else "takes what breaks the network by itself"
     fits = [c for c in first if math.expm1(min(50.0, added(rises, c))) <= (most if limits.loss is None else limits.loss)]
@@ -372,8 +392,8 @@ def baselines(space: Space, costs: Costs, rises: Mapping[str, Mapping[str, float
         at = costs.dense / limits.speed if limits.speed else math.inf
         size = limits.bytes or math.inf
         if limits.loss is not None and not (limits.speed or limits.bytes):
-            fits = [c for c in first_front(own, costs, rises, Limits()) if added(rises, c) <= math.log1p(limits.loss)]
-            found += [(family, max(fits, key=costs.speed))] if fits else []
+            at_loss = program(own, costs, rises, loss=math.log1p(limits.loss))
+            found += [(family, at_loss)] if at_loss else []
             continue
         if not (limits.speed or limits.bytes):
             at = math.sqrt(costs.time(own.dense) * fastest(own, costs))
@@ -441,7 +461,7 @@ class Finisher:
         return where
 
 
-def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, rivals: Sequence[tuple[str, Choices]], at_most: AtMost
+def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, rivals: Sequence[tuple[str, Choices]], within: Within
                  ) -> list[str]:
     """The names of the finished points of the front: what answers what was asked first, again where its proof falls short; then points
     spread over the speeds that there are, and the baselines, by turns, as long as there is time."""
@@ -449,7 +469,7 @@ def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, riva
     names: list[str] = []
     wanted = spared(limits)
     while limits != Limits() and len(names) < 3 and (not names or clock.left > clock.finishing(1)):
-        if (answer := answer_of(trials, wanted, finisher.costs, at_most)) is None:
+        if (answer := answer_of(trials, wanted, finisher.costs, within)) is None:
             break
         proof = finisher.finish(answer.choices, name := f"answer{len(names) + 1}" if names else "answer")
         names.append(name)
@@ -477,7 +497,7 @@ def spared(limits: Limits) -> Limits:
     return replace(limits, speed=limits.speed * ROOM if limits.speed else None)
 
 
-def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, at_most: AtMost) -> Trial | None:
+def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, within: Within) -> Trial | None:
     """What meets the limits at the least loss, or at the greatest speed where loss is all that is limited. The divergence is mostly more
     than what the loss rises by: where it is above the limit, the loss itself is asked, with its error."""
     fits = [t for t in trials if t.rise <= math.log1p(RUINED) and replace(limits, loss=None).met(0, t.bytes, costs.dense / t.us)]
@@ -487,13 +507,13 @@ def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, at_most: At
         return fits[0] if fits else None
     most = math.log1p(limits.loss)
     if not alone:
-        return next((t for t in fits[:1] if t.rise <= most or at_most([t.choices])[0] <= most), None)
+        return next((t for t in fits[:1] if t.rise <= most or within(t.choices, most)), None)
     front = [t for t in best(fits, lambda t: (t.us, t.rise)) if t.rise <= HOPE * most]
     front.sort(key=lambda t: t.us)  # and so by what they lose, the most first: looked for by halves
     low, high = 0, next((k for k, t in enumerate(front) if t.rise <= most), len(front))
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if at_most([front[middle].choices])[0] <= most else (middle + 1, high)
+        low, high = (low, middle) if within(front[middle].choices, most) else (middle + 1, high)
     return front[low] if low < len(front) else None
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from trimtab.core.types import BadInput
-from trimtab.search.front import best, extra
+from trimtab.search.front import Limits, best, extra
 from trimtab.search.options import HEAD
 from trimtab.search.predictor import Predictor, encode
 from trimtab.search.space import Choices, Space
@@ -23,6 +24,8 @@ STUDY = "trimtab"
 BATCH = 8        # candidates that are evaluated together
 LEARN = 24       # trials before the predictor is asked
 CANDIDATES = 400  # that it ranks
+NEAREST = 5      # of the front, to what is asked
+OVER = 1.3       # times the loss, what a divergence is
 WAIT = 60        # seconds for a file that other workers write
 
 
@@ -133,9 +136,10 @@ class Search:
     """Asks for candidates, evaluates them, and tells the study, until the time is over. Any number of these may work on one study."""
 
     def __init__(self, study: Any, space: Space, costs: Costs, rises: Mapping[str, Mapping[str, float]],
-                 evaluate: Callable[[Sequence[Choices]], list[float]], seed: int = 0, worker: str = "0"):
+                 evaluate: Callable[[Sequence[Choices]], list[float]], seed: int = 0, worker: str = "0", limits: Sequence[Limits] = ()):
         self.study, self.space, self.costs, self.rises, self.evaluate, self.worker = study, space, costs, rises, evaluate, worker
         self.seed, self.draw, self.turn = seed, random.Random(seed), 0
+        self.limits = [x for x in limits if x != Limits()]
         self.known = {p.name: [o for o in p.options if o in rises[p.name]] for p in space.places} | {HEAD: list(space.heads)}
 
     def queue(self, candidates: Sequence[Choices], by: str) -> None:
@@ -192,10 +196,10 @@ class Search:
         done = trials_of(self.study, self.space, self.costs)
         front = front_of(done)
         if len(done) < LEARN or not front:
-            return [self._moved(self.draw.choice(front).choices) for _ in range(BATCH)] if front else []
+            return [self._moved(self._parent(front)) for _ in range(BATCH)] if front else []
         seen = {self._key(t.choices) for t in done}
         some = {self._key(c): c
-                for c in (self._moved(self.draw.choice(front).choices) for _ in range(CANDIDATES))}
+                for c in (self._moved(self._parent(front)) for _ in range(CANDIDATES))}
         new = [c for k, c in some.items() if k not in seen]
         if not new:
             return []
@@ -212,6 +216,20 @@ class Search:
     def random(self) -> dict[str, str]:
         """Anything."""
         return self.space.allowed({n: self.draw.choice(its) for n, its in self.known.items()})
+
+    def _parent(self, front: Sequence[Trial]) -> Choices:
+        """Any of the front, and every second time one of those that lie nearest to what is asked."""
+        if not self.limits or self.draw.random() < 0.5:
+            return self.draw.choice(front).choices
+        limits = self.draw.choice(self.limits)
+
+        def off(t: Trial) -> float:  # a loss is most often less than the divergence
+            ratios = [t.us * limits.speed / self.costs.dense] if limits.speed else []
+            ratios += [t.bytes / limits.bytes] if limits.bytes else []
+            ratios += [max(t.rise, 1e-6) / (OVER * math.log1p(limits.loss))] if limits.loss else []
+            return max((abs(math.log(x)) for x in ratios), default=0.0)
+
+        return self.draw.choice(sorted(front, key=off)[:NEAREST]).choices
 
     def _moved(self, choices: Choices) -> dict[str, str]:
         """One or two sublayers otherwise, or two that swap what they are."""

@@ -20,6 +20,7 @@ from trimtab.core.types import BadInput
 from trimtab.core.workers import Request, Workers, spread
 from trimtab.network.stream import Network
 from trimtab.search.edited import Edited
+from trimtab.search.front import Limits
 from trimtab.search.options import OPTIONS
 from trimtab.search.quality import Assembled
 from trimtab.search.space import Place, Space
@@ -44,7 +45,8 @@ def set_out(folder: Path, edited: Edited, assembled: Assembled) -> None:
 def set_tables(folder: Path, work: Search) -> None:
     """What trials are made from, beside that."""
     rises = {p: dict(r) for p, r in work.rises.items()}
-    write_json(folder / "tables.json", {"space": asdict(work.space), "costs": asdict(work.costs), "rises": rises})
+    write_json(folder / "tables.json", {"space": asdict(work.space), "costs": asdict(work.costs), "rises": rises,
+                                        "limits": [asdict(x) for x in work.limits]})
 
 
 @dataclass
@@ -96,7 +98,7 @@ def trials(folder: str, worker: str, storage: str, study: str, seed: int, until:
     if worker not in its.searches:
         said = json.loads((Path(folder) / "tables.json").read_text(encoding="utf-8"))
         its.searches[worker] = Search(open_study(storage, study, seed), space_in(said["space"]), Costs(**said["costs"]), said["rises"],
-                                      its.assembled.rises, seed, worker)
+                                      its.assembled.rises, seed, worker, [Limits(**x) for x in said["limits"]])
     ends = [time.monotonic()]
     made = its.searches[worker].run(ends[0] + min(CHUNK, until - time.time()), lambda n: ends.append(time.monotonic()), most, least=least,
                                     guided=guided)
