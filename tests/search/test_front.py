@@ -55,6 +55,17 @@ def test_the_program_finds_what_trying_everything_finds(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
+def test_of_a_loss_the_program_finds_the_quickest(seed):
+    space, costs, rises = made(seed)
+    most = sum(max(r.values()) for r in rises.values())
+    for loss, size in ((0.02 * most, math.inf), (0.1 * most, math.inf), (0.3 * most, 2500.0)):
+        found = program(space, costs, rises, loss=loss, size=size)
+        allowed = [c for c in every(space) if added(c, rises) <= loss and costs.size(c) <= size and not lost(c)]
+        assert found in allowed
+        assert costs.time(found) == pytest.approx(min(costs.time(c) for c in allowed), rel=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_even_networks_lose_whole_blocks_and_are_of_one_shape(seed):
     space, costs, rises = made(seed, 6)
     space = replace(space, blocks=3, even=True)
@@ -90,6 +101,16 @@ def test_the_first_front_runs_from_the_dense_model_to_the_fastest_and_has_what_w
     asked = min((c for c in every(space) if costs.speed(c) >= 2), key=lambda c: added(c, rises))
     assert any(costs.speed(c) >= 2 and added(c, rises) == pytest.approx(added(asked, rises), abs=1e-6) for c in found)
     assert len({tuple(sorted(c.items())) for c in found}) == len(found)
+
+
+def test_the_first_front_looks_at_a_loss_and_around_it():
+    space, costs, rises = made(2)
+    without, found = first_front(space, costs, rises), first_front(space, costs, rises, Limits(loss=0.05))
+    near = [c for c in found if c not in without]
+    assert near and all(0.4 * 0.05 < added(c, rises) < 2.3 * 0.05 for c in near)
+    assert program(space, costs, rises, loss=math.log1p(0.05)) in found
+    small = first_front(space, costs, rises, Limits(bytes=2300))
+    assert small and all(costs.size(c) <= 2300 for c in small)
 
 
 def test_the_best_are_those_that_nothing_beats():

@@ -47,7 +47,7 @@ def small(calib):
     {"1.attn": DROP, "1.mlp": DROP}, {"0.mlp": "neurons50", "2.mlp": DROP}, {"2.mlp": "rank50"}, {"1.attn": "gate50"},
 ], ids=str)
 def test_a_network_assembled_is_the_one_that_is_written(tiny_lm, calib, tmp_path, monkeypatch, chosen):
-    """What choices say is what the model says that `trim` makes of them, where its passes see the dense network as options do."""
+    """What choices say is what the model says that `trim` makes of them, packed, where its passes see the dense network as options do."""
     net = Network.open(tiny_lm)
     samples = data.prepare(net, (calib,), "calibration", 8, 32, 0)
     space, edited = space_of(net, OPTIONS.values()), Edited(net, samples[:4], tmp_path / "home", StatCache())
@@ -56,12 +56,13 @@ def test_a_network_assembled_is_the_one_that_is_written(tiny_lm, calib, tmp_path
     told = Assembled(net, space, samples[4:], edited.read, tmp_path)
     recipe = recipe_of(space, chosen)
     recipe = replace(recipe, passes=tuple(replace(p, order="dense") for p in recipe.passes))
-    opts = line.Options(samples=4, seq_len=32, calib=(calib,), text=(calib,), proof_tokens=64, speed=False, fresh=False)
+    opts = line.Options(samples=4, seq_len=32, calib=(calib,), text=(calib,), proof_tokens=64, speed=False, fresh=False,
+                        pack=line.pack.AS_RECIPE, pack_dtype="float32", head="keep")
     prepare = data.prepare  # of 8 samples the first 4 are not those of 4 asked for
     monkeypatch.setattr(data, "prepare", lambda *a: samples[:4] if a[2] == "calibration" else prepare(*a))
     line.trim(tiny_lm, recipe, tmp_path / "out", opts, lambda s, d, n: None)
     other = Network.open(tmp_path / "out")
-    its = (Gated if "gate50" in chosen.values() else Assembled)(other, space_of(other, []), samples[4:], edited.read, tmp_path)
+    its = Packed(other, space_of(other, []), samples[4:], edited.read, tmp_path)
     off, tokens = 0.0, 0
     for b, batch in enumerate(told.batches):  # the divergence in the words of torch
         p, q = (w.net.finish(w._own[b], w.contexts[b], batch)[:, :-1].flatten(0, 1).log_softmax(-1) for w in (told, its))
@@ -71,12 +72,12 @@ def test_a_network_assembled_is_the_one_that_is_written(tiny_lm, calib, tmp_path
     assert told.rises([space.dense | chosen])[0] == pytest.approx(off / tokens, rel=1e-3, abs=1e-6)
 
 
-class Gated(Assembled):
-    """A network with the gates that its folder says."""
+class Packed(Assembled):
+    """A network as its files are packed."""
 
     def _block(self, i, choices):
         module = self.net.block(i)
-        self.net.as_said(module, i, self.net.said(i))
+        self.net.as_packed(module, i)
         return module
 
 

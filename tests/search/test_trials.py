@@ -8,8 +8,9 @@ import pytest
 
 from tests.search.test_front import added, every, made
 from trimtab.core.types import BadInput
+from trimtab.search.front import Limits
 from trimtab.search.options import HEAD
-from trimtab.search.trials import Search, front_of, open_study, redo, study_of, trials_of
+from trimtab.search.trials import Search, Trial, front_of, open_study, redo, study_of, trials_of
 
 
 def searching(path, seed=0, evaluate=None, **how):
@@ -105,6 +106,18 @@ def test_a_search_that_knows_more_options_goes_on_with_what_it_found(tmp_path):
     assert unlike(back) == unlike(first) | {k: v for k, v in unlike(both).items() if {o for _, o in k} <= {"dense", "int8", "keep"}}
     assert trials_of(study_of(store, "name", space, costs, afresh=True), space) == trials_of(study_of(store, "name", few, costs), few) == []
     assert not trials_of(study_of(store, "another", space, costs), space)
+
+
+def test_every_second_parent_lies_nearest_to_what_was_asked(tmp_path):
+    work, _ = searching(tmp_path, limits=(Limits(), Limits(loss=0.1)))
+    front = [Trial({"k": str(k)}, 0.001 * 1.5 ** k, 100.0 - k, 10, "") for k in range(30)]
+    drawn = [int(work._parent(front)["k"]) for _ in range(600)]
+    near = sorted(range(30), key=lambda k: abs(math.log(front[k].rise / (1.3 * math.log1p(0.1)))))[:5]
+    assert 0.5 < sum(k in near for k in drawn) / 600 < 0.67 and len(set(drawn)) == 30
+    work.limits = []
+    assert sum(int(work._parent(front)["k"]) in near for _ in range(600)) / 600 < 0.25
+    work.limits = [Limits(speed=work.costs.dense / 80.0)]
+    assert sum(abs(front[int(work._parent(front)["k"])].us - 80.0) <= 2 for _ in range(600)) / 600 > 0.5
 
 
 def test_a_storage_that_does_not_open_is_one_line(tmp_path):

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
 from trimtab.core.measured import divergences_behind, losses_behind
 from trimtab.network.stream import Network
-from trimtab.search.options import DENSE
+from trimtab.search.options import DENSE, OPTIONS
 from trimtab.search.space import Choices, Space
 
 ROOM = 2_000_000_000  # bytes of hidden states that candidates hold at once
@@ -112,7 +112,7 @@ class Assembled(Walk):
             states = new
         return states
 
-    def _block(self, i: int, choices: Mapping[str, str]) -> torch.nn.Module:
+    def _block(self, i: int, choices: Mapping[str, str]) -> nn.Module:
         tensors: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
         for p in self._by_block[i]:
@@ -122,4 +122,35 @@ class Assembled(Walk):
         module = self.net.block(i, tensors)
         if parts:
             self.net.as_said(module, i, parts)
+        for p in self._by_block[i]:
+            if (group := group_of(choices[p.name])) is not None:
+                met = InBytes(group)
+                for name in {s.param.rpartition(".")[0] for s in self.net.sites_of(i) if s.group == p.group}:
+                    module.get_submodule(name).register_forward_pre_hook(met)
         return module
+
+
+def group_of(option: str) -> int | None:
+    """Inputs of an option's codes that have one scale; None where it has no codes."""
+    grids = [p.steps["grid"] for p in OPTIONS[option].passes if "grid" in p.steps]
+    return int(grids[-1].bound["group"]) if grids else None
+
+
+class InBytes:
+    """Lets layers meet x [..., in] as kernels of codes do: rounded to eight bits, by groups of inputs. Of one x in a row it is done once.
+
+    Formula: round(x / s) s, s = max |x| / 127 of the group
+    """
+
+    def __init__(self, group: int):
+        self.group = group
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        if self.last is None or self.last[0] is not x:
+            wide = nn.functional.pad(x, (0, short)) if (short := -x.shape[-1] % self.group) else x
+            wide = wide.unflatten(-1, (-1, self.group))
+            scale = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True)).div_(127).clamp_(min=1e-30)
+            self.last = x, (wide / scale).round_().mul_(scale).flatten(-2)[..., :x.shape[-1]]
+        return self.last[1], *args[1:]
