@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import trimtab as tt
 from trimtab.cli import main
@@ -20,7 +21,7 @@ from trimtab.search import search as search_
 from trimtab.search import timing
 from trimtab.search.edited import Edited, tidy
 from trimtab.search.options import DENSE, DROP, OPTIONS
-from trimtab.search.quality import Assembled
+from trimtab.search.quality import Assembled, InBytes
 from trimtab.search.space import Space, recipe_of, space_of
 from trimtab.search.timing import Runs, fastest_dense, prompts_of
 
@@ -79,6 +80,35 @@ class Packed(Assembled):
         module = self.net.block(i)
         self.net.as_packed(module, i)
         return module
+
+
+@pytest.mark.parametrize("option", ["int8", "int4", "int3", "2:4-int4"])
+def test_what_has_codes_meets_its_inputs_in_bytes_as_its_kernels_do(option, tmp_path):
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4,
+                                 num_key_value_heads=2, max_position_embeddings=64)).save_pretrained(model)
+    net = Network.open(model)
+    samples = [{"input_ids": torch.randint(0, 512, (1, 32))} for _ in range(6)]
+    space, edited = space_of(net, OPTIONS.values()), Edited(net, samples[:4], tmp_path / "home", StatCache())
+    edited.make(OPTIONS[option], "mlp", lambda s, d, n: None)
+    told = Assembled(net, space, samples[4:], edited.read, tmp_path)
+    layouts = timing.Layouts(model, net, space, samples, tmp_path / "home", tmp_path, batch=1, context=8, machine={})
+    other = Network.open(layouts.lay_out(space.uniform(option), 0))
+    packed = other.block(0)
+    other.as_packed(packed, 0)
+    for choices, rounded in (({"0.mlp": option}, True), ({}, False)):
+        block = told._block(0, space.dense | choices)
+        for name in ("gate_proj", "down_proj"):
+            layer, theirs = block.mlp.get_submodule(name), packed.mlp.get_submodule(name)
+            x = torch.randn(1, 5, layer.weight.shape[1])
+            met = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, InBytes)]
+            assert len(met) == rounded
+            if rounded:
+                weight = theirs(torch.eye(layer.weight.shape[1])).T  # one input each, which bytes hold as it is
+                assert torch.allclose(theirs(x), met[0](layer, (x,))[0] @ weight.T, rtol=1e-3, atol=1e-4)
+                assert not torch.allclose(theirs(x), x @ weight.T, rtol=1e-3, atol=1e-4)
+                assert torch.equal(layer(x), torch.nn.functional.linear(InBytes(met[0].group)(layer, (x,))[0], layer.weight))
 
 
 def test_candidates_that_begin_alike_are_computed_once(tiny_lm, calib, tmp_path, monkeypatch):
