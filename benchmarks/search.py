@@ -137,7 +137,8 @@ def main() -> None:
                 "threads": torch.get_num_threads(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
             with a.out.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, sort_keys=True) + "\n")
-            print(f"\n{setting:<9} {how:<9} perplexity {row['value']:8.4f} ± {row['value'] * row['error']:.4f} of {row['dense']:.4f}  "
+            off = row["value"] ** 2 / row["dense"] * row["error"]
+            print(f"\n{setting:<9} {how:<9} perplexity {row['value']:8.4f} ± {off:.4f} of {row['dense']:.4f}  "
                   f"{row['speed']:.3f} x (told {row['told']:.3f})  {row['bytes'] / 1e6:.2f} MB", end="", flush=True)
         print()
 

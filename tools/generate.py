@@ -491,8 +491,8 @@ def search_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
 
 def lost(r: Row) -> str:
     """What more the perplexity is than the dense model's, with its standard error where the row says it."""
-    loss = r["value"] / r["dense"] - 1
-    return f"{loss:+.2%} ± {r['value'] / r['dense'] * r['error']:.2%}" if "error" in r else f"{loss:+.1%}"
+    times = r["value"] / r["dense"]  # of which the recovery is the inverse
+    return f"{times - 1:+.2%} ± {times**2 * r['error']:.2%}" if "error" in r else f"{times - 1:+.1%}"
 
 
 def search_time_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:
