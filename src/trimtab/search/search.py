@@ -281,7 +281,7 @@ def check_loss(first: Sequence[Choices], space: Space, costs: Costs, rises: Mapp
     most = RUINED if limits.loss is None else 2 * limits.loss + 0.02
     found = program(space, costs, rises, time=costs.dense / limits.speed if limits.speed else math.inf, size=limits.bytes or math.inf)
     loss = math.expm1(min(50.0, *assembled.rises([found]))) if found else math.inf
-    if found and (loss <= most or assembled.within(found, math.log1p(most))):
+    if found and (loss <= most or assembled.within(found, math.log1p(most), until=0.0)):  # by the split alone
         return
     costly = f"costs {100 * loss:.3g} % more perplexity" if found else "takes what breaks the network by itself"
     fits = [c for c in first if math.expm1(min(50.0, added(rises, c))) <= (most if limits.loss is None else limits.loss)]
