@@ -23,7 +23,7 @@ from trimtab.search.trials import BATCH, Search, open_storage, open_study, trial
 from trimtab.search.work import TABLE, tables_by, trials_by
 
 NAMES = ("dense", "int8", "int4", "drop")
-MOST = 4 * BATCH
+MOST = 12 * BATCH  # enough for both workers to be met at work
 WARNINGS = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
