@@ -379,6 +379,9 @@ def test_a_loss_is_within_what_is_asked_by_its_error_on_as_much_text_as_that_tak
 
     assert within(said(4, 1) + 1e-6) and met == [4]
     assert not within(said(4, -1) - 1e-6) and met == [4]
+    for sign in (0.5, -0.5):  # between the mean and its bounds: more text is asked
+        within((said(4, 0) + said(4, 2 * sign)) / 2)
+        assert sum(met) > 4
     middle = said(4, 0)
     expected = next(((True, n) if said(n, 1) <= middle else (False, n) for n in (4, 8, 16) if not said(n, -1) <= middle < said(n, 1)),
                     (False, 16))
