@@ -31,15 +31,14 @@ from trimtab.runtime.decoder import open_decoder
 from trimtab.search.edited import Edited, cache_home
 from trimtab.search.front import Limits, first_front
 from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS, opened_by
-from trimtab.search.quality import Assembled
-from trimtab.search.search import Asked, Clock, Finisher, answer_of, known_rises, of_known, texts_of, whole_of
+from trimtab.search.quality import Assembled, Judge
+from trimtab.search.search import Asked, Clock, Finisher, answer_of, baselines, known_rises, of_known, texts_of, whole_of
 from trimtab.search.space import KEEP, Space, space_of
 from trimtab.search.timing import Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
 from trimtab.search.trials import Search, Trial, open_study, trials_of
 from trimtab.search.work import tables_by
 
 SPEEDS, LOSSES = (1.25, 1.5, 2.0, 3.0), (0.01, 0.03, 0.1)
-USABLE = 3.0  # nats
 ROOM = 1.01  # what was told to be so fast should be, and a little more
 PROOF = 65536  # tokens: of 8,192 the perplexities of what loses little are not told apart
 
@@ -91,7 +90,8 @@ def main() -> None:
             if how == "uniform":
                 each = [space.uniform(o) | {HEAD: h} for o in sorted({o for p in space.places for o in p.options}) for h in space.heads]
                 return [Trial(c, r, costs.time(c), costs.size(c), how) for c, r in zip(each, assembled.rises(each), strict=True)]
-            work.queue([own.dense, *first_front(own, costs, rises, *limits)], "program")
+            rivals = [c for x in limits for _, c in baselines(own, costs, rises, x)] if how == "search" else []
+            work.queue([own.dense, *first_front(own, costs, rises, *limits), *rivals], "program")
             some = {o for p in own.places for o in p.options} - {DENSE, DROP}
             work.queue([own.uniform(o) for o in sorted(some)], "uniform")
             work.run(math.inf, most=a.trials, guided=how == "search")
@@ -106,12 +106,13 @@ def main() -> None:
         a.work.mkdir(parents=True, exist_ok=True)
         finisher = Finisher(model, net, space, costs, a.work, asked, edited.stats, clock, told, calibration)
         chosen: list[tuple[str, str, Trial]] = []
+        judge = Judge(assembled)
         for how, trials in ways.items():
             for s in a.speeds:
-                if fits := [t for t in trials if costs.dense / t.us >= s * ROOM and t.rise < USABLE]:
-                    chosen.append((how, f"{s:g}x", min(fits, key=lambda t: (t.rise, t.us))))
+                if (t := answer_of(trials, Limits(speed=s * ROOM), costs, judge)) is not None:
+                    chosen.append((how, f"{s:g}x", t))
             for x in a.losses:
-                if (t := answer_of(trials, Limits(loss=x), costs, assembled.within)) is not None:
+                if (t := answer_of(trials, Limits(loss=x), costs, judge)) is not None:
                     chosen.append((how, f"{100 * x:g}% loss", t))
         for k, (how, setting, t) in enumerate(chosen):
             mark = hashlib.sha256(json.dumps(t.choices, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,10 +1,12 @@
 """A search from the model to the finished folder."""
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from trimtab.search import search as search_
 from trimtab.search import timing
 from trimtab.search.edited import Edited, tidy
 from trimtab.search.options import DENSE, DROP, OPTIONS
-from trimtab.search.quality import Assembled, InBytes
+from trimtab.search.quality import Assembled, InBytes, Judge
 from trimtab.search.space import Space, recipe_of, space_of
 from trimtab.search.timing import Runs, fastest_dense, prompts_of
 
@@ -240,7 +242,7 @@ def test_what_cannot_be_is_said_early_and_nothing_is_written(tiny_lm, small, hom
         return [0.5 * sum(o != DENSE for p, o in c.items() if p != "head") for c in candidates]
 
     monkeypatch.setattr(Assembled, "rises", rises)
-    monkeypatch.setattr(Assembled, "within", lambda self, choices, most, until=math.inf: rises(self, [choices])[0] <= most)
+    monkeypatch.setattr(Judge, "within", lambda self, choices, most: rises(None, [choices])[0] <= most)
     with pytest.raises(BadInput, match=says):
         tt.search(tiny_lm, tmp_path / "out", **limits, **small)
     assert not list(tmp_path.glob("out*"))
@@ -333,15 +335,20 @@ def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
     trials = [search_.Trial(c, rise, us, 10 * k, "") for k, (c, rise, us) in enumerate(
         zip(choices, (0.4, 0.2, 0.08, 0.0), (10.0, 20.0, 30.0, 40.0), strict=True))]
     true = {10.0: 0.11, 20.0: 0.07, 30.0: 0.03, 40.0: 0.0}
-    asked = []
+    asked, among = [], []
 
-    def within(choices, most):
-        asked.append(choices)
-        return true[next(t.us for t in trials if t.choices == choices)] <= most
+    class Told:
+        def within(self, choices, most):
+            asked.append(choices)
+            return true[next(t.us for t in trials if t.choices == choices)] <= most
+
+        def least(self, candidates):
+            among.append(len(candidates))
+            return min(range(len(candidates)), key=lambda k: true[next(t.us for t in trials if t.choices == candidates[k])])
 
     def answer(**limits):
         asked.clear()
-        found = search_.answer_of(trials, search_.Limits(**limits), costs, within)
+        found = search_.answer_of(trials, search_.Limits(**limits), costs, Told())
         return found and found.us
 
     assert answer(loss=math.expm1(0.1)) == 20.0 and len(asked) == 2  # a divergence of 0.2, and a loss of 0.07 at most
@@ -350,6 +357,16 @@ def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
     assert answer(loss=0.0) == 40.0 and not asked
     assert answer(loss=math.expm1(0.05), bytes=10) is None and answer(loss=math.expm1(0.08), bytes=10) == 20.0
     assert answer(speed=costs.dense / 20.0) == 20.0 and not asked
+    true[10.0] = 0.06  # by divergence 0.4 and 0.2: near enough that the loss says which is best
+    assert answer(speed=costs.dense / 20.0) == 10.0 and among[-1] == 2
+    trials[0] = replace(trials[0], rise=0.41)
+    assert answer(speed=costs.dense / 20.0) == 20.0 and among[-1] == 1
+    trials += [replace(trials[1], us=20.0 - k, rise=0.3) for k in range(1, 20)]
+    assert answer(speed=costs.dense / 20.0) == 20.0 and among[-1] == 1  # the same sublayers over again
+    trials += [replace(trials[1], choices=trials[1].choices | {"0.attn": a, "1.attn": b, "1.mlp": c}, us=19.0, rise=0.3)
+               for a, b, c in itertools.product((DENSE, "int8", "int4"), repeat=3)]
+    true[19.0] = 0.08
+    assert answer(speed=costs.dense / 20.0) == 20.0 and among[-1] == search_.FINALISTS
 
 
 def test_a_loss_is_within_what_is_asked_by_its_error_on_as_much_text_as_that_takes(tiny_lm, calib, tmp_path, monkeypatch):
@@ -370,12 +387,12 @@ def test_a_loss_is_within_what_is_asked_by_its_error_on_as_much_text_as_that_tak
         return float(off[:n].mean() + sign * 2 * off[:n].std() / n ** 0.5)
 
     met = []
-    offs = Assembled._offs
-    monkeypatch.setattr(Assembled, "_offs", lambda self, c: met.append(len(self.samples)) or offs(self, c))
+    offs = Assembled.offs
+    monkeypatch.setattr(Assembled, "offs", lambda self, c: met.append(len(self.samples)) or offs(self, c))
 
     def within(most, **more):
         met.clear()
-        return told.within(chosen, most, **more)
+        return Judge(told, **more).within(chosen, most)
 
     assert within(said(4, 1) + 1e-6) and met == [4]
     assert not within(said(4, -1) - 1e-6) and met == [4]
@@ -387,8 +404,52 @@ def test_a_loss_is_within_what_is_asked_by_its_error_on_as_much_text_as_that_tak
                     (False, 16))
     assert (within(middle), sum(met)) == expected and sum(met) > 4
     assert not within(middle, until=0.0) and met == [4]  # no time
-    assert told.within(space.dense, 0.0)
-    assert list(told._texts())[1].samples == samples[8:12]
+    assert Judge(told).within(space.dense, 0.0)
+    assert list(told.texts())[1].samples == samples[8:12]
+
+
+class Texts:
+    """Candidates with a divergence, and what the loss of 16 sequences rises by in mean, with its noise, and a seed of that; in texts of
+    4, 4 and 8 sequences."""
+
+    def __init__(self, **candidates):
+        self.candidates, self.met = candidates, []
+
+    def rises(self, names):
+        return [self.candidates[n][0] for n in names]
+
+    def texts(self):
+        for begin, end in ((0, 4), (4, 8), (8, 16)):
+            def offs(name, begin=begin, end=end):
+                self.met.append((name, end))
+                _, mean, noise, seed = self.candidates[name]
+                drawn = torch.randn(16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                return (mean + noise * (drawn - drawn.mean()))[begin:end].tolist()
+
+            yield SimpleNamespace(samples=[None] * (end - begin), offs=offs)
+
+
+@pytest.mark.parametrize(("candidates", "best", "runs"), [
+    ({"a": (0.10, 0.12, 0.001, 0), "b": (0.11, 0.08, 0.001, 1)}, "b", 2),  # text is sure: the other one leaves at once
+    ({"a": (0.10, 0.12, 5.0, 0), "b": (0.16, 0.08, 5.0, 1)}, "a", 6),      # it says nothing: what lies nearer
+    ({"a": (0.10, 0.12, 5.0, 0), "b": (0.16, 0.08, 5.0, 0)}, "b", 2),      # but where both of them meet the same with every sequence
+    ({"a": (0.10, 0.11, 0.1, 0), "b": (0.101, 0.07, 0.1, 1)}, "b", 6),     # of what lies as near, what text says
+    ({"a": (0.10, math.nan, 0.1, 0), "b": (0.16, 0.2, 0.1, 1)}, "b", 2),
+    ({"a": (0.10, math.nan, 0.1, 0), "b": (0.16, math.inf, 0.1, 1)}, "a", 2),
+    ({"a": (0.0, 0.0, 0.0, 0), "b": (0.0, 0.0, 0.0, 0)}, "b", 6),
+    ({"a": (0.10, 0.1, 0.1, 0)}, "a", 0),
+])
+def test_of_what_lies_as_near_text_says_what_loses_the_least(candidates, best, runs):
+    told = Texts(**candidates)
+    names = sorted(candidates, reverse=True)
+    assert (names[Judge(told).least(names)], len(told.met)) == (best, runs)
+
+
+def test_it_is_asked_of_no_more_text_than_there_is_time_for():
+    told = Texts(a=(0.1, 0.1, 0.1, 0), b=(0.1, 0.11, 0.1, 1))
+    Judge(told, until=0.0).least(["a", "b"])
+    assert told.met == [("a", 4), ("b", 4)]
+
 
 
 def test_a_layout_whose_head_is_slow_is_opened_and_timed_once_more(tmp_path, monkeypatch):

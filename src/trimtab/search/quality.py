@@ -20,6 +20,7 @@ from trimtab.search.space import Choices, Space
 
 ROOM = 2_000_000_000  # bytes of hidden states that candidates hold at once
 SURE = 2.0  # standard errors
+ABOUT = 0.3  # of a divergence, what the loss rises by is off from it
 
 Read = Callable[[Any, str], tuple[dict[str, Tensor], dict[str, Tensor]]]  # tensors and parts of a place and an option
 
@@ -58,23 +59,7 @@ class Assembled(Walk):
             self.net.release()
         return [self._known[k] for k in keys]
 
-    def within(self, choices: Choices, most: float, until: float = math.inf) -> bool:
-        """Whether its loss rises by no more than so many nats, and by two standard errors over the samples not: asked of the search split,
-        and of twice as much text as long as that leaves it open, there is text, and this moment of `time.monotonic` is not over. Below
-        that it is not. The divergence says more surely which of two loses less; this says how much."""
-        off: list[float] = []
-        for walk in self._texts():
-            off += walk._offs(choices)
-            if not all(map(math.isfinite, off)):
-                return False
-            mean, error = statistics.fmean(off), statistics.stdev(off) / math.sqrt(len(off)) if len(off) > 1 else abs(off[0])
-            if mean + SURE * error <= most:
-                return True
-            if mean - SURE * error > most or time.monotonic() > until:
-                return False
-        return False
-
-    def _texts(self) -> Iterator[Assembled]:
+    def texts(self) -> Iterator[Assembled]:
         """This one, and then others of more text, as much again as there was so far."""
         yield self
         had, k = len(self.samples), 0
@@ -84,7 +69,7 @@ class Assembled(Walk):
             yield self._further[k]
             had, k = had + len(some), k + 1
 
-    def _offs(self, choices: Choices) -> list[float]:
+    def offs(self, choices: Choices) -> list[float]:
         """What the loss of a token rises by, of every sequence."""
         key = self._key(choices)
         both = zip(losses_behind(self, self._behind([key])[key]), self._losses, strict=True)
@@ -128,6 +113,76 @@ class Assembled(Walk):
                 for name in {s.param.rpartition(".")[0] for s in self.net.sites_of(i) if s.group == p.group}:
                     module.get_submodule(name).register_forward_pre_hook(met)
         return module
+
+
+class Judge:
+    """What the loss itself says, of as much text as that takes: of the search split, and of twice as much as long as that leaves it open,
+    there is text, and there is time `until` a moment of `time.monotonic`. The divergence says more surely which of two is nearer to the
+    network; the loss of text is what was asked about."""
+
+    def __init__(self, assembled: Assembled, until: float = math.inf):
+        self.assembled, self.until = assembled, until
+
+    def within(self, choices: Choices, most: float) -> bool:
+        """Whether its loss rises by no more than so many nats, and by two standard errors over the samples not. Where that is left open, it
+        does not."""
+        off: list[float] = []
+        for walk in self._texts([choices]):
+            off += walk.offs(choices)
+            if not all(map(math.isfinite, off)):
+                return False
+            mean, error = mean_of(off)
+            if mean + SURE * error <= most:
+                return True
+            if mean - SURE * error > most:
+                return False
+        return False
+
+    def least(self, candidates: Sequence[Choices]) -> int:
+        """Which one's loss rises the least. With every text those leave that are behind the best by two standard errors.
+
+        Formula: of two, (k / a^2 + x / e^2) / (1 / a^2 + 1 / e^2), with the difference k of their divergences, ABOUT which a is off, and the
+            mean x and the standard error e of what the one loses more than the other of every sequence
+        Source: the mean of two measures weighed by their precision
+        """
+        told = self.assembled.rises(candidates)
+        off: list[list[float]] = [[] for _ in candidates]
+
+        def more(k: int, than: int) -> tuple[float, float]:
+            return _weighed(told[k], told[than], [x - y for x, y in zip(off[k], off[than], strict=True)])
+
+        left = sorted(range(len(candidates)), key=lambda k: told[k])
+        for walk in self._texts(left) if len(left) > 1 else ():
+            for k in left:
+                off[k] += walk.offs(candidates[k])
+            left[:] = [k for k in left if all(map(math.isfinite, off[k]))] or left[:1]
+            first = min(left, key=lambda k: more(k, left[0])[0])
+            left[:] = [first, *(k for k in left if k != first and more(k, first)[0] <= SURE * more(k, first)[1])]
+            if len(left) == 1:
+                break
+        return left[0]
+
+    def _texts(self, running: Sequence[Any]) -> Iterator[Assembled]:
+        """Texts, as long as there is time for what is running, as far as the last one tells; the search split at any rate."""
+        pace = 0.0
+        for walk in self.assembled.texts():
+            began, runs = time.monotonic(), len(running) * len(walk.samples)
+            if pace and began + pace * runs > self.until:
+                return
+            yield walk
+            pace = (time.monotonic() - began) / runs
+
+
+def mean_of(off: Sequence[float]) -> tuple[float, float]:
+    """And its standard error, which of a single one is not known: as large as that one."""
+    return statistics.fmean(off), statistics.stdev(off) / math.sqrt(len(off)) if len(off) > 1 else abs(off[0])
+
+
+def _weighed(told: float, other: float, off: Sequence[float]) -> tuple[float, float]:
+    """The mean of what is told and of what was found, and the standard error of what was found."""
+    mean, error = mean_of(off)
+    a, e = max(ABOUT * math.hypot(told, other), 1e-12) ** -2, max(error, 1e-12) ** -2
+    return (a * (told - other) + e * mean) / (a + e), error
 
 
 def group_of(option: str) -> int | None:

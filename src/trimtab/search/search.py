@@ -9,9 +9,8 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from trimtab.search import proxies
 from trimtab.search.edited import Edited, cache_home, keep_known, key_of, read_known, tidy
 from trimtab.search.front import Limits, best, fastest, first_front, program
 from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, MADE, OPTIONS, PLAIN, WHOLES, Whole, opened_by
-from trimtab.search.quality import Assembled
+from trimtab.search.quality import Assembled, Judge
 from trimtab.search.space import INT8, KEEP, Choices, Space, recipe_of, space_of, takes
 from trimtab.search.timing import (
     AS_IT_IS,
@@ -53,12 +52,10 @@ from trimtab.search.timing import (
 from trimtab.search.trials import Search, Trial, file_in, open_storage, redo, study_of, trials_of
 from trimtab.search.work import Tables, tables_by, trials_by
 
-Within = Callable[[Choices, float], bool]  # whether choices lose no more than so many nats
-
 EXPORTS = {"gguf": ".gguf", "compressed-tensors": "-compressed-tensors"}  # what a finished model is written as beside its folder
 RESULT, PAGE, MODELS = "search.json", "report.html", "models"
 SPLIT = 16          # sequences of the search split
-MORE = 112          # and of text beside it, for what it leaves open
+MORE = 240          # and of text beside it, for what it leaves open
 ALIKE = 32          # tokens in a row that calibration does not have in common with these
 FIRST = ("int4", "int8")  # which mostly lose next to nothing, and are measured first
 WORST = 0.7         # nats that a point of the front may lose: half as likely, token for token
@@ -73,10 +70,12 @@ PROXIES = 0.03      # of the time, what has to be left for proxies that take som
 WRITING = 0.015     # of the time, what is left when the race ends
 ROOM = 1.01         # times the asked speed, what is told of an answer
 LEAST = 16          # trials that are made at any rate
+NEAR = 2.0          # times the least divergence, below which the loss says which is best
+FINALISTS = 8       # of these, that are run for it
 HOPE = 5.0          # times the limit, above which a divergence means no loss within it
 RUINED = 9.0        # of the dense perplexity: no model that anybody wants
 TELLING = 0.04      # what is kept for proxies, samples of text and the page
-JUDGING = 0.05      # what answers to a loss may be judged for, where that is asked
+JUDGING = 0.05      # what answers may be judged for, where something is asked
 FINISHING = 0.3     # what is kept for finishing models until the first one says how long that takes
 
 
@@ -186,12 +185,12 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
             study = study_of(storage, key_of(header, str(out.resolve())), space, costs, asked.seed, afresh=not resumed)
             redo(study)
             work = Search(study, space, costs, rises, assembled.rises, asked.seed, limits=(asked.limits,))
-            work.queue([space.dense, *first], "program")
-            work.queue([space.uniform(o) for o in sorted({o for p in space.places for o in p.options} - {DENSE, DROP})], "uniform")
             rivals = baselines(space, costs, rises, asked.limits)
+            work.queue([space.dense, *first, *(choices for _, choices in rivals)], "program")
+            work.queue([space.uniform(o) for o in sorted({o for p in space.places for o in p.options} - {DENSE, DROP})], "uniform")
             if rivals:  # the first one says how long it takes
                 finisher.finish(rivals[0][1], f"baseline-{rivals[0][0]}")
-            judging = JUDGING * clock.seconds if asked.limits.loss is not None else 0.0
+            judging = JUDGING * clock.seconds if asked.limits != Limits() else 0.0
             until = clock.end - min(clock.finishing(asked.points + len(rivals)) + judging, MODELLING * max(0.0, clock.left))
             began = time.monotonic()
             run = trials_by(workers, work, storage)
@@ -201,8 +200,8 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
                 workers.close()
             tick("search", 1000, 1000)
             trials = trials_of(study, space, costs)
-            sure = partial(assembled.within, until=time.monotonic() + judging)
-            points = finish_front(finisher, [t for t in trials if t.choices != space.dense], asked, rivals, sure)
+            judge = Judge(assembled, time.monotonic() + judging)
+            points = finish_front(finisher, [t for t in trials if t.choices != space.dense], asked, rivals, judge)
             result = told(model, net, space, costs, rises, asked, finisher, trials, rivals, points, assembled.dense, edited, clock, tick)
             result["whole"] = {"rewrite": whole.rewrite, "repair": whole.repair, "tried": tried}
             forget(finisher)
@@ -281,7 +280,7 @@ def check_loss(first: Sequence[Choices], space: Space, costs: Costs, rises: Mapp
     most = RUINED if limits.loss is None else 2 * limits.loss + 0.02
     found = program(space, costs, rises, time=costs.dense / limits.speed if limits.speed else math.inf, size=limits.bytes or math.inf)
     loss = math.expm1(min(50.0, *assembled.rises([found]))) if found else math.inf
-    if found and (loss <= most or assembled.within(found, math.log1p(most), until=0.0)):  # by the split alone
+    if found and (loss <= most or Judge(assembled, until=0.0).within(found, math.log1p(most))):  # by the split alone
         return
     costly = f"costs {100 * loss:.3g} % more perplexity" if found else "takes what breaks the network by itself"
     fits = [c for c in first if math.expm1(min(50.0, added(rises, c))) <= (most if limits.loss is None else limits.loss)]
@@ -461,7 +460,7 @@ class Finisher:
         return where
 
 
-def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, rivals: Sequence[tuple[str, Choices]], within: Within
+def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, rivals: Sequence[tuple[str, Choices]], judge: Judge
                  ) -> list[str]:
     """The names of the finished points of the front: what answers what was asked first, again where its proof falls short; then points
     spread over the speeds that there are, and the baselines, by turns, as long as there is time."""
@@ -469,7 +468,7 @@ def finish_front(finisher: Finisher, trials: Sequence[Trial], asked: Asked, riva
     names: list[str] = []
     wanted = spared(limits)
     while limits != Limits() and len(names) < 3 and (not names or clock.left > clock.finishing(1)):
-        if (answer := answer_of(trials, wanted, finisher.costs, within)) is None:
+        if (answer := answer_of(trials, wanted, finisher.costs, judge)) is None:
             break
         proof = finisher.finish(answer.choices, name := f"answer{len(names) + 1}" if names else "answer")
         names.append(name)
@@ -497,23 +496,24 @@ def spared(limits: Limits) -> Limits:
     return replace(limits, speed=limits.speed * ROOM if limits.speed else None)
 
 
-def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, within: Within) -> Trial | None:
-    """What meets the limits at the least loss, or at the greatest speed where loss is all that is limited. The divergence is mostly more
-    than what the loss rises by: where it is above the limit, the loss itself is asked, with its error."""
+def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, judge: Judge) -> Trial | None:
+    """What meets the limits at the least loss, or at the greatest speed where loss is all that is limited. The divergence says which come
+    into question, and text which of those loses the least. It is mostly more than what the loss rises by: where it is above the limit, the
+    loss itself is asked, with its error."""
     fits = [t for t in trials if t.rise <= math.log1p(RUINED) and replace(limits, loss=None).met(0, t.bytes, costs.dense / t.us)]
-    alone = not (limits.speed or limits.bytes)
-    fits.sort(key=lambda t: (t.us, t.rise) if alone else (t.rise, t.us))
-    if limits.loss is None:
-        return fits[0] if fits else None
-    most = math.log1p(limits.loss)
-    if not alone:
-        return next((t for t in fits[:1] if t.rise <= most or within(t.choices, most)), None)
+    most = math.inf if limits.loss is None else math.log1p(limits.loss)
+    if limits.speed or limits.bytes or limits.loss is None:
+        fits.sort(key=lambda t: (t.rise, t.us))
+        alike = {tuple(o for p, o in sorted(t.choices.items()) if p != HEAD): t for t in reversed(fits) if t.rise <= NEAR * fits[0].rise}
+        near = sorted(alike.values(), key=lambda t: (t.rise, t.us))[:FINALISTS]
+        found = near[judge.least([t.choices for t in near])] if near else None
+        return found if found and (found.rise <= most or judge.within(found.choices, most)) else None
     front = [t for t in best(fits, lambda t: (t.us, t.rise)) if t.rise <= HOPE * most]
     front.sort(key=lambda t: t.us)  # and so by what they lose, the most first: looked for by halves
     low, high = 0, next((k for k, t in enumerate(front) if t.rise <= most), len(front))
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if within(front[middle].choices, most) else (middle + 1, high)
+        low, high = (low, middle) if judge.within(front[middle].choices, most) else (middle + 1, high)
     return front[low] if low < len(front) else None
 
 
