@@ -141,7 +141,7 @@ class Judge:
     def least(self, candidates: Sequence[Choices]) -> int:
         """Which one's loss rises the least. With every text those leave that are behind the best by two standard errors.
 
-        Formula: of two, (k / a^2 + x / e^2) / (1 / a^2 + 1 / e^2), with the difference k of their divergences, ABOUT which a is off, and the
+        Formula: of two, (k / a^2 + x / e^2) / (1 / a^2 + 1 / e^2), with the difference k of their divergences, off by a (ABOUT), and the
             mean x and the standard error e of what the one loses more than the other of every sequence
         Source: the mean of two measures weighed by their precision
         """
