@@ -156,8 +156,9 @@ class Judge:
             for k in left:
                 off[k] += walk.offs(candidates[k])
             left[:] = [k for k in left if all(map(math.isfinite, off[k]))] or left[:1]
-            first = min(left, key=lambda k: more(k, left[0])[0])
-            left[:] = [first, *(k for k in left if k != first and more(k, first)[0] <= SURE * more(k, first)[1])]
+            if len(left) > 1:
+                first = min(left, key=lambda k: more(k, left[0])[0])
+                left[:] = [first, *(k for k in left if k != first and more(k, first)[0] <= SURE * more(k, first)[1])]
             if len(left) == 1:
                 break
         return left[0]
