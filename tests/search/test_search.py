@@ -49,23 +49,24 @@ def small(calib):
     {"0.attn": "int4"}, {"1.mlp": DROP}, {"1.mlp": "neurons50"}, {"2.attn": "heads50"}, {"0.mlp": "2:4", "1.attn": "int8"},
     {"1.attn": DROP, "1.mlp": DROP}, {"0.mlp": "neurons50", "2.mlp": DROP}, {"2.mlp": "rank50"}, {"1.attn": "gate50"},
 ], ids=str)
-def test_a_network_assembled_is_the_one_that_is_written(tiny_lm, calib, tmp_path, monkeypatch, chosen):
-    """What choices say is what the model says that `trim` makes of them, packed, where its passes see the dense network as options do."""
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_a_network_assembled_is_the_one_that_is_written(tiny_lm, calib, tmp_path, monkeypatch, chosen, packed):
+    """What choices say is what the model says that `trim` makes of them, where its passes see the dense network as options do."""
     net = Network.open(tiny_lm)
     samples = data.prepare(net, (calib,), "calibration", 8, 32, 0)
     space, edited = space_of(net, OPTIONS.values()), Edited(net, samples[:4], tmp_path / "home", StatCache())
     for place, option in chosen.items():
         edited.make(OPTIONS[option], place.partition(".")[2], lambda s, d, n: None)
-    told = Assembled(net, space, samples[4:], edited.read, tmp_path)
+    told = Assembled(net, space, samples[4:], edited.read, tmp_path, in_bytes=packed)
     recipe = recipe_of(space, chosen)
     recipe = replace(recipe, passes=tuple(replace(p, order="dense") for p in recipe.passes))
-    opts = line.Options(samples=4, seq_len=32, calib=(calib,), text=(calib,), proof_tokens=64, speed=False, fresh=False,
-                        pack=line.pack.AS_RECIPE, pack_dtype="float32", head="keep")
+    files = {"pack": line.pack.AS_RECIPE, "pack_dtype": "float32", "head": "keep"} if packed else {}
+    opts = line.Options(samples=4, seq_len=32, calib=(calib,), text=(calib,), proof_tokens=64, speed=False, fresh=False, **files)
     prepare = data.prepare  # of 8 samples the first 4 are not those of 4 asked for
     monkeypatch.setattr(data, "prepare", lambda *a: samples[:4] if a[2] == "calibration" else prepare(*a))
     line.trim(tiny_lm, recipe, tmp_path / "out", opts, lambda s, d, n: None)
     other = Network.open(tmp_path / "out")
-    its = Packed(other, space_of(other, []), samples[4:], edited.read, tmp_path)
+    its = Written(other, space_of(other, []), samples[4:], edited.read, tmp_path)
     off, tokens = 0.0, 0
     for b, batch in enumerate(told.batches):  # the divergence in the words of torch
         p, q = (w.net.finish(w._own[b], w.contexts[b], batch)[:, :-1].flatten(0, 1).log_softmax(-1) for w in (told, its))
@@ -75,11 +76,12 @@ def test_a_network_assembled_is_the_one_that_is_written(tiny_lm, calib, tmp_path
     assert told.rises([space.dense | chosen])[0] == pytest.approx(off / tokens, rel=1e-3, abs=1e-6)
 
 
-class Packed(Assembled):
-    """A network as its files are packed."""
+class Written(Assembled):
+    """A network as its files say."""
 
     def _block(self, i, choices):
         module = self.net.block(i)
+        self.net.as_said(module, i, self.net.said(i))
         self.net.as_packed(module, i)
         return module
 
@@ -226,8 +228,11 @@ def test_plain_models_are_opened_by_others(tiny_lm, small, home, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / result["front"][0]["out"])
 
 
-def test_what_has_no_codes_is_no_point_for_runtimes_that_open_codes_alone(tiny_lm, small, home, tmp_path):
+def test_what_has_no_codes_is_no_point_for_runtimes_that_open_codes_alone(tiny_lm, small, home, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(search_, "Assembled", lambda *a, **more: made.append(more["in_bytes"]) or Assembled(*a, **more))
     result = tt.search(tiny_lm, tmp_path / "out", formats="compressed-tensors", **{**small, "points": 5})
+    assert made == [False]  # as its proof has them
     assert all(set(p["choices"].values()) != {DENSE, "keep"} for p in result["front"])
     assert all((tmp_path / "out" / f"{p['out']}-compressed-tensors").is_dir() for p in result["front"])
 

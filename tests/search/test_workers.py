@@ -20,7 +20,7 @@ from trimtab.search.quality import Assembled
 from trimtab.search.space import space_of
 from trimtab.search.timing import Costs
 from trimtab.search.trials import BATCH, Search, open_storage, open_study, trials_of
-from trimtab.search.work import TABLE, tables_by, trials_by
+from trimtab.search.work import TABLE, opened, set_out, tables_by, trials_by
 
 NAMES = ("dense", "int8", "int4", "drop")
 MOST = 12 * BATCH  # enough for both workers to be met at work
@@ -84,6 +84,17 @@ def kill_one(workers, storage, said):
             killed += 1
             time.sleep(2)
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("in_bytes", [True, False])
+def test_a_worker_opens_what_was_set_out(in_bytes, found, tmp_path):
+    edited, assembled, _ = found
+    assembled = Assembled(edited.net, assembled.space, assembled.samples, edited.read, tmp_path, in_bytes=in_bytes)
+    (folder := tmp_path / "shared").mkdir()
+    set_out(folder, edited, assembled)
+    its = opened(folder)
+    assert (its.assembled.space, its.assembled.in_bytes, its.edited.home) == (assembled.space, in_bytes, edited.home)
+    assert its.assembled.dense == assembled.dense
 
 
 @WARNINGS

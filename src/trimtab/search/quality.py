@@ -29,15 +29,16 @@ class Assembled(Walk):
     """Candidates on their way through the blocks together: what begins alike is computed once.
 
     `read` gives what a place becomes; samples are those of the search split, and `more` text for what they leave open. The network itself
-    is the first to be measured.
+    is the first to be measured. `in_bytes`: layers of codes meet their inputs as our kernels have them.
     """
 
-    def __init__(self, net: Network, space: Space, samples: list[Batch], read: Read, scratch: Path, more: Sequence[Batch] = ()):
+    def __init__(self, net: Network, space: Space, samples: list[Batch], read: Read, scratch: Path, more: Sequence[Batch] = (), *,
+                 in_bytes: bool = True):
         super().__init__(net, samples, scratch, None)
         self.embed()
         self._more, self._further = list(more), list[Assembled]()
         assert self.store is not None
-        self.space, self.read, self._inputs = space, read, list(self.store)
+        self.space, self.read, self.in_bytes, self._inputs = space, read, in_bytes, list(self.store)
         self._held = sum(x.nbytes for x in self._inputs)
         self._by_block = [[p for p in space.places if p.block == i] for i in range(space.blocks)]
         self._own = self._behind([own := self._key(space.dense)])[own]
@@ -65,7 +66,7 @@ class Assembled(Walk):
         had, k = len(self.samples), 0
         while some := self._more[had - len(self.samples):][:had]:
             if k == len(self._further):
-                self._further.append(Assembled(self.net, self.space, some, self.read, self.scratch))
+                self._further.append(Assembled(self.net, self.space, some, self.read, self.scratch, in_bytes=self.in_bytes))
             yield self._further[k]
             had, k = had + len(some), k + 1
 
@@ -108,7 +109,7 @@ class Assembled(Walk):
         if parts:
             self.net.as_said(module, i, parts)
         for p in self._by_block[i]:
-            if (group := group_of(choices[p.name])) is not None:
+            if self.in_bytes and (group := group_of(choices[p.name])) is not None:
                 met = InBytes(group)
                 for name in {s.param.rpartition(".")[0] for s in self.net.sites_of(i) if s.group == p.group}:
                     module.get_submodule(name).register_forward_pre_hook(met)

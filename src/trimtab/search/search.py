@@ -166,7 +166,7 @@ def search(model: Path, out: Path, asked: Asked, tick: Report) -> dict[str, Any]
         space = of_timed(space, costs)
         check_limits(space, costs, asked.limits)
         edited = Edited(net, calibration, home, StatCache())
-        assembled = Assembled(net, space, split, edited.read, Path(tmp), more)
+        assembled = Assembled(net, space, split, edited.read, Path(tmp), more, in_bytes=bool(asked.options.pack))
         tables = tables_by(workers, edited, assembled)
         whole, tried = whole_of(net, space, edited, assembled, tables, clock, tick)
         space, costs = space.made(whole), costs.made(whole)
@@ -338,8 +338,8 @@ def known_rises(net: Network, space: Space, costs: Costs, edited: Edited, assemb
                 clock: Clock, tick: Report) -> dict[str, dict[str, float]]:
     """What every option alone raises the loss by, by place: what loses next to nothing first, then what that does not beat in both time and
     bytes, as far as there is time, then what stands for its family."""
-    key = key_of("rises in bytes", net.digest, data.digest(assembled.samples), data.digest(edited.samples), trimtab.__version__,
-                 {o: OPTIONS[o].text for o in OPTIONS})
+    key = key_of("rises in bytes" if assembled.in_bytes else "rises", net.digest, data.digest(assembled.samples),
+                 data.digest(edited.samples), trimtab.__version__, {o: OPTIONS[o].text for o in OPTIONS})
     kept: dict[str, dict[str, float]] = read_known(edited.home, "rises", key)
     rises = {p.name: {DENSE: 0.0, **{o: r for o, r in kept.get(p.name, {}).items() if o in p.options}} for p in space.places}
 

@@ -39,7 +39,8 @@ def set_out(folder: Path, edited: Edited, assembled: Assembled) -> None:
     data.write_samples(folder / "calibration.safetensors", edited.samples)
     data.write_samples(folder / "split.safetensors", assembled.samples)
     write_json(folder / "setup.json", {"model": str(edited.net.checkpoint.path.resolve()), "digest": edited.net.digest,
-                                       "home": str(edited.home.resolve()), "space": asdict(assembled.space)})
+                                       "home": str(edited.home.resolve()), "space": asdict(assembled.space),
+                                       "in_bytes": assembled.in_bytes})
 
 
 def set_tables(folder: Path, work: Search) -> None:
@@ -69,7 +70,8 @@ def opened(folder: Path) -> Opened:
         raise BadInput(f"{said['model']} is another model on {socket.gethostname()}; put it into a folder that all machines share")
 
     edited = Edited(net, data.read_samples(folder / "calibration.safetensors"), Path(said["home"]), StatCache())
-    return Opened(edited, Assembled(net, space_in(said["space"]), data.read_samples(folder / "split.safetensors"), edited.read, folder))
+    split = data.read_samples(folder / "split.safetensors")
+    return Opened(edited, Assembled(net, space_in(said["space"]), split, edited.read, folder, in_bytes=said["in_bytes"]))
 
 
 def space_in(said: Mapping[str, Any]) -> Space:
