@@ -4,8 +4,8 @@
 
 Five ways look for recipes: the search; random choices from the same space; evolution inside every family alone; and one option everywhere.
 Each takes as many trials (the last one has no more than there are options). Of each the best is finished: the least loss on the search
-split at 1.25, 1.5, 2 and 3 times the dense model's speed, and the fastest that loses 1, 3 and 10 %. Then all finished models are proved
-on text that no search saw, and timed in turns. A row a model, those that went against the search too.
+split at 1.25, 1.5, 2 and 3 times the dense model's speed, and the fastest that loses 1, 3 and 10 %. Then all finished models are timed in
+turns, and run on all the text there is for proofs, which no search saw. A row a model, those that went against the search too.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -23,15 +24,16 @@ import torch
 from measure import green
 
 from trimtab.builtin import model_path
-from trimtab.core import line
+from trimtab.core import data, line
 from trimtab.core.calibrate import StatCache
 from trimtab.demo import machine
 from trimtab.network.stream import Network
+from trimtab.prove.quality import Stream
 from trimtab.runtime.decoder import open_decoder
 from trimtab.search.edited import Edited, cache_home
 from trimtab.search.front import Limits, first_front
 from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS, opened_by
-from trimtab.search.quality import Assembled, Judge
+from trimtab.search.quality import Assembled, Judge, mean_of
 from trimtab.search.search import Asked, Clock, Finisher, answer_of, baselines, known_rises, of_known, texts_of, whole_of
 from trimtab.search.space import KEEP, Space, space_of
 from trimtab.search.timing import Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
@@ -40,7 +42,8 @@ from trimtab.search.work import tables_by
 
 SPEEDS, LOSSES = (1.25, 1.5, 2.0, 3.0), (0.01, 0.03, 0.1)
 ROOM = 1.01  # what was told to be so fast should be, and a little more
-PROOF = 65536  # tokens: of 8,192 the perplexities of what loses little are not told apart
+PROOF = 400_000  # tokens at most: of 8,192 the perplexities of what loses little are not told apart
+ROWS = 8  # sequences at once
 
 
 def main() -> None:
@@ -59,7 +62,7 @@ def main() -> None:
         raise SystemExit("the decoder's tests are red: nothing is timed")
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     model = model_path(a.model) if a.model.startswith("builtin:") else Path(a.model)
-    asked = Asked(threads=a.threads, seed=a.seed, proof_tokens=PROOF)
+    asked = Asked(threads=a.threads, seed=a.seed)
     line.set_up(asked.options)
     net, clock = Network.open(model), Clock(time.monotonic(), math.inf)
     calibration, split, more = texts_of(net, asked)
@@ -124,24 +127,44 @@ def main() -> None:
         runs = race({**dense_decoders(model), **decoders}, prompts_of(calibration, 1, asked.context), rounds=63)
         base = fastest_dense(runs)
         dense_loss = assembled.dense
+        text = line.proof_samples(net, replace(asked.options, proof_tokens=PROOF))
+        plain = losses(net, text, Path(tmp))
+        lost = {n: losses(Network.open(a.work / "models" / n), text, Path(tmp)) for n in sorted(set(unique.values()))}
         for name, (how, setting, t) in zip(names, chosen, strict=True):
             proof, run = finisher.proofs[name], runs[unique[name]]
             ratios = sorted(run.against(runs[base]))
+            its = lost[unique[name]]
+            rise, error = mean_of([x - y for x, y in zip(its, plain, strict=True)])
+            found = next((n for n, (h, at, _) in zip(names, chosen, strict=True) if (h, at) == ("search", setting)), None)
+            ahead = mean_of([x - y for x, y in zip(its, lost[unique[found]], strict=True)]) if found and how != "search" else None
             row: dict[str, Any] = {
                 "recipe": how, "pipeline": proof["pipeline"], "plan_hash": proof["plan_hash"], "model": a.name, "setting": setting,
-                "metric": "perplexity", "value": proof["after"]["perplexity"], "dense": proof["before"]["perplexity"],
+                "metric": "perplexity", "value": math.exp(statistics.fmean(its)), "dense": math.exp(statistics.fmean(plain)),
+                "error": error * math.exp(-rise), "ahead": ahead, "tokens": len(text) * (asked.seq_len - 1), "kl": proof["kl"],
                 "search_value": math.exp(dense_loss + t.rise), "search_dense": math.exp(dense_loss), "speed": run.speed(runs[base]),
                 "quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]], "pairs": len(ratios), "told": costs.dense / t.us,
-                "error": proof["recovery_error"], "kl": proof["kl"], "tokens": proof["tokens"], "bytes": proof["after"]["bytes"],
-                "dense_bytes": proof["before"]["bytes"], "baseline": base, "by": t.by,
+                "bytes": proof["after"]["bytes"], "dense_bytes": proof["before"]["bytes"], "baseline": base, "by": t.by,
                 "trials": len(ways[how]), "whole": str(whole), "began": began, "table": "search", "seed": a.seed, "methods": {},
                 "threads": torch.get_num_threads(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
             with a.out.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, sort_keys=True) + "\n")
-            off = row["value"] ** 2 / row["dense"] * row["error"]
-            print(f"\n{setting:<9} {how:<9} perplexity {row['value']:8.4f} ± {off:.4f} of {row['dense']:.4f}  "
-                  f"{row['speed']:.3f} x (told {row['told']:.3f})  {row['bytes'] / 1e6:.2f} MB", end="", flush=True)
+            print(f"\n{setting:<9} {how:<9} perplexity {row['value']:8.4f} of {row['dense']:.4f}: {1e3 * rise:7.3f} ± {1e3 * error:.3f} "
+                  "thousandths of a nat" + (f", the search {1e3 * ahead[0]:.3f} ± {1e3 * ahead[1]:.3f} less" if ahead else "")
+                  + f"; {row['speed']:.3f} x (told {row['told']:.3f})  {row['bytes'] / 1e6:.2f} MB", end="", flush=True)
         print()
+
+
+@torch.no_grad()
+def losses(net: Network, text: list[data.Batch], scratch: Path) -> list[float]:
+    """Of every sequence the mean loss of its next tokens, in nats, as a proof has it."""
+    found: list[float] = []
+    for k in range(0, len(text), ROWS):
+        ids = torch.cat([batch["input_ids"] for batch in text[k:k + ROWS]])
+        stream = Stream(net, [{"input_ids": ids}], math.inf, scratch)
+        for i in range(net.n_blocks):
+            stream.step(i)
+        found += [float(torch.nn.functional.cross_entropy(stream.logits(0, r, 0, ids.shape[1] - 1), row[1:])) for r, row in enumerate(ids)]
+    return found
 
 
 if __name__ == "__main__":

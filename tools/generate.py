@@ -484,15 +484,20 @@ def search_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Me
             low, high = r["quartiles"]
             who = f"**{r['recipe']}**" if r["recipe"] == "search" else r["recipe"]
             body.append(("at most " * setting.endswith("loss") + setting if not k else "", who, f"{r['value']:.5g}",
-                         lost(r), f"{r['speed']:.2f} x ({low:.2f} to {high:.2f})", f"{r['told']:.2f} x",
+                         lost(r), than(r), f"{r['speed']:.2f} x ({low:.2f} to {high:.2f})", f"{r['told']:.2f} x",
                          f"{r['bytes'] / 1e6:.2f} MB"))
-    return table(["asked", "by", "perplexity", "loss", "speed", "told", "bytes"], body)
+    return table(["asked", "by", "perplexity", "loss", "than the search", "speed", "told", "bytes"], body)
 
 
 def lost(r: Row) -> str:
     """What more the perplexity is than the dense model's, with its standard error where the row says it."""
     times = r["value"] / r["dense"]  # of which the recovery is the inverse
     return f"{times - 1:+.2%} ± {times**2 * r['error']:.2%}" if "error" in r else f"{times - 1:+.1%}"
+
+
+def than(r: Row) -> str:
+    """What more it loses than the model that the search found for the same, of the same sequences, in thousandths of a nat."""
+    return "{:+.2f} ± {:.2f}".format(*(1e3 * x for x in r["ahead"])) if r.get("ahead") else ""
 
 
 def search_time_table(every: list[Row], recipes: dict[str, Recipe], reg: dict[str, Method]) -> str:

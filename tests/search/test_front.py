@@ -113,6 +113,21 @@ def test_the_first_front_looks_at_a_loss_and_around_it():
     assert small and all(costs.size(c) <= 2300 for c in small)
 
 
+def test_at_what_is_asked_there_is_a_choice_of_what_lies_about_as_near(monkeypatch):
+    space, costs, rises = made(3, places=10)
+    asked = Limits(speed=1.6)
+
+    def near():
+        found = [c for c in first_front(space, costs, rises, asked) if costs.speed(c) >= 1.6]
+        least = min(added(c, rises) for c in found)
+        return [c for c in found if added(c, rises) <= 1.5 * least]
+
+    several = near()
+    assert len(several) >= 3 and all(costs.speed(c) < 1.8 for c in several)
+    monkeypatch.setattr(front, "SHAKEN", 0)
+    assert len(near()) < len(several)
+
+
 def test_the_best_are_those_that_nothing_beats():
     points = [(1, 5), (2, 4), (2, 6), (3, 3), (3, 3), (4, 4)]
     assert best(points, lambda p: p) == [(1, 5), (2, 4), (3, 3)]

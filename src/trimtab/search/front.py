@@ -24,6 +24,8 @@ STEPS = 12   # times that the program is solved for
 RISES = 20   # and losses, in nats
 LEAST, MOST = 2e-4, 0.7  # from the one to the other: half as likely, token for token
 AROUND = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8, 2.2)  # times the asked loss: divergences are not what text says
+SHAKEN = 6   # times more at what is asked, with other rises
+ABOUT = 0.3  # of a divergence, what the loss rises by is off from it
 SLACK = 1 + 1e-9
 SAYING = threading.Lock()
 
@@ -147,20 +149,25 @@ def fastest(space: Space, costs: Costs) -> float:
 
 
 def first_front(space: Space, costs: Costs, rises: Rises, *asked: Limits) -> list[dict[str, str]]:
-    """The program's answers from the dense model's time to the least there is, from next to no loss to much, and at what is asked."""
+    """The program's answers from the dense model's time to the least there is, from next to no loss to much, and at what is asked: there
+    also with rises that are otherwise by as much as losses are, so that there is a choice of what lies about as near."""
     most, least = costs.time(space.dense), fastest(space, costs)
-    wanted: list[dict[str, float]] = []
+    draw = np.random.default_rng(0)
+    shaken = [{p: {o: r * math.exp(ABOUT * draw.standard_normal()) for o, r in its.items()} for p, its in rises.items()}
+              for _ in range(SHAKEN)]
+    wanted: list[tuple[Rises, dict[str, float]]] = []
     for limits in asked or (Limits(),):
         size = {"size": float(limits.bytes)} if limits.bytes else {}
-        wanted += [{"time": costs.dense / limits.speed, **size}] if limits.speed else []
-        if limits.loss is not None and not limits.speed:
-            wanted += [{"loss": x * math.log1p(limits.loss), **size} for x in AROUND]
-        wanted += [size] if size else []
+        if limits.speed:
+            wanted += [(r, {"time": costs.dense / limits.speed, **size}) for r in (rises, *shaken)]
+        elif limits.loss is not None:
+            wanted += [(rises, {"loss": x * math.log1p(limits.loss), **size}) for x in AROUND]
+        wanted += [(r, size) for r in (rises, *shaken)] if size else []
     bound = {"size": float(min(x.bytes for x in asked if x.bytes))} if asked and all(x.bytes for x in asked) else {}
-    wanted += [{"time": t, **bound} for t in np.geomspace(max(least, 1e-9) * 1.0001, most, STEPS)]
-    wanted += [{"loss": x, **bound} for x in np.geomspace(LEAST, MOST, RISES)] + [bound]
+    wanted += [(rises, {"time": t, **bound}) for t in np.geomspace(max(least, 1e-9) * 1.0001, most, STEPS)]
+    wanted += [(rises, {"loss": x, **bound}) for x in np.geomspace(LEAST, MOST, RISES)] + [(rises, bound)]
     out: dict[tuple[str, ...], dict[str, str]] = {}
-    for choices in (program(space, costs, rises, **w) for w in wanted):
+    for choices in (program(space, costs, r, **w) for r, w in wanted):
         if choices is not None:
             out.setdefault(tuple(choices[n] for n in (*space.names, HEAD)), choices)
     return list(out.values())

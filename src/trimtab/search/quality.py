@@ -15,12 +15,12 @@ from trimtab.core.calibrate import Walk
 from trimtab.core.data import Batch
 from trimtab.core.measured import divergences_behind, losses_behind
 from trimtab.network.stream import Network
+from trimtab.search.front import ABOUT
 from trimtab.search.options import DENSE, OPTIONS
 from trimtab.search.space import Choices, Space
 
 ROOM = 2_000_000_000  # bytes of hidden states that candidates hold at once
 SURE = 2.0  # standard errors
-ABOUT = 0.3  # of a divergence, what the loss rises by is off from it
 
 Read = Callable[[Any, str], tuple[dict[str, Tensor], dict[str, Tensor]]]  # tensors and parts of a place and an option
 
