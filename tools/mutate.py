@@ -87,6 +87,13 @@ BATCHING, SERVER = ("tests/serve/test_batching.py",), ("tests/serve/test_server.
 COMMAND = ("tests/serve/test_command.py", "-k", "not signal")
 ENTRYWISE = ("tests/line/test_fedpara.py",)
 SUMMARY = ("tests/test_laws.py", "-k", "summary")
+FRONT = ("tests/search/test_front.py",)
+TRIALS = ("tests/search/test_trials.py",)
+SPACE = ("tests/search/test_space.py",)
+ASSEMBLED = ("tests/search/test_search.py", "-k", "assembled or bytes or alike")
+JUDGED = ("tests/search/test_search.py", "-k", "within or near or no_more_text or answer")
+TIMED = ("tests/search/test_search.py", "-k", "layout or told or prompts or machine or race or left_of_the_time")
+FOUND = ("tests/search/test_search.py", "-k", "folder or stopped or goes_on or runtimes or once or cannot_be")
 
 BUGS = [
     # --- statistics
@@ -398,6 +405,38 @@ BUGS = [
     Bug("prove/proof.py", '"reached": 1 - computed[n]', '"reached": computed[n]', "what is computed was skipped", SKIPS),
     Bug("prove/proof.py", "abs(d) > OFF", "d > OFF", "gates that skip less than asked are fine", SKIPS),
     Bug("prove/proof.py", 'r["min"] > 1', 'r["max"] > 1', "one lucky pair makes it faster", WORDS),
+    # --- search
+    Bug("search/front.py", "0, len(space.places) - 1))", "0, len(space.places)))", "a network of nothing is an answer", FRONT),
+    Bug("search/front.py", "-np.inf, time - costs.beside))", "-np.inf, time))", "what the decoder does not see takes no time", FRONT),
+    Bug("search/front.py", "goal = quick + 1e-4 * small", "goal = small + 1e-4 * quick",
+        "the smallest, not the quickest, at a loss", FRONT),
+    Bug("search/front.py", "math.exp(ABOUT * draw", "math.exp(0 * draw", "nothing is shaken", FRONT),
+    Bug("search/front.py", "speed >= self.speed / SLACK)", "speed >= self.speed / 2)", "half the speed will do", FRONT),
+    Bug("search/front.py", "if own not in seen and not any(", "if not any(", "the front has equals", FRONT),
+    Bug("search/trials.py", "self.study.enqueue_trial(dict(c), user_attrs={\"by\": by}, skip_if_exists=True)", "pass",
+        "what is queued is forgotten", TRIALS),
+    Bug("search/trials.py", "state=state.FAIL)\n        study.enqueue_trial(", "state=state.FAIL)\n        dict(a=",
+        "what a dead worker had begun is lost", TRIALS),
+    Bug("search/trials.py", "made < least or until", "until", "not even the least is made", TRIALS),
+    Bug("search/trials.py", "self.draw.random() < 0.5", "True", "parents are drawn blindly", TRIALS),
+    Bug("search/space.py", "number = {i: k for k, i in enumerate(i", "number = {i: i for k, i in enumerate(i",
+        "blocks behind one that is gone keep their numbers", SPACE),
+    Bug("search/space.py", "sorted(passes.items(), key=lambda i: i[0][:2])", "passes.items()", "shapes are not cut first", SPACE),
+    Bug("search/quality.py", ".div_(127)", ".div_(120)", "bytes of another scale", ASSEMBLED),
+    Bug("search/quality.py", "if self.in_bytes and (group", "if (group", "float inputs are rounded", ASSEMBLED),
+    Bug("search/quality.py", "self.net.as_said(module, i, parts)", "pass", "a gate is left open", ASSEMBLED),
+    Bug("search/quality.py", "if mean + SURE * error <= most", "if mean <= most", "a loss is kept by luck", JUDGED),
+    Bug("search/quality.py", "if mean - SURE * error > most", "if mean > most", "a loss is missed by bad luck", JUDGED),
+    Bug("search/quality.py", "(a * (told - other) + e * mean)", "(e * (told - other) + a * mean)", "what is less sure weighs more", JUDGED),
+    Bug("search/quality.py", "if pace and began + pace * runs > self.until", "if False", "judged for however long it takes", JUDGED),
+    Bug("search/search.py", "t.rise <= NEAR * fits[0].rise", "True", "what lies far is run for the answer, too", JUDGED),
+    Bug("search/search.py", "if p != HEAD): t for t in reversed(fits)", "): t for t in reversed(fits)", "with another head it is run twice",
+        JUDGED),
+    Bug("search/timing.py", "names[::-1] if r % 2 else names", "names", "the same is always first", TIMED),
+    Bug("search/timing.py", "over = r >= rounds and", "over = True or", "one round is enough", TIMED),
+    Bug("search/timing.py", "rest[n] > (1 + ODD) * usual", "rest[n] > 100 * usual", "a slow layout is believed", TIMED),
+    Bug("search/edited.py", "        if held <= limit:\n            return\n", "", "everything is forgotten", FOUND),
+    Bug("search/edited.py", "order=\"dense\"", "order=\"sequential\"", "options see what others became", ASSEMBLED),
 ]
 
 
