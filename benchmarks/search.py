@@ -1,6 +1,6 @@
 """What the search finds beside what one family of methods gives, at equal speed and at equal loss, with the same number of trials.
 
-    python benchmarks/search.py builtin:lm builtin:lm results/search.jsonl [--trials 160] [--threads N] [--seed N]
+    python benchmarks/search.py builtin:lm builtin:lm results/search.jsonl [--trials 320] [--threads N] [--seed N]
 
 Five ways look for recipes: the search; random choices from the same space; evolution inside every family alone; and one option everywhere.
 Each takes as many trials (the last one has no more than there are options). Of each the best is finished: the least loss on the search
@@ -51,7 +51,7 @@ def main() -> None:
     ask.add_argument("model")
     ask.add_argument("name")
     ask.add_argument("out", type=Path)
-    ask.add_argument("--trials", type=int, default=160)
+    ask.add_argument("--trials", type=int, default=320)
     ask.add_argument("--threads", type=int, default=0)
     ask.add_argument("--seed", type=int, default=0)
     ask.add_argument("--work", type=Path, default=Path("build/search"), help="where models are finished; those that are there are used")

@@ -362,12 +362,20 @@ def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
     assert answer(loss=0.0) == 40.0 and not asked
     assert answer(loss=math.expm1(0.05), bytes=10) is None and answer(loss=math.expm1(0.08), bytes=10) == 20.0
     assert answer(speed=costs.dense / 20.0) == 20.0 and not asked
+    trials.append(replace(trials[0], choices=space.dense | {"1.mlp": "drop"}, rise=0.45, us=18.0))  # farther and slower than the first
+    true[18.0] = 0.12
+    assert answer(loss=math.expm1(0.1)) == 20.0
+    true[18.0] = 0.05
+    assert answer(loss=math.expm1(0.1)) == 18.0 and answer(loss=math.expm1(0.089)) == 20.0  # five times that is less than its divergence
+    trials.pop()
     true[10.0] = 0.06  # by divergence 0.4 and 0.2: near enough that the loss says which is best
     assert answer(speed=costs.dense / 20.0) == 10.0 and among[-1] == 2
     trials[0] = replace(trials[0], rise=0.41)
     assert answer(speed=costs.dense / 20.0) == 20.0 and among[-1] == 1
-    trials += [replace(trials[1], us=20.0 - k, rise=0.3) for k in range(1, 20)]
-    assert answer(speed=costs.dense / 20.0) == 20.0 and among[-1] == 1  # the same sublayers over again
+    true[19.5] = true[20.0]
+    trials += [replace(trials[1], choices=trials[1].choices | {"head": "int8"}, us=19.5)]
+    assert answer(speed=costs.dense / 20.0) == 19.5 and among[-1] == 1  # the same sublayers with another head
+    trials.pop()
     trials += [replace(trials[1], choices=trials[1].choices | {"0.attn": a, "1.attn": b, "1.mlp": c}, us=19.0, rise=0.3)
                for a, b, c in itertools.product((DENSE, "int8", "int4"), repeat=3)]
     true[19.0] = 0.08

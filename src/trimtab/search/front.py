@@ -161,7 +161,7 @@ def first_front(space: Space, costs: Costs, rises: Rises, *asked: Limits) -> lis
         if limits.speed:
             wanted += [(r, {"time": costs.dense / limits.speed, **size}) for r in (rises, *shaken)]
         elif limits.loss is not None:
-            wanted += [(rises, {"loss": x * math.log1p(limits.loss), **size}) for x in AROUND]
+            wanted += [(r, {"loss": x * math.log1p(limits.loss), **size}) for x in AROUND for r in (rises, *shaken[::3])]
         wanted += [(r, size) for r in (rises, *shaken)] if size else []
     bound = {"size": float(min(x.bytes for x in asked if x.bytes))} if asked and all(x.bytes for x in asked) else {}
     wanted += [(rises, {"time": t, **bound}) for t in np.geomspace(max(least, 1e-9) * 1.0001, most, STEPS)]

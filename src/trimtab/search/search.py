@@ -71,7 +71,7 @@ WRITING = 0.015     # of the time, what is left when the race ends
 ROOM = 1.01         # times the asked speed, what is told of an answer
 LEAST = 16          # trials that are made at any rate
 NEAR = 2.0          # times the least divergence, below which the loss says which is best
-FINALISTS = 8       # of these, that are run for it
+FINALISTS = 8       # of what lies about as near, that are run for it
 HOPE = 5.0          # times the limit, above which a divergence means no loss within it
 RUINED = 9.0        # of the dense perplexity: no model that anybody wants
 TELLING = 0.04      # what is kept for proxies, samples of text and the page
@@ -501,11 +501,12 @@ def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, judge: Judg
     into question, and text which of those loses the least. It is mostly more than what the loss rises by: where it is above the limit, the
     loss itself is asked, with its error."""
     fits = [t for t in trials if t.rise <= math.log1p(RUINED) and replace(limits, loss=None).met(0, t.bytes, costs.dense / t.us)]
+    fits = list({tuple(o for p, o in sorted(t.choices.items()) if p != HEAD): t  # of those with the same sublayers the quickest
+                 for t in sorted(fits, key=lambda t: (-t.us, -t.bytes))}.values())
     most = math.inf if limits.loss is None else math.log1p(limits.loss)
     if limits.speed or limits.bytes or limits.loss is None:
         fits.sort(key=lambda t: (t.rise, t.us))
-        alike = {tuple(o for p, o in sorted(t.choices.items()) if p != HEAD): t for t in reversed(fits) if t.rise <= NEAR * fits[0].rise}
-        near = sorted(alike.values(), key=lambda t: (t.rise, t.us))[:FINALISTS]
+        near = [t for t in fits if t.rise <= NEAR * fits[0].rise][:FINALISTS]
         found = near[judge.least([t.choices for t in near])] if near else None
         return found if found and (found.rise <= most or judge.within(found.choices, most)) else None
     front = [t for t in best(fits, lambda t: (t.us, t.rise)) if t.rise <= HOPE * most]
@@ -514,7 +515,11 @@ def answer_of(trials: Sequence[Trial], limits: Limits, costs: Costs, judge: Judg
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if judge.within(front[middle].choices, most) else (middle + 1, high)
-    return front[low] if low < len(front) else None
+    if low == len(front):
+        return None
+    others = [t for t in fits if t.us < front[low].us and t.rise <= HOPE * most and t not in front]  # which may lose less for all that
+    others = sorted(others, key=lambda t: t.rise)[:FINALISTS]
+    return next((t for t in sorted(others, key=lambda t: t.us) if judge.within(t.choices, most)), front[low])
 
 
 def spread(trials: Sequence[Trial], count: int) -> list[Trial]:
