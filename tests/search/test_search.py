@@ -377,7 +377,7 @@ def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
     assert answer(speed=costs.dense / 20.0) == 19.5 and among[-1] == 1  # the same sublayers with another head
     trials.pop()
     trials += [replace(trials[1], choices=trials[1].choices | {"0.attn": a, "1.attn": b, "1.mlp": c}, us=19.0, rise=0.3)
-               for a, b, c in itertools.product((DENSE, "int8", "int4"), repeat=3)]
+               for a, b, c in [*itertools.product((DENSE, "int8", "int4"), repeat=3)][1:]]
     true[19.0] = 0.08
     assert answer(speed=costs.dense / 20.0) == 20.0 and among[-1] == search_.FINALISTS
 
