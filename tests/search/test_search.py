@@ -101,8 +101,9 @@ def test_what_has_codes_meets_its_inputs_in_bytes_as_its_kernels_do(option, tmp_
     other = Network.open(layouts.lay_out(space.uniform(option), 0))
     packed = other.block(0)
     other.as_packed(packed, 0)
-    for choices, rounded in (({"0.mlp": option}, True), ({}, False)):
-        block = told._block(0, space.dense | choices)
+    floats = Assembled(net, space, samples[4:], edited.read, tmp_path, in_bytes=False)
+    for walk, choices, rounded in ((told, {"0.mlp": option}, True), (told, {}, False), (floats, {"0.mlp": option}, False)):
+        block = walk._block(0, space.dense | choices)
         for name in ("gate_proj", "down_proj"):
             layer, theirs = block.mlp.get_submodule(name), packed.mlp.get_submodule(name)
             x = torch.randn(1, 5, layer.weight.shape[1])
