@@ -333,6 +333,22 @@ def test_what_is_left_of_the_time_is_raced_in():
     assert len(timing.race({"a": Fast()}, [], rounds=3)["a"].steps) == 3
 
 
+def test_who_races_first_is_last_in_the_next_round():
+    """Whoever comes behind the same one in every round is told by what that one leaves in the caches."""
+    turns: list[str] = []
+
+    class Fast:
+        def __init__(self, name):
+            self.name, self.places = name, ["0.mlp"]
+
+        def timed(self, prompts, new):
+            turns.append(self.name)
+            return 1.0, [0.5]
+
+    timing.race({n: Fast(n) for n in "abc"}, [], rounds=3)
+    assert "".join(turns) == "abc" "cba" "abc" "cba"
+
+
 def test_the_answer_to_a_loss_is_the_fastest_that_is_within_it_with_its_error():
     from tests.search.test_front import made
 
