@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -126,10 +127,14 @@ def main() -> None:
         decoders = {n: open_decoder(finisher.timed(n)) for n in sorted(set(unique.values()))}
         runs = race({**dense_decoders(model), **decoders}, prompts_of(calibration, 1, asked.context), rounds=63)
         base = fastest_dense(runs)
-        dense_loss = assembled.dense
+        dense_loss, threads = assembled.dense, torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed any more
         text = line.proof_samples(net, replace(asked.options, proof_tokens=PROOF))
         plain = losses(net, text, Path(tmp))
-        lost = {n: losses(Network.open(a.work / "models" / n), text, Path(tmp)) for n in sorted(set(unique.values()))}
+        lost = {}
+        for n in sorted(set(unique.values())):
+            lost[n] = losses(Network.open(a.work / "models" / n), text, Path(tmp))
+            print(f"\n{time.strftime('%H:%M:%S')} {len(text)} sequences: {n}", end="", flush=True)
         for name, (how, setting, t) in zip(names, chosen, strict=True):
             proof, run = finisher.proofs[name], runs[unique[name]]
             ratios = sorted(run.against(runs[base]))
@@ -145,7 +150,7 @@ def main() -> None:
                 "quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]], "pairs": len(ratios), "told": costs.dense / t.us,
                 "bytes": proof["after"]["bytes"], "dense_bytes": proof["before"]["bytes"], "baseline": base, "by": t.by,
                 "trials": len(ways[how]), "whole": str(whole), "began": began, "table": "search", "seed": a.seed, "methods": {},
-                "threads": torch.get_num_threads(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+                "threads": threads, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
             with a.out.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, sort_keys=True) + "\n")
             print(f"\n{setting:<9} {how:<9} perplexity {row['value']:8.4f} of {row['dense']:.4f}: {1e3 * rise:7.3f} ± {1e3 * error:.3f} "
