@@ -1,11 +1,12 @@
 """What the search finds beside what one family of methods gives, at equal speed and at equal loss, with the same number of trials.
 
-    python benchmarks/search.py builtin:lm builtin:lm results/search.jsonl [--trials 320] [--threads N] [--seed N]
+    python benchmarks/search.py builtin:lm builtin:lm results/search.jsonl [--trials 320] [--threads N] [--seed N] [--again]
 
 Five ways look for recipes: the search; random choices from the same space; evolution inside every family alone; and one option everywhere.
 Each takes as many trials (the last one has no more than there are options). Of each the best is finished: the least loss on the search
 split at 1.25, 1.5, 2 and 3 times the dense model's speed, and the fastest that loses 1, 3 and 10 %. Then all finished models are timed in
-turns, and run on all the text there is for proofs, which no search saw. A row a model, those that went against the search too.
+turns, and run on all the text there is for proofs, which no search saw. A row a model, those that went against the search too. With --again
+the models of the last run, finished in --work, are only timed once more.
 """
 from __future__ import annotations
 
@@ -30,14 +31,14 @@ from trimtab.core.calibrate import StatCache
 from trimtab.demo import machine
 from trimtab.network.stream import Network
 from trimtab.prove.quality import Stream
-from trimtab.runtime.decoder import open_decoder
+from trimtab.runtime.decoder import Decoder, open_decoder
 from trimtab.search.edited import Edited, cache_home
 from trimtab.search.front import Limits, first_front
 from trimtab.search.options import DENSE, DROP, FAMILIES, HEAD, OPTIONS, opened_by
 from trimtab.search.quality import Assembled, Judge, mean_of
 from trimtab.search.search import Asked, Clock, Finisher, answer_of, baselines, known_rises, of_known, texts_of, whole_of
 from trimtab.search.space import KEEP, Space, space_of
-from trimtab.search.timing import Layouts, dense_decoders, fastest_dense, of_timed, prompts_of, race
+from trimtab.search.timing import Layouts, Runs, dense_decoders, fastest_dense, of_timed, prompts_of, race
 from trimtab.search.trials import Search, Trial, open_study, trials_of
 from trimtab.search.work import tables_by
 
@@ -45,6 +46,7 @@ SPEEDS, LOSSES = (1.25, 1.5, 2.0, 3.0), (0.01, 0.03, 0.1)
 ROOM = 1.01  # what was told to be so fast should be, and a little more
 PROOF = 400_000  # tokens at most: of 8,192 the perplexities of what loses little are not told apart
 ROWS = 8  # sequences at once
+PARTS, ROUNDS, PAUSE = 6, 12, 30  # of the race, with seconds between them: a machine may be another one for minutes
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def main() -> None:
     ask.add_argument("--work", type=Path, default=Path("build/search"), help="where models are finished; those that are there are used")
     ask.add_argument("--speeds", type=float, nargs="+", default=list(SPEEDS))
     ask.add_argument("--losses", type=float, nargs="*", default=list(LOSSES))
+    ask.add_argument("--again", action="store_true", help="time the models of the last run once more")
     a = ask.parse_args()
     if not green("decoder"):
         raise SystemExit("the decoder's tests are red: nothing is timed")
@@ -67,6 +70,9 @@ def main() -> None:
     line.set_up(asked.options)
     net, clock = Network.open(model), Clock(time.monotonic(), math.inf)
     calibration, split, more = texts_of(net, asked)
+    if a.again:
+        once_more(a, model, prompts_of(calibration, 1, asked.context))
+        return
     limits = [*(Limits(speed=s * ROOM) for s in a.speeds), *(Limits(loss=x) for x in a.losses)]
     with tempfile.TemporaryDirectory() as tmp:
         def told(stage: str, done: int, of: int) -> None:
@@ -125,7 +131,7 @@ def main() -> None:
         names = list(finisher.proofs)
         unique = {n: next(m for m in names if finisher.choices[m] == finisher.choices[n]) for n in names}
         decoders = {n: open_decoder(finisher.timed(n)) for n in sorted(set(unique.values()))}
-        runs = race({**dense_decoders(model), **decoders}, prompts_of(calibration, 1, asked.context), rounds=63)
+        runs = in_parts({**dense_decoders(model), **decoders}, prompts_of(calibration, 1, asked.context))
         base = fastest_dense(runs)
         dense_loss, threads = assembled.dense, torch.get_num_threads()
         torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed any more
@@ -137,7 +143,6 @@ def main() -> None:
             print(f"\n{time.strftime('%H:%M:%S')} {len(text)} sequences: {n}", end="", flush=True)
         for name, (how, setting, t) in zip(names, chosen, strict=True):
             proof, run = finisher.proofs[name], runs[unique[name]]
-            ratios = sorted(run.against(runs[base]))
             its = lost[unique[name]]
             rise, error = mean_of([x - y for x, y in zip(its, plain, strict=True)])
             found = next((n for n, (h, at, _) in zip(names, chosen, strict=True) if (h, at) == ("search", setting)), None)
@@ -146,17 +151,55 @@ def main() -> None:
                 "recipe": how, "pipeline": proof["pipeline"], "plan_hash": proof["plan_hash"], "model": a.name, "setting": setting,
                 "metric": "perplexity", "value": math.exp(statistics.fmean(its)), "dense": math.exp(statistics.fmean(plain)),
                 "error": error * math.exp(-rise), "ahead": ahead, "tokens": len(text) * (asked.seq_len - 1), "kl": proof["kl"],
-                "search_value": math.exp(dense_loss + t.rise), "search_dense": math.exp(dense_loss), "speed": run.speed(runs[base]),
-                "quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]], "pairs": len(ratios), "told": costs.dense / t.us,
+                "search_value": math.exp(dense_loss + t.rise), "search_dense": math.exp(dense_loss), "told": costs.dense / t.us,
                 "bytes": proof["after"]["bytes"], "dense_bytes": proof["before"]["bytes"], "baseline": base, "by": t.by,
                 "trials": len(ways[how]), "whole": str(whole), "began": began, "table": "search", "seed": a.seed, "methods": {},
-                "threads": threads, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
-            with a.out.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(row, sort_keys=True) + "\n")
+                "threads": threads, "machine": machine(), "date": time.strftime("%Y-%m-%d")} | speeds(run, runs[base])
+            keep(a.out, row)
             print(f"\n{setting:<9} {how:<9} perplexity {row['value']:8.4f} of {row['dense']:.4f}: {1e3 * rise:7.3f} ± {1e3 * error:.3f} "
                   "thousandths of a nat" + (f", the search {1e3 * ahead[0]:.3f} ± {1e3 * ahead[1]:.3f} less" if ahead else "")
                   + f"; {row['speed']:.3f} x (told {row['told']:.3f})  {row['bytes'] / 1e6:.2f} MB", end="", flush=True)
         print()
+
+
+def in_parts(decoders: dict[str, Decoder], prompts: list[torch.Tensor]) -> dict[str, Runs]:
+    """A race with pauses."""
+    runs = {name: Runs(d.places) for name, d in decoders.items()}
+    for k in range(PARTS):
+        time.sleep(PAUSE if k else 0)
+        for name, part in race(decoders, prompts, rounds=ROUNDS).items():
+            runs[name].steps += part.steps
+            runs[name].spent += part.spent
+    return runs
+
+
+def speeds(run: Runs, dense: Runs) -> dict[str, Any]:
+    ratios = sorted(run.against(dense))
+    return {"speed": run.speed(dense), "quartiles": [ratios[len(ratios) // 4], ratios[-len(ratios) // 4]], "pairs": len(ratios)}
+
+
+def keep(out: Path, row: dict[str, Any]) -> None:
+    with out.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row, sort_keys=True) + "\n")
+
+
+def once_more(a: argparse.Namespace, model: Path, prompts: list[torch.Tensor]) -> None:
+    """The rows of the last run of as many threads, with new speeds: as rows of a run of their own that says of which it is (`of`)."""
+    every = [json.loads(line) for line in a.out.read_text().splitlines()]
+    every = [r for r in every if (r["model"], r["threads"]) == (a.name, torch.get_num_threads())]
+    rows = [r for r in every if every and r.get("began") == every[-1].get("began")]
+    hashes = {p.parent: json.loads(p.read_text())["plan_hash"] for p in (a.work / "models").glob("*/trimtab.json")}
+    folders = [next((d for d, h in sorted(hashes.items()) if h == r["plan_hash"]), None) for r in rows]
+    if not rows or None in folders:
+        raise SystemExit(f"the models of the last run with {torch.get_num_threads()} threads are not all in {a.work}")
+    decoders = {str(d): open_decoder(d) for d in folders if d}
+    runs = in_parts({**dense_decoders(model), **decoders}, prompts)
+    base, began = fastest_dense(runs), time.strftime("%Y-%m-%d %H:%M:%S")
+    for row, where in zip(rows, folders, strict=True):
+        new = speeds(runs[str(where)], runs[base])
+        print(f"{row['setting']:<9} {row['recipe']:<9} {new['speed']:.3f} x, was {row['speed']:.3f} (told {row['told']:.3f})")
+        keep(a.out, {**row, **new, "baseline": base, "of": row.get("of", row["began"]), "began": began, "machine": machine(),
+                     "date": time.strftime("%Y-%m-%d")})
 
 
 @torch.no_grad()
